@@ -1,0 +1,135 @@
+"""The errors that a user of Phlora can meet, and the exit code of each.
+
+A message says what was found and where, what was expected, what to do next, and the nearest valid name.
+The tree is small on purpose:
+
+    PhloraError
+    ├── InputError             2   the user's input or configuration
+    │   ├── ConfigError            a key or a value of the configuration
+    │   ├── DataError              a data file or a row of it
+    │   ├── ModelError             a model, a tokenizer or an adapter that cannot be used
+    │   └── RunError               a run folder that cannot be used
+    ├── EnvironmentProblem     3   what this machine lacks
+    │   ├── MissingExtraError      an optional package
+    │   ├── NoRoomError            disk or memory
+    │   └── NetworkError           a hub that cannot be reached
+    └── Finding                1   the command worked and found something
+        └── NonFiniteError         the loss or a gradient is no number any more
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+EXIT_DONE = 0
+EXIT_FINDING = 1
+EXIT_INPUT = 2
+EXIT_ENVIRONMENT = 3
+EXIT_INTERRUPTED = 130
+
+
+class PhloraError(Exception):
+    """Base of every error that Phlora raises for a person to read.
+
+    Args:
+        found: what was found, as a sentence without the final full stop.
+        where: file:line, configuration key or module.
+        expected: what would have been right.
+        fix: the next action.
+    """
+
+    exit_code: ClassVar[int] = EXIT_INPUT
+
+    def __init__(self, found: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        self.found, self.where, self.expected, self.fix = found, where, expected, fix
+        super().__init__(found, where, expected, fix)
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.found}" if self.where else self.found
+        lines = [head if head.endswith((".", "?", "!")) else f"{head}."]
+        if self.expected:
+            lines.append(f"Expected: {self.expected}")
+        if self.fix:
+            lines.append(f"What to do: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions cross process boundaries (data workers); keyword-only arguments would be lost there.
+        return (_rebuild, (type(self), self.found, self.where, self.expected, self.fix))
+
+
+def _rebuild(kind: type[PhloraError], found: str, where: str, expected: str, fix: str) -> PhloraError:
+    return kind(found, where=where, expected=expected, fix=fix)
+
+
+class InputError(PhloraError):
+    """The user's input or configuration is wrong."""
+
+
+class ConfigError(InputError):
+    """A key or a value of the configuration is wrong."""
+
+
+class DataError(InputError):
+    """A data file, or a row of it, cannot be used."""
+
+
+class ModelError(InputError):
+    """A model, tokenizer or adapter cannot be used."""
+
+
+class RunError(InputError):
+    """A run folder cannot be used."""
+
+
+class EnvironmentProblem(PhloraError):
+    """This machine lacks something."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class MissingExtraError(EnvironmentProblem):
+    """An optional package is not installed."""
+
+    @classmethod
+    def of(cls, package: str, *, extra: str, purpose: str) -> MissingExtraError:
+        return cls(
+            f"The package `{package}` is not installed; {purpose} needs it",
+            fix=f'pip install "phlora[{extra}]"',
+        )
+
+
+class NoRoomError(EnvironmentProblem):
+    """Not enough disk or memory."""
+
+
+class NetworkError(EnvironmentProblem):
+    """A hub cannot be reached, or offline mode forbids it."""
+
+
+class Finding(PhloraError):
+    """The command did its work and found something that a person has to look at."""
+
+    exit_code = EXIT_FINDING
+
+
+class NonFiniteError(Finding):
+    """A loss or gradient is NaN or infinite; training on would only write garbage."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `name` was most likely meant to be, or None."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """A sentence that names the nearest candidate and, when there are few, all of them."""
+    known = sorted(set(candidates))
+    match = nearest(name, known)
+    if match:
+        return f"did you mean `{match}`?"
+    shown = ", ".join(f"`{candidate}`" for candidate in known[:24])
+    return f"one of {shown}{' …' if len(known) > 24 else ''}"
