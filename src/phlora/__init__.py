@@ -1,6 +1,6 @@
 """Phlora: fine-tune Phi-3-class chat models with LoRA, and prove that it helped.
 
-The public names are loaded when they are first used, so that `import phlora` and `phlora --help` stay instant.
+The public names are loaded when they are first used: `import phlora` and `phlora --help` stay instant.
 """
 
 from __future__ import annotations

@@ -1,0 +1,321 @@
+"""What a run is made of: a few frozen dataclasses, read from YAML, JSON, arguments or the command line.
+
+`training_config` and `peft_config` stay plain dictionaries here: their keys are the fields of TRL's
+`SFTConfig` and PEFT's `LoraConfig`, checked where those libraries are imported. Everything else is checked in
+this module, before anything heavy is loaded. `None` means "derive"; what was derived, and from where, is
+saved beside the run.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from phlora.errors import ConfigError, did_you_mean
+
+Origins = dict[str, str]
+TrainOn = Literal["assistant", "last", "all"]
+TooLong = Literal["truncate_history", "drop", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFile:
+    """One data file with the weight of its rows."""
+
+    path: str = field(metadata={"help": "a file, a folder of the `datasets` library, or a hub data set"})
+    weight: float = field(default=1.0, metadata={"help": "loss weight of each of its trained tokens"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model to tune and how it is loaded."""
+
+    name: str = field(metadata={"help": "hub id, local folder, .gguf file or embedded name (smollm2-135m)"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub model"})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
+    attn_implementation: str = field(
+        default="auto", metadata={"help": "auto, sdpa, eager or flash_attention_2"}
+    )
+    use_cache: bool = field(default=False, metadata={"help": "key/value cache while training; never needed"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps"})
+    offline: bool = field(default=False, metadata={"help": "never ask a hub; use what is on this machine"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code shipped with a model"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The chats, the held-out rows, and which of their tokens are trained."""
+
+    files: tuple[DataFile, ...] = field(metadata={"help": "training rows"})
+    eval: tuple[DataFile, ...] = field(default=(), metadata={"help": "held-out rows; none: split off"})
+    eval_size: float = field(
+        default=0.1,
+        metadata={"help": "split off for evaluation when `eval` is not given: a share below 1, or rows"},
+    )
+    format: str = field(default="auto", metadata={"help": "auto, or the format when detection is wrong"})
+    train_on: TrainOn = field(default="assistant", metadata={"help": "assistant turns, the last one, or all"})
+    too_long: TooLong = field(
+        default="truncate_history",
+        metadata={"help": "for rows over max_length: drop the oldest turns, the row, or stop"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How the base and the tuned model are compared on the held-out rows."""
+
+    metrics: tuple[str, ...] = field(
+        default=("exact_match", "json_valid"),
+        metadata={"help": "exact_match, json_valid, json_equal, rouge_l, contains:TEXT, regex:PATTERN"},
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "longest generated answer, in tokens"})
+    max_answers: int = field(
+        default=100, metadata={"help": "held-out rows answered by generation; 0: loss only"}
+    )
+    enabled: bool = field(default=True, metadata={"help": "compare base and tuned model after training"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One fine-tuning run.
+
+    `origins` maps every dotted key that was set to where: a file, `--set`, an option or an argument.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    training_config: Mapping[str, Any] = field(default_factory=dict)
+    peft_config: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output: str = "runs/run"
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML or JSON configuration file and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: the file is missing, is no mapping, or holds an unknown key or a value of the wrong type.
+    """
+    values = read_mapping(path)
+    origins = dict.fromkeys(_leaves(values), str(path))
+    return build_config(*apply_overrides(values, overrides, origins))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file (JSON is a subset of YAML)."""
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        siblings = (
+            [str(path.with_name(p.name)) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        )
+        raise ConfigError(
+            "The configuration file does not exist",
+            where=str(path),
+            fix=did_you_mean(str(path), siblings) if siblings else "check the path",
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError("A folder was given where a configuration file belongs", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The file is not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"The file is no valid YAML: {getattr(error, 'problem', None) or error}", where=f"{path}{line}"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"The file holds {_kind(values)}",
+            where=str(path),
+            expected="a mapping with keys such as `model`, `data`, `training_config`, `peft_config`",
+        )
+    return values
+
+
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], origins: Origins | None = None, *, origin: str = "--set"
+) -> tuple[dict[str, Any], Origins]:
+    """Lay `section.key=value` strings over a mapping; values are read as YAML. Returns new objects."""
+    values = json.loads(json.dumps(_shorthands(values), default=str))
+    origins = dict(origins or {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"`{override}` is no assignment",
+                where=origin,
+                expected="section.key=value, for example training_config.learning_rate=3e-4",
+            )
+        _assign(values, key.strip().split("."), yaml.safe_load(text), where=origin)
+        origins[key.strip()] = origin
+    return values, origins
+
+
+def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> RunConfig:
+    """Check a mapping and freeze it.
+
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value of the wrong type, with the nearest valid name.
+    """
+    values = {key: value for key, value in _shorthands(values).items() if value is not None}
+    for key in ("model", "data"):
+        if key not in values:
+            raise ConfigError(
+                f"`{key}` is missing",
+                expected=f"`{key}:` in the configuration, or --{key} on the command line",
+            )
+    config: RunConfig = _build(RunConfig, {**values, "origins": dict(origins or {})}, where="")
+    _check_ranges(config)
+    return config
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain values, without the origins."""
+    return {name: value for name, value in _plain(config).items() if name != "origins"}
+
+
+def _shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`model: NAME` and `data: FILE` mean the sections with just that name or file."""
+    values = dict(values)
+    if isinstance(values.get("model"), str):
+        values["model"] = {"name": values["model"]}
+    data = values.get("data")
+    if isinstance(data, str | list | tuple):
+        data = {"files": data}
+    if isinstance(data, Mapping):
+        values["data"] = {
+            key: _data_files(value) if key in ("files", "eval") else value for key, value in data.items()
+        }
+    return values
+
+
+def _data_files(value: Any) -> Any:
+    entries = [value] if isinstance(value, str | Mapping) else value
+    if not isinstance(entries, list | tuple):
+        return value
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _check_ranges(config: RunConfig) -> None:
+    checks = [
+        (bool(config.data.files), "data.files", "at least one file"),
+        (config.data.eval_size >= 0, "data.eval_size", "0 or more: a share below 1, or a number of rows"),
+        (config.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens", "1 or more"),
+        (config.evaluation.max_answers >= 0, "evaluation.max_answers", "0 or more"),
+        (all(f.weight > 0 for f in config.data.files), "data.files.weight", "a number above 0"),
+    ]
+    for holds, where, expected in checks:
+        if not holds:
+            raise ConfigError("The value is out of range", where=where, expected=expected)
+
+
+def _build(cls: type[Any], values: Mapping[str, Any], *, where: str) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    settable = [name for name in known if name != "origins"]
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"Unknown key `{key}`", where=where or "configuration", fix=did_you_mean(str(key), settable)
+            )
+    hints = typing.get_type_hints(cls)
+    for name, f in known.items():
+        if name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"`{name}` is missing", where=where, expected=f.metadata.get("help", ""))
+    return cls(**{k: _convert(v, hints[k], where=f"{where}.{k}" if where else k) for k, v in values.items()})
+
+
+def _convert(value: Any, hint: Any, *, where: str) -> Any:
+    """`value` as the type that the field declares, or a ConfigError that names both."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise _wrong_type(value, "a mapping", where)
+        return _build(hint, value, where=where)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, list | tuple):
+            value = [value]
+        return tuple(_convert(entry, arguments[0], where=where) for entry in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _convert(value, arguments[0], where=where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"`{value}` is not known", where=where, fix=did_you_mean(str(value), arguments))
+        return value
+    if origin is not None:  # Mapping[str, Any]
+        if not isinstance(value, Mapping):
+            raise _wrong_type(value, "a mapping", where)
+        return dict(value)
+    return _scalar(value, hint, where=where)
+
+
+def _scalar(value: Any, kind: type[Any], *, where: str) -> Any:
+    if kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+        raise _wrong_type(value, "true or false" if kind is bool else _NAMES[kind], where)
+    if kind is str:
+        if isinstance(value, str | Path):
+            return str(value)
+        raise _wrong_type(value, "text", where)
+    try:
+        # YAML 1.1 reads 2e-4 as text, so numbers in quotes are numbers here.
+        number = float(value)
+    except (TypeError, ValueError):
+        raise _wrong_type(value, _NAMES[kind], where) from None
+    if kind is int:
+        if number != int(number):
+            raise _wrong_type(value, _NAMES[int], where)
+        return int(number)
+    return number
+
+
+_NAMES: dict[type[Any], str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _wrong_type(value: Any, expected: str, where: str) -> ConfigError:
+    return ConfigError(f"{_kind(value)} was given", where=where, expected=expected)
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {dict: "a mapping", list: "a list", tuple: "a list", bool: "true or false"}
+    return names.get(type(value)) or f"`{value}`"
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any, *, where: str) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"`{key}` is no section", where=where, expected="section.key=value")
+    values[path[-1]] = value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [name]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,114 @@
+"""What a person sees while a long step runs: rich bars on a terminal, plain lines in a log.
+
+Results go to standard output and belong to the commands; everything here goes to standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+Advance = Callable[[int], None]
+
+# A log gets a line at every tenth of a step, but not more often than this.
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Display:
+    """Stages, notes and progress of one command.
+
+    Args:
+        stream: where to write; standard error by default.
+        quiet: write nothing but warnings.
+        fancy: rich bars; by default when the stream is a terminal.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, *, quiet: bool = False, fancy: bool | None = None
+    ) -> None:
+        self.stream = stream or sys.stderr
+        self.quiet = quiet
+        self.fancy = self.stream.isatty() if fancy is None else fancy
+
+    def stage(self, text: str) -> None:
+        """Say which step of the story begins."""
+        if not self.quiet:
+            self._print(f"[bold]›[/bold] {_escape(text)}" if self.fancy else f"> {text}")
+
+    def note(self, text: str) -> None:
+        """Say a fact that a person should know but need not act on."""
+        if not self.quiet:
+            self._print(f"  [dim]{_escape(text)}[/dim]" if self.fancy else f"  {text}")
+
+    def warn(self, text: str) -> None:
+        """Say something that a person should look at; also when quiet."""
+        self._print(f"[yellow]![/yellow] {_escape(text)}" if self.fancy else f"! {text}")
+
+    def show(self, text: str) -> None:
+        """Write a block of text, such as a table, as it is."""
+        if not self.quiet:
+            self._print(_escape(text) if self.fancy else text)
+
+    @contextmanager
+    def progress(self, title: str, total: int, *, unit: str = "rows") -> Iterator[Advance]:
+        """A bar (terminal) or a few lines (log); call the yielded function with the number of units done."""
+        if self.quiet or total <= 0:
+            yield lambda done: None
+        elif self.fancy:
+            with self.bar("{task.completed}/{task.total} " + unit) as bar:
+                task = bar.add_task(title, total=total)
+                yield lambda done: bar.update(task, advance=done)
+        else:
+            yield _Lines(self, title, total, unit).advance
+
+    def bar(self, *columns: str) -> Any:
+        """A rich progress bar with text columns, written to this display's stream."""
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        return Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=24),
+            *[TextColumn(column) for column in columns],
+            TimeRemainingColumn(),
+            console=Console(file=self.stream),
+            transient=False,
+        )
+
+    def _print(self, text: str) -> None:
+        if self.fancy:
+            from rich.console import Console
+
+            Console(file=self.stream, highlight=False, soft_wrap=True).print(text)
+        else:
+            self.stream.write(text + "\n")
+            self.stream.flush()
+
+
+class _Lines:
+    """Progress for a log: a line at every tenth, no more than one in a few seconds, and one at the end."""
+
+    def __init__(self, display: Display, title: str, total: int, unit: str) -> None:
+        self.display, self.title, self.total, self.unit = display, title, total, unit
+        self.done = 0
+        self.started = self.last = time.monotonic()
+
+    def advance(self, done: int) -> None:
+        before, self.done = self.done, self.done + done
+        now = time.monotonic()
+        crossed = 10 * before // self.total != 10 * self.done // self.total
+        finished = before < self.total <= self.done
+        if finished or (crossed and now - self.last >= _SECONDS_BETWEEN_LINES):
+            self.last = now
+            self.display.note(
+                f"{self.title}: {self.done}/{self.total} {self.unit}, {now - self.started:.0f} s"
+            )
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
