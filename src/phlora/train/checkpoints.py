@@ -1,0 +1,317 @@
+"""The run folder: what a run was made of, what happened in it, and what can be continued or used from it.
+
+    run.json                status, versions, seed, model, data and adapter facts; `identity` is what a resumed
+                            run has to share with the one it continues
+    config.yaml             the resolved configuration, each value with where it came from; can be run again
+    events.jsonl            one line per event: start, log, evaluate, save, end
+    checkpoints/            adapter + optimizer + scheduler + RNG + data position, as transformers writes them
+    adapter/best, last      plain PEFT adapters with tokenizer and model card
+    report.json, .html      base against tuned model
+
+A checkpoint counts only once its `complete.json` is written, so one that a crash or a full disk cut short is
+never resumed from.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from phlora.errors import NoRoomError, RunError
+
+RUN_FILE = "run.json"
+COMPLETE_FILE = "complete.json"
+_OWN = (RUN_FILE, "config.yaml", "events.jsonl", "checkpoints", "adapter", "report.json", "report.html")
+_PACKAGES = ("phlora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder; every file in it is written whole or not at all."""
+
+    path: Path
+
+    @property
+    def best_adapter(self) -> Path:
+        return self.path / "adapter" / "best"
+
+    @property
+    def last_adapter(self) -> Path:
+        return self.path / "adapter" / "last"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / RUN_FILE).is_file() and self.facts().get("status") == "finished"
+
+    def facts(self) -> dict[str, Any]:
+        """The contents of run.json.
+
+        Raises:
+            RunError: the folder holds no run, or its run.json cannot be read.
+        """
+        file = self.path / RUN_FILE
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            found = "The folder holds no run" if self.path.is_dir() else "The run folder does not exist"
+            raise RunError(
+                found, where=str(self.path), expected=f"a folder with {RUN_FILE}, written by `phlora train`"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{RUN_FILE} cannot be read: {error}", where=str(file)) from None
+        if not isinstance(facts, dict):
+            raise RunError(f"{RUN_FILE} holds no mapping", where=str(file))
+        return facts
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        write_json(self.path / RUN_FILE, facts)
+
+    def update_facts(self, **changes: Any) -> None:
+        self.write_facts({**self.facts(), **changes})
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        complete = [p for p in self.checkpoints.glob("checkpoint-*") if (p / COMPLETE_FILE).is_file()]
+        return max(complete, key=_step_of, default=None)
+
+    def drop_incomplete_checkpoints(self) -> list[Path]:
+        """Remove what a crash left half-written; returns what was removed."""
+        broken = [p for p in self.checkpoints.glob("checkpoint-*") if not (p / COMPLETE_FILE).is_file()]
+        for path in broken:
+            shutil.rmtree(path)
+        return broken
+
+
+def claim_folder(path: str | Path, *, resume: bool, overwrite: bool) -> RunFolder:
+    """The folder for a run, refused before any work if it may not be used; nothing is written yet.
+
+    Raises:
+        RunError: a run is there and neither `resume` nor `overwrite` was asked for, files of somebody else are
+            there, or there is nothing to resume.
+    """
+    folder = RunFolder(Path(path))
+    if resume and overwrite:
+        raise RunError("Both resume and overwrite were asked for", fix="choose one of --resume, --overwrite")
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunError(
+            "A file stands where the run folder should be", where=str(path), fix="name another --output"
+        )
+    if folder.path.is_dir() and any(folder.path.iterdir()):
+        _refuse_foreign(folder)
+        status = folder.facts().get("status", "unknown")
+        if not resume and not overwrite:
+            raise RunError(
+                f"The folder already holds a run ({status})",
+                where=str(path),
+                fix="--resume to continue it, --overwrite to replace it, or another --output",
+            )
+    elif resume:
+        raise RunError("There is no run to resume", where=str(path), fix="leave --resume out to start one")
+    return folder
+
+
+def _refuse_foreign(folder: RunFolder) -> None:
+    """A folder with other people's files is never written to, not even when told to overwrite."""
+    if not (folder.path / RUN_FILE).is_file():
+        names = ", ".join(sorted(p.name for p in folder.path.iterdir())[:4])
+        raise RunError(
+            f"The folder is not empty and holds no Phlora run ({names})",
+            where=str(folder.path),
+            fix="name another --output; Phlora does not write among files that are not its own",
+        )
+
+
+def begin_run(folder: RunFolder, facts: Mapping[str, Any], config_text: str) -> None:
+    """Create the folder of a new run, replacing the files of an older run there.
+
+    Raises:
+        RunError: the folder cannot be created.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        for name in _OWN:
+            _remove(folder.path / name)
+        folder.write_facts({**facts, "status": "running"})
+        write_text(folder.path / "config.yaml", config_text)
+    except PermissionError as error:
+        raise RunError(f"No permission to write: {error.filename}", where=str(folder.path)) from None
+
+
+def continue_run(folder: RunFolder, identity: Mapping[str, Any]) -> Path | None:
+    """Check that the run in `folder` is the same as the one asked for; returns the checkpoint to continue from.
+
+    Raises:
+        RunError: data, base model, tokenizer or settings differ; the message lists each difference.
+    """
+    before = folder.facts().get("identity", {})
+    now = json.loads(json.dumps(identity))
+    changed = [
+        f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise RunError(
+            "The run cannot be continued, because it is not the same run any more:\n  "
+            + "\n  ".join(changed),
+            where=str(folder.path),
+            fix="restore what changed, or start a new run with another --output",
+        )
+    folder.drop_incomplete_checkpoints()
+    return folder.latest_checkpoint()
+
+
+def mark_complete(checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Declare a checkpoint whole; the last file to be written into it."""
+    write_json(checkpoint / COMPLETE_FILE, facts)
+
+
+@contextmanager
+def recorded_status(folder: RunFolder) -> Iterator[None]:
+    """Record in run.json how the training ended, whatever ended it.
+
+    Raises:
+        NoRoomError: the disk became full; the checkpoints written before are intact.
+    """
+    status = "failed"
+    try:
+        yield
+        status = "trained"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise NoRoomError(
+            "The disk is full; the checkpoints written before are intact",
+            where=str(folder.path),
+            fix="make room and run again with --resume",
+        ) from error
+    finally:
+        # On a full disk this line cannot be written either, and must not hide the message above.
+        with suppress(OSError):
+            folder.update_facts(status=status)
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """Refuse to start when the checkpoints would not fit.
+
+    Raises:
+        NoRoomError: less free disk than `needed_bytes`.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise NoRoomError(
+            f"The checkpoints of this run need about {needed_bytes / 1e6:,.0f} MB; "
+            f"{free_bytes / 1e6:,.0f} MB are free",
+            where=str(folder),
+            fix="make room, name an --output on another disk, or set training_config.save_total_limit lower",
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine facts that a reader needs to repeat a run; no user, host or path names."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "packages": versions,
+    }
+
+
+def digest(value: Any) -> str:
+    """A short stable hash of plain values."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole: readers see the old text or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Fill a new folder beside `path`, then put it in its place in one rename; on an error the old one stays."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if path.exists():
+            os.rename(path, old)
+        os.rename(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def append_event(path: Path, event: str, **values: Any) -> None:
+    """Add one line to events.jsonl."""
+    line = json.dumps(
+        {"time": round(time.time(), 3), "event": event, **values}, ensure_ascii=False, default=str
+    )
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of events.jsonl; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def _step_of(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
