@@ -1,0 +1,145 @@
+"""The run folder: who may write into it, what counts as a checkpoint, and that every file is whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phlora.errors import NoRoomError, RunError
+from phlora.train import checkpoints
+from phlora.train.checkpoints import RunFolder, begin_run, claim_folder, continue_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = claim_folder(tmp_path / "run", resume=False, overwrite=False)
+    begin_run(folder, {"identity": {"data": "a", "r": 16}}, "model: tiny\n")
+    return folder
+
+
+def add_checkpoint(run: RunFolder, step: int, *, complete: bool) -> Path:
+    path = run.checkpoints / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "adapter_model.safetensors").write_bytes(b"x")
+    if complete:
+        checkpoints.mark_complete(path, {"step": step})
+    return path
+
+
+def test_claiming_a_new_folder_writes_nothing(tmp_path: Path) -> None:
+    claim_folder(tmp_path / "run", resume=False, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_not_overwritten_unless_told(run: RunFolder) -> None:
+    with pytest.raises(RunError, match="already holds a run") as refusal:
+        claim_folder(run.path, resume=False, overwrite=False)
+    assert "--resume" in str(refusal.value) and "--overwrite" in str(refusal.value)
+    claim_folder(run.path, resume=False, overwrite=True)
+    claim_folder(run.path, resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_foreign_folder_is_refused_even_when_told_to_overwrite(tmp_path: Path, overwrite: bool) -> None:
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    with pytest.raises(RunError, match="no Phlora run"):
+        claim_folder(tmp_path, resume=False, overwrite=overwrite)
+    assert thesis.read_text() == "years of work"
+
+
+def test_nothing_to_resume_and_contradicting_wishes(tmp_path: Path, run: RunFolder) -> None:
+    with pytest.raises(RunError, match="no run to resume"):
+        claim_folder(tmp_path / "other", resume=True, overwrite=False)
+    with pytest.raises(RunError, match="Both"):
+        claim_folder(run.path, resume=True, overwrite=True)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="A file stands"):
+        claim_folder(tmp_path / "run", resume=False, overwrite=False)
+
+
+def test_beginning_again_removes_only_what_belongs_to_a_run(run: RunFolder) -> None:
+    add_checkpoint(run, 5, complete=True)
+    (run.path / "notes.txt").write_text("mine")
+    begin_run(run, {"identity": {}}, "")
+    assert run.latest_checkpoint() is None
+    assert (run.path / "notes.txt").read_text() == "mine"
+
+
+def test_only_complete_checkpoints_count_and_the_newest_wins(run: RunFolder) -> None:
+    add_checkpoint(run, 9, complete=True)
+    newest = add_checkpoint(run, 10, complete=True)
+    broken = add_checkpoint(run, 11, complete=False)
+    assert continue_run(run, {"data": "a", "r": 16}) == newest
+    assert not broken.exists()
+
+
+def test_resuming_another_run_names_every_difference(run: RunFolder) -> None:
+    with pytest.raises(RunError) as refusal:
+        continue_run(run, {"data": "b", "r": 32})
+    assert "data: a -> b" in str(refusal.value) and "r: 16 -> 32" in str(refusal.value)
+
+
+def test_the_status_tells_how_the_training_ended(run: RunFolder) -> None:
+    with checkpoints.recorded_status(run):
+        pass
+    assert run.facts()["status"] == "trained"
+    with pytest.raises(KeyboardInterrupt), checkpoints.recorded_status(run):
+        raise KeyboardInterrupt
+    assert run.facts()["status"] == "interrupted"
+    with pytest.raises(ValueError), checkpoints.recorded_status(run):
+        raise ValueError
+    assert run.facts()["status"] == "failed"
+
+
+def test_a_full_disk_is_said_in_one_message(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(28, "No space left on device")
+    with pytest.raises(NoRoomError, match="disk is full"), checkpoints.recorded_status(run):
+        # Nothing can be recorded either once the disk is full.
+        monkeypatch.setattr(checkpoints, "write_text", lambda *_: (_ for _ in ()).throw(full))
+        raise full
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
+    checkpoints.require_room(tmp_path / "not" / "yet" / "there", 1000)
+    with pytest.raises(NoRoomError, match="are free"):
+        checkpoints.require_room(tmp_path / "not" / "yet" / "there", 10**18)
+
+
+def test_a_failed_replacement_leaves_the_old_folder_alone(tmp_path: Path) -> None:
+    best = tmp_path / "best"
+    with checkpoints.replaced_folder(best) as part:
+        (part / "weights").write_text("old")
+    with pytest.raises(RuntimeError), checkpoints.replaced_folder(best) as part:
+        (part / "weights").write_text("new")
+        raise RuntimeError
+    assert (best / "weights").read_text() == "old"
+    with checkpoints.replaced_folder(best) as part:
+        (part / "weights").write_text("new")
+    assert (best / "weights").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_a_cut_last_event_is_left_out(run: RunFolder) -> None:
+    checkpoints.append_event(run.events, "log", loss=1.5, text="درود")
+    with run.events.open("a") as file:
+        file.write('{"time": 1, "eve')
+    (event,) = checkpoints.read_events(run.events)
+    assert event["loss"] == 1.5 and event["text"] == "درود"
+
+
+def test_a_broken_run_file_is_named(run: RunFolder) -> None:
+    (run.path / "run.json").write_text("{")
+    with pytest.raises(RunError, match="cannot be read"):
+        claim_folder(run.path, resume=True, overwrite=False)
+
+
+def test_the_environment_names_versions_but_no_person_or_path() -> None:
+    facts = checkpoints.environment()
+    assert facts["packages"]["torch"]
+    assert str(Path.home()) not in json.dumps(facts)
