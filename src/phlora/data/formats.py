@@ -849,7 +849,7 @@ def _role(value: Any, turn: int) -> str:
 
 def _content(value: Any, key: str, turn: int, message: Message) -> str:
     if isinstance(value, str):
-        return value
+        return _encodable(value, f"turn {turn}")
     if value is None:
         if "tool_calls" in message:
             return ""
@@ -907,7 +907,21 @@ def _text(record: Mapping[str, Any], column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise _BadRow("wrong_type", f"`{column}` is {_kind(value)}", "text")
-    return value
+    return _encodable(value, f"`{column}`")
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON can spell half a surrogate pair (`\\ud83d` alone), which no tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _BadRow(
+                "encoding",
+                f"{where} holds half of a surrogate pair at character {error.start}",
+                "whole characters",
+            ) from None
+    return text
 
 
 def _kind(value: Any) -> str:
