@@ -319,11 +319,12 @@ def _open_path(source: str) -> tuple[str, Iterator[_Record]]:
         return source, _read_folder(path, None)
     if path.is_file():
         return source, _reader_for(path)(path)
+    name, _, split = source.rpartition(":")
+    if name and Path(name).is_dir():
+        return source, _read_folder(Path(name), split)
     if _looks_local(source):
         raise _missing_file(path)
     name, _, split = source.partition(":")
-    if split and Path(name).is_dir():
-        return source, _read_folder(Path(name), split)
     return source, _read_hub(name, split or None)
 
 
@@ -551,7 +552,6 @@ def _is_offline() -> bool:
 
 def _probe_hub(name: str) -> None:
     """Ask for the data set once, because `load_dataset` tries an unreachable hub for half a minute."""
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,

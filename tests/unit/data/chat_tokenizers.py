@@ -26,7 +26,7 @@ CHATML = (
 TRIMMED = CHATML.replace("message['content']", "message['content'] | trim")
 LLAMA2 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
-    "message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + "
+    # Drops the reasoning of earlier turns, so that the rendering depends on the contents.
     "' ' + eos_token }}{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
     "{% endif %}{% endfor %}"
 )
