@@ -5,6 +5,9 @@ when it is first needed, folded again when one of the parameters has changed sin
 is unmerged. So merging is exactly reversible in every dtype; the state dict is the same merged or not;
 checkpoints load in either state; a weight that is shared (tied embeddings) stays what it was for its other
 users. The price is one more copy of the weight while merged; `merge_weights=False` does without.
+
+In 16 bits `W + ΔW` rounds small deltas away (measured in bf16: an error of 32 % of a delta that is 200 times
+smaller than the weight). `eval()` therefore merges only weights of 32 bits and more; `merge()` merges any.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ class LoRALayer(nn.Module):
         scaling: `lora_alpha / r`, the factor of `B A`; 0 when `r == 0`.
         merged: whether inference uses the merged weight. Whenever a gradient of lora_A or lora_B is wanted,
             the layer computes unmerged regardless.
-        merge_weights: whether `eval()` merges and `train()` unmerges.
+        merge_weights: whether `eval()` merges (weights of 32 bits and more) and `train()` unmerges.
     """
 
     base_name: ClassVar[str] = "weight"
@@ -49,7 +52,8 @@ class LoRALayer(nn.Module):
     @property
     def base(self) -> nn.Parameter:
         """The pretrained weight, as stored."""
-        return self.get_parameter(self.base_name)
+        weight: nn.Parameter = operator.attrgetter(self.base_name)(self)
+        return weight
 
     def is_adapted(self) -> bool:
         """Whether the layer has LoRA parameters at all."""
@@ -74,8 +78,10 @@ class LoRALayer(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.merge_weights:
-            self.unmerge() if mode else self.merge()
+        if self.merge_weights and mode:
+            self.unmerge()
+        elif self.merge_weights and self.is_adapted() and self.base.dtype.itemsize >= 4:
+            self.merge()
         return self
 
     def _computes_merged(self) -> bool:
