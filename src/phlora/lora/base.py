@@ -30,7 +30,7 @@ class LoRALayer(nn.Module):
     Attributes:
         scaling: `lora_alpha / r`, the factor of `B A`; 0 when `r == 0`.
         merged: whether inference uses the merged weight. Whenever a gradient of lora_A or lora_B is wanted,
-            the layer computes unmerged regardless.
+            and while torch.compile traces, the layer computes unmerged regardless.
         merge_weights: whether `eval()` merges (weights of 32 bits and more) and `train()` unmerges.
     """
 

@@ -1,10 +1,11 @@
 """The formulas of `functional.py` as one autograd node per adapted linear: same values, less traffic.
 
-    forward    y = x Wᵀ + b;  u = x̃ Aᵀ;  y[:, i] += s_i · u_i B_iᵀ    (the product itself accumulates:
-    addmm_) backward   g_i = s_i · dy[:, i] B_i                               (formed once, used twice)
-               dB_i = s_i · dy[:, i]ᵀ u_i;  dA = gᵀ x̃;  dx = dy W, then += g A in place
+    forward    y = x Wᵀ + b;  u = x̃ Aᵀ;  y[:, i] += s_i · u_i B_iᵀ
+    backward   g_i = s_i · dy[:, i] B_i;  dB_i = s_i · dy[:, i]ᵀ u_i;  dA = gᵀ x̃;  dx = dy W;  dx += g A
 
-with `x̃ = dropout(x)`. Kept for backward are `x (T, K)` and `u (T, ΣR)` only: no dropped-out copy and no mask
+with `x̃ = dropout(x)`. Each `+=` is done by the product itself, in place (addmm_), and `g` is formed once.
+
+Kept for backward are `x (T, K)` and `u (T, ΣR)` only: no dropped-out copy and no mask
 (the seed is kept and the mask drawn again), no scaled or summed copy of `(T, N)`. A frozen weight gets no
 gradient product, an input that needs no gradient none either.
 
@@ -68,11 +69,10 @@ def lora_blocks(
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     dense, operand = (weight, None) if isinstance(weight, Tensor) else (None, weight)
-    flat = x.reshape(-1, x.shape[-1])
     y: Tensor = _LoraBlocks.apply(  # type: ignore[no-untyped-call]
-        flat, dense, bias, lora_A, operand, tuple(blocks), dropout, autocast, *lora_B
+        x, dense, bias, lora_A, operand, tuple(blocks), dropout, autocast, *lora_B
     )
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y
 
 
 def delta_weight(
@@ -104,7 +104,7 @@ def _add_delta_(
 
 
 class _LoraBlocks(torch.autograd.Function):
-    """x (T, K), weight (N, K) or None, bias (N,), lora_A (ΣR_i, K), lora_B [(N_i, R_i), ...] -> y (T, N)."""
+    """x (..., K), weight (N, K), bias (N,), lora_A (ΣR_i, K), lora_B [(N_i, R_i), ...] -> (..., N)."""
 
     @staticmethod
     def forward(
@@ -123,9 +123,10 @@ class _LoraBlocks(torch.autograd.Function):
             if weight is not None:
                 operand = DenseWeight(weight.to(x.dtype) if autocast else weight)
             assert operand is not None
-            y = operand.matmul(x, None if bias is None else bias.to(x.dtype))
+            flat_x = _flat(x)
+            y = operand.matmul(flat_x, None if bias is None else bias.to(x.dtype))
             seed = torch.empty((), dtype=torch.int64).random_() if dropout else None
-            dropped = x if seed is None else _draw_mask(x.shape, dropout, seed, like=x).mul_(x)
+            dropped = flat_x if seed is None else _draw_mask(flat_x.shape, dropout, seed, like=x).mul_(flat_x)
             u = dropped @ lora_A.to(x.dtype).t()
             for block, columns, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
                 y[:, block.rows].addmm_(u[:, columns], B.to(x.dtype).t(), alpha=block.scaling / (1 - dropout))
@@ -139,7 +140,9 @@ class _LoraBlocks(torch.autograd.Function):
         # A dense weight goes through save_for_backward only, where torch notices if it is overwritten.
         ctx.operand = operand if weight is None else None
         ctx.blocks, ctx.dropout, ctx.bias_dtype = blocks, dropout, None if bias is None else bias.dtype
-        return y
+        # A plain view would forbid in-place activations after the layer, and FSDP2 warns of it.
+        shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
 
     @staticmethod
     @once_differentiable
@@ -150,18 +153,18 @@ class _LoraBlocks(torch.autograd.Function):
         blocks, keep = ctx.blocks, 1 - ctx.dropout
         dx = dA = None
         with _without_autocast(dy.device.type):
-            dy = dy.contiguous()
+            leading, dy = dy.shape[:-1], _flat(dy).contiguous()
             if need_x or need_A:
                 g = _rank_gradient(dy, lora_B, blocks, keep)
                 shape = len(dy), lora_A.shape[1]
                 mask = None if seed is None else _draw_mask(shape, ctx.dropout, seed, like=dy)
             if need_x:
                 operand = ctx.operand if weight is None else DenseWeight(weight.to(dy.dtype))
-                dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(dy.dtype), mask)
+                dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(dy.dtype), mask).view(*leading, shape[1])
             if need_A:
-                dA = (g.t() @ (x if mask is None else mask.mul_(x))).to(lora_A.dtype)
+                dA = (g.t() @ (_flat(x) if mask is None else mask.mul_(_flat(x)))).to(lora_A.dtype)
             dB = _up_gradients(dy, u, lora_B, blocks, keep, need_B)
-            dW = (dy.t() @ x).to(weight.dtype) if need_weight else None
+            dW = (dy.t() @ _flat(x)).to(weight.dtype) if need_weight else None
             dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
         return dx, dW, dbias, dA, None, None, None, None, *dB
 
@@ -196,6 +199,11 @@ def _up_gradients(
         dB = dy[:, block.rows].t() @ u[:, columns]
         gradients.append(dB.mul_(block.scaling / keep).to(B.dtype))
     return gradients
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., K) as (T, K)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _draw_mask(shape: Sequence[int], dropout: float, seed: Tensor, *, like: Tensor) -> Tensor:

@@ -294,17 +294,18 @@ def test_no_input_gradient_is_computed_for_an_input_that_needs_none():
 # Dropout by regenerated mask.
 
 
-def dropped_out_inputs(p: float, n: int = 40_000) -> Tensor:
-    """Identity adapter on ones: the output is the dropped-out input itself."""
-    x, eye = torch.ones(n // 4, 4), torch.eye(4)
+def dropped_out_inputs(p: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Identity adapter on 40,000 ones: the output is the dropped-out input itself."""
+    x, eye = torch.ones(10_000, 4, dtype=dtype), torch.eye(4, dtype=dtype)
     with torch.no_grad():
-        return fused.lora_linear(x, torch.zeros(4, 4), eye, eye, scaling=1.0, dropout=p)
+        return fused.lora_linear(x, torch.zeros_like(eye), eye, eye, scaling=1.0, dropout=p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_dropout_keeps_and_scales_as_torch_does(p):
+def test_dropout_keeps_and_scales_as_torch_does(p, dtype):
     torch.manual_seed(0)
-    y = dropped_out_inputs(p)
+    y = dropped_out_inputs(p, dtype)
     kept = y != 0
     # Four standard deviations of a share of 40,000 draws.
     assert abs(kept.float().mean().item() - (1 - p)) < 4 * (p * (1 - p) / y.numel()) ** 0.5
@@ -440,6 +441,17 @@ def test_backward_twice_through_a_kept_graph():
     first = torch.autograd.grad(y.sum(), [problem.x, problem.A], retain_graph=True)
     second = torch.autograd.grad(y.sum(), [problem.x, problem.A])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_an_inplace_activation_may_follow():
+    problem = make()
+
+    def step(module):
+        y = problem.run(module)
+        gradients = torch.autograd.grad(F.relu_(y).sum(), [problem.x, problem.A])
+        return [y.detach(), *gradients]
+
+    assert_close(step(fused), step(functional), dtype=torch.float32)
 
 
 def test_second_derivatives_are_refused_by_torch():
