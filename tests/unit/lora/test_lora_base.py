@@ -177,6 +177,7 @@ def test_conversion_of_the_dtype_while_merged(kind):
     with torch.no_grad():
         layer.eval()(x)
         layer.double()
+        assert layer._folded is None
         x = x.double() if x.is_floating_point() else x
         merged = layer(x)
         assert merged.dtype == torch.float64
