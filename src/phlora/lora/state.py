@@ -33,7 +33,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     trainable = _selected(dict(model.named_parameters(remove_duplicate=False)), bias)
     if not any(_is_lora(name) for name in trainable):
         raise _no_lora(model)
-    refuse_bypassed_layers(model)
+    _refuse_bypassed_layers(model)
     for parameter in model.parameters():
         parameter.requires_grad = False
     for name in trainable:
@@ -145,7 +145,7 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     )
 
 
-def refuse_bypassed_layers(model: nn.Module) -> None:
+def _refuse_bypassed_layers(model: nn.Module) -> None:
     """Raises a ModelError for a LoRA layer that torch would read the weight of, but never call."""
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and isinstance(module.out_proj, LoRALayer):
