@@ -18,7 +18,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import unicodedata
@@ -538,25 +537,26 @@ def _pick_split(splits: Iterable[str], split: str | None, *, where: str) -> str:
 
 
 def _read_hub(name: str, split: str | None) -> Iterator[_Record]:
-    from datasets import load_dataset
+    from datasets import config, load_dataset
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
-    if not _is_offline():
+    if not config.HF_HUB_OFFLINE:
         _probe_hub(name)
     try:
         data: Any = load_dataset(name)
     except DatasetNotFoundError:
         raise _unknown_data_set(name) from None
     except (ConnectionError, TimeoutError) as error:
+        if config.HF_HUB_OFFLINE:
+            raise NetworkError(
+                "There is no such file, and offline mode forbids asking the hub for a data set of this name",
+                where=name,
+                fix="check the path, or download the data set first with HF_HUB_OFFLINE unset",
+            ) from None
         raise _unreachable(name, error) from None
     except (DatasetsError, OSError, ValueError) as error:
         raise DataError(f"The data set cannot be loaded: {error}", where=name) from None
     return iter(enumerate(data[_pick_split(data.keys(), split, where=name)], 1))
-
-
-def _is_offline() -> bool:
-    values = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
 
 
 def _probe_hub(name: str) -> None:

@@ -298,8 +298,8 @@ def test_an_unreachable_hub_is_a_network_error_at_once(monkeypatch):
         raise OSError("no network here")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(NetworkError, match="cannot be reached") as caught:
         load_rows("someone/some-chats")
     assert caught.value.exit_code == 3
