@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import set_seed
@@ -31,29 +32,19 @@ from phlora.train.settings import Settings
 from phlora.train.trainer import SFTTrainer
 
 
-class Sequences(torch.utils.data.Dataset[dict[str, Any]]):
-    """Sequences of rows as a data set; the rows are handed on as they are, not copied into another format."""
-
-    def __init__(self, sequences: Sequence[Sequence[TokenizedRow]]) -> None:
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        rows = self.sequences[index]
-        return {"rows": rows, "input_ids": [token for row in rows for token in row.input_ids]}
-
-
 @dataclass(frozen=True)
 class SequenceCollator:
-    """Batches of sequences, each a list of rows: padded side by side, or packs end to end."""
+    """Batches of sequences by their number: rows padded side by side, or packs end to end.
 
+    The trainer's data set holds numbers and lengths only, so the rows exist once.
+    """
+
+    sequences: Sequence[Sequence[TokenizedRow]]
     pad_token_id: int
     packed: bool
 
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [row for feature in features for row in feature["rows"]]
+    def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
+        rows = [row for feature in features for row in self.sequences[feature["sequence"]]]
         return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
 
 
@@ -143,14 +134,21 @@ def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")
     set_seed(args.seed)
+    sequences = [*data.train, *([row] for row in data.held_out)]
+    numbers = _numbers(sequences)
     return SFTTrainer(
         model=model,
         args=args,
-        train_dataset=Sequences(data.train),
-        eval_dataset=Sequences([[row] for row in data.held_out]) if data.held_out else None,
+        train_dataset=numbers.select(range(len(data.train))),
+        eval_dataset=numbers.select(range(len(data.train), len(sequences))) if data.held_out else None,
         processing_class=loaded.tokenizer.tokenizer,
-        data_collator=SequenceCollator(loaded.tokenizer.tokenizer.pad_token_id, packed=packed),
+        data_collator=SequenceCollator(sequences, loaded.tokenizer.tokenizer.pad_token_id, packed=packed),
     )
+
+
+def _numbers(sequences: Sequence[Sequence[TokenizedRow]]) -> Dataset:
+    lengths = [sum(len(row.input_ids) for row in sequence) for sequence in sequences]
+    return Dataset.from_dict({"sequence": list(range(len(sequences))), "length": lengths})
 
 
 def _best_before(folder: RunFolder) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, cl
         adapter=facts["adapter"],
         timing={**facts.get("timing", {}), **clock.seconds},
         peak_bytes=peak_bytes(),
-        training=[
+        training_curve=[
             (e["step"], float(e["loss"]), float(e.get("learning_rate", 0))) for e in events if "loss" in e
         ],
         evaluation_curve=[(e["step"], float(e["eval_loss"])) for e in events if "eval_loss" in e],

@@ -1,0 +1,114 @@
+"""What SFTTrainer adds to TRL's: no garbage is trained on or saved, and finished is finished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from phlora import SFTTrainer
+from phlora.data.collate import Collator
+from phlora.errors import NonFiniteError
+from phlora.models.embedded import tiny_phi3
+
+ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
+
+
+def trainer_for(folder: Path, **settings: Any) -> SFTTrainer:
+    model, tokenizer = tiny_phi3()
+    args = trl.SFTConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        **{"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "max_length": None, **settings},
+    )
+    torch.manual_seed(0)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:2]),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer.pad_token_id),
+    )
+
+
+class _Poison(trl.trainer.sft_trainer.TrainerCallback):
+    """Makes a weight, and with it the loss or only a gradient, no number at one step."""
+
+    def __init__(self, step: int, where: str) -> None:
+        self.step, self.where = step, where
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step != self.step:
+            return
+        if self.where == "loss":
+            next(p for p in model.parameters() if not p.requires_grad).data[:] = float("nan")
+        else:
+            next(p for p in model.parameters() if p.requires_grad).register_hook(lambda g: g * float("inf"))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_training_stops_at_the_first_value_that_is_no_number(tmp_path: Path, where: str) -> None:
+    trainer = trainer_for(tmp_path, logging_nan_inf_filter=False)
+    trainer.add_callback(_Poison(3, where))
+    with pytest.raises(NonFiniteError, match=f"The {where} is .* at optimizer step 4"):
+        trainer.train()
+    for weight in get_peft_model_state_dict(trainer.model).values():
+        assert torch.isfinite(weight).all()
+    checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2"]
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in saved.values())
+
+
+def test_checkpoints_hold_the_adapter_only_and_are_the_same_after_an_evaluation(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, max_steps=2)
+    trainer.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    trainer.evaluate()
+    trainer.save_model(str(tmp_path / "again"))
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], weight) for name, weight in saved.items())
+
+
+def test_resuming_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
+    trainer_for(tmp_path, max_steps=3, save_steps=3).train()
+    finished = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    again = trainer_for(tmp_path, max_steps=3, save_steps=3)
+    assert again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).global_step == 3
+    for name, weight in get_peft_model_state_dict(again.model).items():
+        assert torch.equal(weight, finished[name]), name
+
+
+def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
+    whole = trainer_for(tmp_path / "whole", max_steps=4, save_steps=2)
+    whole.train()
+    half = trainer_for(tmp_path / "half", max_steps=4, save_steps=2)
+    half.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    expected = get_peft_model_state_dict(whole.model)
+    for name, weight in get_peft_model_state_dict(half.model).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_logs_count_tokens_and_accuracy(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, max_steps=2)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["num_tokens"] for entry in logs] == [40.0, 80.0]
+    assert all(0 <= entry["mean_token_accuracy"] <= 1 for entry in logs)
+    json.dumps(trainer.state.log_history)
