@@ -7,6 +7,7 @@ misspelt folder is not asked of a hub. Whatever goes wrong is one `PhloraError`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -30,7 +32,14 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from phlora.errors import MissingExtraError, ModelError, NetworkError, nearest
+from phlora.errors import (
+    EnvironmentProblem,
+    MissingExtraError,
+    ModelError,
+    NetworkError,
+    NoRoomError,
+    nearest,
+)
 from phlora.models.embedded import EMBEDDED, embedded_folder, silent_gguf
 
 _HUB_TIMEOUT_SECONDS = 10
@@ -220,7 +229,7 @@ def hub_errors(source: ModelSource) -> Iterator[None]:
         if status in (401, 403):
             raise _gated(source) from error
         raise NetworkError(f"The hub answered with status {status} for `{source.location}`") from error
-    except (HTTPError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise _unreachable(source) from error
 
 
@@ -249,12 +258,16 @@ def reading(location: Location, what: str) -> Iterator[None]:
     try:
         with hub_errors(location.source), _quiet(location):
             yield
+    except ImportError as error:
+        raise EnvironmentProblem(f"{what} cannot be read ({first_line(error)})") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NoRoomError("The disk is full", where=location.source.location) from error
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, (HTTPError, OfflineModeIsEnabled)):
+            if isinstance(cause, (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError)):
                 with hub_errors(location.source):
-                    raise cause from error
+                    raise cause from None
             cause = cause.__cause__
         raise ModelError(
             f"{what} cannot be read ({first_line(error)})",
