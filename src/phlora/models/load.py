@@ -149,7 +149,9 @@ def _load_config(
 ) -> tuple[PreTrainedConfig, bool, tuple[str, ...]]:
     """The configuration, whether the model's own code may run, and what to say about that."""
     with reading(location, "The configuration"):
-        raw, _ = PreTrainedConfig.get_config_dict(location.path, **location.kwargs)
+        # A GGUF file carries no code, and reading its head takes seconds.
+        in_gguf = location.source.kind == "gguf"
+        raw = {} if in_gguf else PreTrainedConfig.get_config_dict(location.path, **location.kwargs)[0]
         native = raw.get("model_type") == "phi3"
         remote = trust_remote_code and not native
         if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING and not remote:

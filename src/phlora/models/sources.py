@@ -11,6 +11,7 @@ import errno
 import importlib.util
 import json
 import os
+import pickle
 import re
 import struct
 from collections.abc import Iterator
@@ -44,6 +45,11 @@ from phlora.models.embedded import EMBEDDED, embedded_folder, silent_gguf
 
 _HUB_TIMEOUT_SECONDS = 10
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# What transformers lets through when a file is not what it should be.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, RuntimeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError, struct.error),
+)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -151,6 +157,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"The file is no valid JSON ({error})", where=str(path)) from error
+    except OSError as error:
+        raise ModelError(f"The file cannot be read ({error.strerror})", where=str(path)) from error
     if not isinstance(content, dict):
         raise ModelError("The file is no JSON object", where=str(path))
     return content
@@ -260,7 +268,7 @@ def reading(location: Location, what: str) -> Iterator[None]:
             yield
     except ImportError as error:
         raise EnvironmentProblem(f"{what} cannot be read ({first_line(error)})") from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+    except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise NoRoomError("The disk is full", where=location.source.location) from error
         cause: BaseException | None = error
