@@ -67,7 +67,7 @@ def choose_dtype(requested: str = "auto", *, device: torch.device) -> Choice[tor
     """The dtype of the weights, and why.
 
     On a GPU: bfloat16 where the hardware has it. On a CPU: bfloat16 only when a layer is measured to be at
-    least twice as fast as in float32: it costs precision, and without units for it a CPU is many times slower.
+    least twice as fast as in float32: it costs precision, and a CPU without units for it is far slower.
 
     Raises:
         ConfigError: no dtype has this name.
@@ -128,14 +128,14 @@ def _cpu_layer_seconds(dtype: torch.dtype) -> tuple[float, float]:
     with torch.random.fork_rng(devices=[]):
         layers = {kind: Phi3Model(config).requires_grad_(False).to(kind) for kind in (torch.float32, dtype)}
     seconds: dict[torch.dtype, list[float]] = {kind: [] for kind in layers}
-    # The first round warms up: threads start and kernels are chosen.
-    for _ in range(5):
+    # The first round warms up, threads start and kernels are chosen: it never stands alone.
+    for number in range(5):
         for kind, layer in layers.items():
             x = torch.ones(1, 64, config.hidden_size, dtype=kind, requires_grad=True)
             start = time.perf_counter()
             layer(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
             seconds[kind].append(time.perf_counter() - start)
-        if sum(map(sum, seconds.values())) > _MEASURING_SECONDS:
+        if number and sum(map(sum, seconds.values())) > _MEASURING_SECONDS:
             break
     return min(seconds[torch.float32]), min(seconds[dtype])
 

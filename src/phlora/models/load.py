@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from phlora.errors import ModelError
+from phlora.errors import ModelError, NoRoomError
 from phlora.models import phi3
 from phlora.models.choices import (
     DTYPES,
@@ -148,9 +149,17 @@ def _load_config(
 ) -> tuple[PreTrainedConfig, bool, tuple[str, ...]]:
     """The configuration, whether the model's own code may run, and what to say about that."""
     with reading(location, "The configuration"):
-        raw, _ = PreTrainedConfig.get_config_dict(location.path, **location.kwargs)
+        # A GGUF file carries no code, and reading its head takes seconds.
+        in_gguf = location.source.kind == "gguf"
+        raw = {} if in_gguf else PreTrainedConfig.get_config_dict(location.path, **location.kwargs)[0]
         native = raw.get("model_type") == "phi3"
         remote = trust_remote_code and not native
+        if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING and not remote:
+            raise ModelError(
+                f"The model type `{raw.get('model_type')}` needs code that comes with the model",
+                where=location.source.location,
+                fix="read that code, then set trust_remote_code: true",
+            )
         config = AutoConfig.from_pretrained(location.path, trust_remote_code=remote, **location.kwargs)
     if trust_remote_code and native:
         note = (
@@ -257,7 +266,7 @@ def load_model(
     _agree_on_tokens(model, tokenizer)
     model.config.use_cache = use_cache
     return LoadedModel(
-        model=model.to(chosen_device),
+        model=_move(model, chosen_device),
         tokenizer=tokenizer,
         source=location.source,
         device=chosen_device,
@@ -299,6 +308,16 @@ def _load_weights(
         else ()
     )
     return model.eval(), notes
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    try:
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise NoRoomError(
+            f"The weights take {model.get_memory_footprint() / 1e9:.1f} GB, more than {device} has free",
+            fix="choose a smaller model, dtype: bfloat16, or device: cpu",
+        ) from error
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: LoadedTokenizer, *, where: str) -> None:
@@ -365,7 +384,7 @@ def load_adapter(
     Raises:
         ModelError: no adapter there, another base, unused or missing tensors, or a zero delta.
     """
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig, PeftModelForCausalLM
 
     path = Path(folder).expanduser()
     file = _adapter_file(path)
@@ -376,7 +395,7 @@ def load_adapter(
     try:
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
-        adapted = get_peft_model(model, config)
+        adapted = PeftModelForCausalLM(model, config)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"The adapter does not fit ({first_line(error)})", where=str(path)) from error
     try:
@@ -403,7 +422,9 @@ def _adapter_file(folder: Path) -> Path:
     missing = [path.name for path in (folder / "adapter_config.json", file) if not path.is_file()]
     if missing:
         raise ModelError(f"The folder holds no adapter: it lacks {' and '.join(missing)}", where=str(folder))
-    read_json(folder / "adapter_config.json")
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"The adapter is of the kind {kind}", where=str(folder), expected="a LoRA adapter")
     return file
 
 
@@ -431,7 +452,7 @@ def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     precision = recorded.partition(":")[0]
     if recorded == fingerprint(model, precision=precision if precision in DTYPES else None):
         return ()
-    if "float16" in (precision, str(next(model.parameters()).dtype).removeprefix("torch.")):
+    if {DTYPES.get(precision), model.dtype} == {torch.float16, torch.bfloat16}:
         return ("Whether the adapter was trained on these weights cannot be told across float16",)
     raise ModelError(
         "The adapter was trained on other weights than these",
@@ -445,7 +466,7 @@ def _require_all_used(result: Any, num_tensors: int, *, where: str) -> None:
     unused, missing = result.unexpected_keys, result.missing_keys
     if unused:
         raise ModelError(
-            f"{len(unused)} of {num_tensors} tensors unused: the model has no place for them, as for {unused[0]}",
+            f"{len(unused)} of {num_tensors} tensors unused: the model has no place for {unused[0]}",
             where=where,
             expected="an adapter whose module names are those of the model",
             fix="convert the adapter to the model's own module names first",

@@ -7,9 +7,11 @@ misspelt folder is not asked of a hub. Whatever goes wrong is one `PhloraError`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
+import pickle
 import re
 import struct
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -30,11 +33,23 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from phlora.errors import MissingExtraError, ModelError, NetworkError, nearest
+from phlora.errors import (
+    EnvironmentProblem,
+    MissingExtraError,
+    ModelError,
+    NetworkError,
+    NoRoomError,
+    nearest,
+)
 from phlora.models.embedded import EMBEDDED, embedded_folder, silent_gguf
 
 _HUB_TIMEOUT_SECONDS = 10
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# What transformers lets through when a file is not what it should be.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, RuntimeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError, struct.error),
+)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -142,6 +157,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"The file is no valid JSON ({error})", where=str(path)) from error
+    except OSError as error:
+        raise ModelError(f"The file cannot be read ({error.strerror})", where=str(path)) from error
     if not isinstance(content, dict):
         raise ModelError("The file is no JSON object", where=str(path))
     return content
@@ -220,7 +237,7 @@ def hub_errors(source: ModelSource) -> Iterator[None]:
         if status in (401, 403):
             raise _gated(source) from error
         raise NetworkError(f"The hub answered with status {status} for `{source.location}`") from error
-    except (HTTPError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise _unreachable(source) from error
 
 
@@ -249,12 +266,16 @@ def reading(location: Location, what: str) -> Iterator[None]:
     try:
         with hub_errors(location.source), _quiet(location):
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, struct.error) as error:
+    except ImportError as error:
+        raise EnvironmentProblem(f"{what} cannot be read ({first_line(error)})") from error
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NoRoomError("The disk is full", where=location.source.location) from error
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, (HTTPError, OfflineModeIsEnabled)):
+            if isinstance(cause, (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError)):
                 with hub_errors(location.source):
-                    raise cause from error
+                    raise cause from None
             cause = cause.__cause__
         raise ModelError(
             f"{what} cannot be read ({first_line(error)})",

@@ -1,0 +1,157 @@
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from phlora.errors import ConfigError
+from phlora.models.embedded import tiny_phi3
+from phlora.models.generate import _text_pieces, generate, stream
+
+STOPS = (5, 9, 17, 33, 40)
+
+
+def prompts_with(shared, *, rows=9, seed=0):
+    rng = random.Random(seed)
+    prefix = [rng.randrange(50, 250) for _ in range(shared)]
+    return [prefix + [rng.randrange(50, 250) for _ in range(rng.randrange(1, 30))] for _ in range(rows)]
+
+
+def one_by_one(model, prompts, max_new_tokens):
+    """What transformers generates for each prompt alone, without the stop token."""
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        new = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(STOPS),
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()
+        answers.append(new[:-1] if new and new[-1] in STOPS else new)
+    return answers
+
+
+@pytest.mark.parametrize("variant", [{}, {"sliding_window": 24}, {"longrope": True}], ids=str)
+@pytest.mark.parametrize("shared", [0, 20])
+@pytest.mark.parametrize("batch_size", ["auto", 4])
+def test_batch_equals_one_by_one(variant, shared, batch_size):
+    model, _ = tiny_phi3(**variant)
+    prompts = prompts_with(shared)
+    ours = generate(
+        model, prompts, max_new_tokens=20, stop_token_ids=STOPS, pad_token_id=0, batch_size=batch_size
+    )
+    assert ours == one_by_one(model, prompts, 20)
+    assert len({len(answer) for answer in ours}) > 1
+
+
+def test_identical_and_single_prompts_work(tiny):
+    model, _ = tiny
+    prompt = prompts_with(20, rows=1)[0]
+    single = generate(model, [prompt], max_new_tokens=6, stop_token_ids=STOPS, pad_token_id=0)
+    twice = generate(model, [prompt, prompt], max_new_tokens=6, stop_token_ids=STOPS, pad_token_id=0)
+    assert twice == single * 2 == one_by_one(model, [prompt], 6) * 2
+
+
+def test_model_under_an_adapter_in_training_keeps_its_state(tiny):
+    model, _ = tiny
+    model.config.use_cache = False
+    config = LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights=False, lora_dropout=0.5)
+    adapted = get_peft_model(model, config).train()
+    prompts = prompts_with(12, rows=4)
+    ours = generate(adapted, prompts, max_new_tokens=8, stop_token_ids=STOPS, pad_token_id=0)
+    assert adapted.training and adapted.base_model.model.model.layers[0].training
+    assert model.config.use_cache is False
+    assert ours == one_by_one(adapted.eval(), prompts, 8)
+
+
+def test_pad_id_does_not_matter(tiny):
+    model, _ = tiny
+    prompts = prompts_with(10)
+    first, second = (
+        generate(model, prompts, max_new_tokens=8, stop_token_ids=STOPS, pad_token_id=pad) for pad in (0, 77)
+    )
+    assert first == second
+
+
+def test_progress_counts_rows_to_the_end(tiny):
+    model, _ = tiny
+    seen = []
+    generate(
+        model,
+        prompts_with(10, rows=7),
+        max_new_tokens=2,
+        stop_token_ids=STOPS,
+        pad_token_id=0,
+        batch_size=3,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 7), (4, 7), (7, 7)]
+
+
+def test_nothing_to_do_is_no_error(tiny):
+    model, _ = tiny
+    assert generate(model, [], max_new_tokens=4, stop_token_ids=STOPS, pad_token_id=0) == []
+    assert generate(model, [[60]], max_new_tokens=0, stop_token_ids=STOPS, pad_token_id=0) == [[]]
+
+
+def test_bad_arguments_are_told(tiny):
+    model, tokenizer = tiny
+    with pytest.raises(ConfigError, match="Prompt 1 has no token"):
+        generate(model, [[3], []], max_new_tokens=4, stop_token_ids=STOPS, pad_token_id=0)
+    with pytest.raises(ConfigError, match="batch has 0 rows"):
+        generate(model, [[3]], max_new_tokens=4, stop_token_ids=STOPS, pad_token_id=0, batch_size=0)
+    with pytest.raises(ConfigError, match="top_p"):
+        stream(model, [3], tokenizer, max_new_tokens=4, stop_token_ids=STOPS, top_p=0)
+
+
+@pytest.mark.parametrize("variant", [{}, {"longrope": True}], ids=str)
+def test_stream_says_what_generate_says(variant):
+    model, tokenizer = tiny_phi3(**variant)
+    for prompt in prompts_with(45, rows=4):
+        [ids] = generate(model, [prompt], max_new_tokens=20, stop_token_ids=STOPS, pad_token_id=0)
+        text = "".join(stream(model, prompt, tokenizer, max_new_tokens=20, stop_token_ids=STOPS))
+        assert text == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+
+
+def test_stream_stops_when_it_is_told_to(tiny):
+    model, tokenizer = tiny
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return len(asked) > 3
+
+    list(stream(model, [60, 61], tokenizer, max_new_tokens=50, stop_token_ids=(), should_stop=should_stop))
+    assert len(asked) == 4
+
+
+def test_seed_repeats_a_draw_and_small_nuclei_are_greedy(tiny):
+    model, tokenizer = tiny
+
+    def say(**kwargs):
+        pieces = stream(model, [60, 61, 62], tokenizer, max_new_tokens=25, stop_token_ids=(), **kwargs)
+        return "".join(pieces)
+
+    assert say(temperature=1.0, seed=3) == say(temperature=1.0, seed=3)
+    assert say(temperature=1.0, seed=3) != say(temperature=1.0, seed=4)
+    assert say(temperature=1.0, top_p=1e-6) == say()
+
+
+@pytest.mark.parametrize(
+    "text", ["سلام دنیا", "नमस्ते दुनिया", "Здраво свете", "Işığı aç", "Bật đèn lên", "a 🌍 b"]
+)
+def test_pieces_are_whole_characters(tiny_tokenizer, text):
+    ids = tiny_tokenizer(text).input_ids
+    pieces = list(_text_pieces(iter(ids), tiny_tokenizer))
+    assert "".join(pieces) == text
+    assert len(pieces) > 2
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_broken_end_is_left_out(tiny_tokenizer):
+    ids = tiny_tokenizer("ok 🌍").input_ids[:-1]
+    assert "".join(_text_pieces(iter(ids), tiny_tokenizer)) == "ok "
