@@ -1,0 +1,933 @@
+"""Reads chat files of every common schema into one kind of row, and keeps the line each row came from.
+
+Files are read here rather than by the `datasets` library, because line numbers, encodings and mixed
+schemata get lost there: a row that lacks a column comes back as `None`, a latin-1 file as an error without
+a name or a line.
+
+A file has one schema. It is detected from the rows' content (the most frequent one among the first rows), and
+every row is checked against it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from phlora.config import DataFile
+from phlora.errors import ConfigError, DataError, NetworkError, did_you_mean, nearest
+
+Message: TypeAlias = dict[str, Any]
+Severity = Literal["error", "warning", "note"]
+Source: TypeAlias = str | Path | DataFile | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
+}
+PAIRS = (
+    ("question", "answer"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("prompt", "response"),
+    ("prompt", "answer"),
+    ("input", "output"),
+    ("q", "a"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+)
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".ndjson.gz")
+NUM_ROWS_FOR_DETECTION = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a row stands: the file and its line (JSONL, CSV) or its row number, counted from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training example: a chat (`messages`), a plain `prompt` and `completion`, or a plain `text`.
+
+    A message holds `role` (system, user, assistant or tool) and `content`, and optionally `tool_calls`,
+    `name`, `train` (bool), `weight` (loss weight of its tokens) and whatever else its chat template reads.
+    `weight` is the loss weight of each trained token of the row: the weight of its file.
+    """
+
+    messages: tuple[Message, ...] | None
+    prompt: str | None
+    completion: str | None
+    text: str | None
+    tools: list[Any] | None
+    origin: Origin
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something found in the data: an `error` makes a row unusable, a `warning` deserves a look."""
+
+    kind: str
+    severity: Severity
+    message: str
+    origins: tuple[Origin, ...] = ()
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of all sources in order, what was wrong with others, and the schema of each source."""
+
+    rows: list[Row]
+    problems: list[Problem]
+    formats: dict[str, str]
+
+
+class _BadRow(Exception):
+    """A row that cannot be used; becomes a `DataError` or a `Problem` where its origin is known."""
+
+    def __init__(self, kind: str, message: str, expected: str = "") -> None:
+        self.kind, self.message, self.expected = kind, message, expected
+        super().__init__(message)
+
+
+_Record: TypeAlias = tuple[int, Any]  # line or row number, and the parsed value or the _BadRow
+
+
+@dataclass
+class _Shape:
+    """What is known about one source while it is read."""
+
+    name: str
+    weight: float
+    schema: _Schema
+    example_line: int
+    ignored: set[str] = field(default_factory=set)
+
+
+# ------------------------------------------------------------------------------------------------ public
+
+
+def read_rows(source: Source, *, format: str = "auto", weight: float = 1.0) -> Iterator[Row]:
+    """The rows of one source, read as they are needed.
+
+    Raises:
+        DataError: the source cannot be read, or at the first row that cannot be used.
+        NetworkError: a hub data set cannot be reached.
+    """
+    for item in _convert(*_open_source(source, format, weight)):
+        if isinstance(item, Problem):
+            raise _error([item])
+        yield item
+
+
+def load_rows(
+    sources: Source | Sequence[Source], *, format: str = "auto", on_bad: Literal["raise", "collect"] = "raise"
+) -> Loaded:
+    """Read all rows of one or several sources.
+
+    A source is a path (.jsonl, .json, .csv, .tsv, .parquet, .jsonl.gz, a folder saved by `datasets`), a hub
+    name (`owner/name`, or `owner/name:split`), a `DataFile` with a weight, a `datasets` object, or a list
+    of dicts. The weight multiplies the loss of every trained token of the source's rows.
+
+    Args:
+        format: `auto`, or one of `messages, conversations, alpaca, qa, prompt_completion, text`.
+        on_bad: `raise` reads to the end, then raises about the rows that cannot be used; `collect` returns
+            them in `problems`.
+
+    Raises:
+        DataError: a source that cannot be read or holds no rows, or (`on_bad="raise"`) rows that cannot be
+            used.
+        ConfigError: an unknown `format`.
+        NetworkError: a hub data set cannot be reached.
+    """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    formats: dict[str, str] = {}
+    for source in _as_list(sources):
+        shape, records = _open_source(source, format, 1.0)
+        formats[shape.name] = shape.schema.name
+        for item in _convert(shape, records):
+            (rows if isinstance(item, Row) else problems).append(item)  # type: ignore[arg-type]
+        if shape.ignored:
+            problems.append(_ignored_columns(shape))
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if on_bad == "raise" and errors:
+        raise _error(errors)
+    return Loaded(rows, problems, formats)
+
+
+def row_key(row: Row) -> str:
+    """A digest of what the row says: equal for rows that differ in spacing or Unicode form only."""
+    if row.messages is not None:
+        parts: list[Any] = [
+            [message["role"], _normal(message["content"]), message.get("tool_calls")]
+            for message in row.messages
+        ]
+    else:
+        parts = [_normal(part) for part in (row.prompt, row.completion, row.text) if part is not None]
+    text = json.dumps([parts, row.tools], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """SHA-256 over the exact content of the rows, their weights and their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        content = [row.messages, row.prompt, row.completion, row.text, row.tools, row.weight]
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def split_rows(rows: Sequence[Row], *, eval_size: float | int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split into training and held-out rows; rows that say the same always stay on one side.
+
+    Args:
+        eval_size: a share of the rows when below 1, else a number of rows. The held-out side never gets more;
+            groups of duplicates can make it smaller.
+
+    Raises:
+        DataError: there are not enough different rows to leave some on both sides.
+    """
+    wanted = _num_eval_rows(len(rows), eval_size)
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row_key(row), []).append(index)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    held_out: set[int] = set()
+    for group in order:
+        if len(held_out) + len(group) <= wanted:
+            held_out.update(group)
+    if wanted and (not held_out or len(held_out) == len(rows)):
+        raise DataError(
+            f"The {len(rows)} rows hold only {len(groups)} different ones, so no eval set can be split off",
+            expected="duplicates stay on one side of the split",
+            fix="remove the duplicates, add rows, or give an eval file",
+        )
+    train = [row for index, row in enumerate(rows) if index not in held_out]
+    return train, [rows[index] for index in sorted(held_out)]
+
+
+def _num_eval_rows(num_rows: int, eval_size: float | int) -> int:
+    if eval_size < 0:
+        raise DataError(f"eval_size is {eval_size}", expected="a share below 1, or a number of rows")
+    wanted = max(1, round(num_rows * eval_size)) if 0 < eval_size < 1 else int(eval_size)
+    if wanted >= num_rows and wanted > 0:
+        raise DataError(
+            f"The eval set would take {wanted} of {num_rows} rows and leave none to train on",
+            expected=f"eval_size below {num_rows} rows, or a share such as 0.1",
+            fix="lower eval_size or give more data",
+        )
+    return wanted
+
+
+def _normal(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _error(problems: Sequence[Problem]) -> DataError:
+    first = problems[0]
+    more = f" ({len(problems) - 1} more rows cannot be used either)" if len(problems) > 1 else ""
+    return DataError(
+        f"{first.message}{more}",
+        where=str(first.origins[0]) if first.origins else "",
+        fix="correct the rows; `phlora data check FILE` lists all of them",
+    )
+
+
+def _ignored_columns(shape: _Shape) -> Problem:
+    names = ", ".join(f"`{name}`" for name in sorted(shape.ignored))
+    return Problem(
+        "ignored_columns",
+        "note",
+        f"{shape.name}: not used, since {shape.schema.name} has no such column: {names}",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+
+def _as_list(sources: Source | Sequence[Source]) -> list[Source]:
+    """One source, or several; a list of dicts is one source."""
+    if isinstance(sources, list | tuple) and not (sources and isinstance(sources[0], Mapping)):
+        if not sources:
+            raise DataError("No data was given", expected="at least one file or one row")
+        return list(sources)
+    return [sources]  # type: ignore[list-item]
+
+
+def _open_source(source: Source, format: str, weight: float) -> tuple[_Shape, Iterator[_Record]]:
+    """Open a source and find its schema, reading as few rows as that takes."""
+    if isinstance(source, DataFile):
+        weight, source = source.weight, source.path
+    if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
+        raise ConfigError(f"The weight {weight!r} of {source} is no positive number")
+    name, records = _open_path(str(source)) if isinstance(source, str | Path) else _open_object(source)
+    first = list(itertools.islice(records, NUM_ROWS_FOR_DETECTION))
+    if not first:
+        raise DataError("The file is empty" if isinstance(source, str | Path) else "No rows", where=name)
+    schema, example_line = _detect(first, format, name)
+    return _Shape(name, weight, schema, example_line), itertools.chain(first, records)
+
+
+def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> tuple[str, Iterator[_Record]]:
+    """A DatasetDict, a Dataset or any other iterable of dicts."""
+    name = "rows"
+    if isinstance(source, Mapping):
+        name = _pick_split(source.keys(), None, where="the data set")
+        source = source[name]
+    return name, iter(enumerate(source, 1))
+
+
+def _open_path(source: str) -> tuple[str, Iterator[_Record]]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return source, _read_folder(path, None)
+    if path.is_file():
+        return source, _reader_for(path)(path)
+    if _looks_local(source):
+        raise _missing_file(path)
+    name, _, split = source.partition(":")
+    if split and Path(name).is_dir():
+        return source, _read_folder(Path(name), split)
+    return source, _read_hub(name, split or None)
+
+
+def _looks_local(source: str) -> bool:
+    """Whether a name that does not exist was meant as a path, so that no hub is asked for it."""
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)
+    return source.lower().endswith((*SUFFIXES, ".txt", ".gz")) or source.startswith(".") or not is_hub_name
+
+
+def _missing_file(path: Path) -> DataError:
+    if not path.parent.is_dir():
+        return DataError("The folder of the data file does not exist", where=str(path), fix="check the path")
+    siblings = [entry.name for entry in path.parent.iterdir()]
+    match = nearest(path.name, siblings)
+    known = [name for name in siblings if name.lower().endswith(SUFFIXES)]
+    hint = (
+        f"did you mean `{match}`?" if match else did_you_mean(path.name, known) if known else "check the path"
+    )
+    return DataError("The file does not exist", where=str(path), fix=hint)
+
+
+def _reader_for(path: Path) -> Callable[[Path], Iterator[_Record]]:
+    name = path.name.lower()
+    if name.endswith((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")):
+        return _read_jsonl
+    if name.endswith(".json"):
+        return _read_json
+    if name.endswith((".csv", ".tsv")):
+        return _read_csv
+    if name.endswith(".parquet"):
+        return _read_parquet
+    raise DataError(
+        f"`{path.suffix or path.name}` is no known kind of data file",
+        where=str(path),
+        expected=f"one of {', '.join(SUFFIXES)}",
+    )
+
+
+def _read_jsonl(path: Path) -> Iterator[_Record]:
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    num_bytes = 0
+    with opened as lines:
+        for line, raw in enumerate(lines, 1):
+            if line == 1:
+                _refuse_utf16(raw, path)
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            if not raw.isspace():
+                yield line, _parse_line(raw, num_bytes, path)
+            num_bytes += len(raw)
+
+
+def _parse_line(raw: bytes, num_bytes_before: int, path: Path) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        byte = num_bytes_before + error.start
+        message = f"the line is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {byte} of the file)"
+        return _BadRow("encoding", message, _how_to_convert(path))
+    except json.JSONDecodeError as error:
+        return _BadRow(
+            "broken_json", f"broken JSON at column {error.colno}: {error.msg}", "one JSON object a line"
+        )
+    except RecursionError:
+        return _BadRow("broken_json", "the JSON is nested too deeply")
+
+
+def _refuse_utf16(raw: bytes, path: Path) -> None:
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError("The file is UTF-16, not UTF-8", where=str(path), fix=_how_to_convert(path, "UTF-16"))
+
+
+def _how_to_convert(path: Path, encoding: str = "ENCODING") -> str:
+    return f"convert it, for example: iconv -f {encoding} -t UTF-8 {path.name} > converted{path.suffix}" + (
+        " (WINDOWS-1252 for most Western files)" if encoding == "ENCODING" else ""
+    )
+
+
+def _read_text(path: Path) -> str:
+    raw = path.read_bytes()
+    _refuse_utf16(raw, path)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"The file is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start} of the file)",
+            where=f"{path}:{line}",
+            fix=_how_to_convert(path),
+        ) from None
+
+
+def _read_json(path: Path) -> Iterator[_Record]:
+    """A list of rows, an object that holds one such list, or JSONL under the wrong name."""
+    text = _read_text(path)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if _is_jsonl(text):
+            return _read_jsonl(path)
+        if not text.strip():
+            return iter(())
+        raise DataError(
+            f"Broken JSON at column {error.colno}: {error.msg}",
+            where=f"{path}:{error.lineno}",
+            expected="a JSON list of rows",
+            fix="correct the file, or name it .jsonl if it holds one object a line",
+        ) from None
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        value = [value] if _schema_of(value) or len(lists) != 1 else lists[0]
+    if not isinstance(value, list):
+        raise DataError(f"The file holds {_kind(value)}", where=str(path), expected="a JSON list of rows")
+    return iter(enumerate(value, 1))
+
+
+def _is_jsonl(text: str) -> bool:
+    first = text.lstrip().partition("\n")[0]
+    try:
+        return isinstance(json.loads(first), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _read_csv(path: Path) -> Iterator[_Record]:
+    text = _read_text(path)
+    header = text.partition("\n")[0]
+    delimiter = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
+    csv.field_size_limit(1 << 30)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", strict=True)
+    line = 2
+    while True:
+        try:
+            record: Any = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, _BadRow("broken_csv", f"broken CSV: {error}")
+            return
+        if "" in record:
+            record = _BadRow(
+                "broken_csv", f"the line has more cells than the header ({len(reader.fieldnames or ())})"
+            )
+        yield line, _parse_cells(record)
+        line = reader.line_num + 1
+
+
+def _parse_cells(record: Any) -> Any:
+    """A CSV cell can hold a list of messages only as JSON, so such cells are parsed."""
+    if isinstance(record, _BadRow):
+        return record
+    for column in ("messages", "conversations", "tools"):
+        cell = record.get(column)
+        if cell and cell.lstrip().startswith(("[", "{")):
+            try:
+                record[column] = json.loads(cell)
+            except json.JSONDecodeError as error:
+                return _BadRow("broken_json", f"broken JSON in the cell `{column}`: {error.msg}")
+    return record
+
+
+def _read_parquet(path: Path) -> Iterator[_Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(1024))
+            yield from enumerate(itertools.chain.from_iterable(batches), 1)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"The file is no readable Parquet: {error}", where=str(path)) from None
+
+
+def _read_folder(path: Path, split: str | None) -> Iterator[_Record]:
+    """A folder written by `datasets`' `save_to_disk`."""
+    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        files = [entry.name for entry in path.iterdir() if entry.name.lower().endswith(SUFFIXES)]
+        raise DataError(
+            "The path is a folder that the `datasets` library did not save",
+            where=str(path),
+            expected="a data file, or a folder written by `save_to_disk`",
+            fix=f"name one of its files: {', '.join(sorted(files)[:8])}" if files else "check the path",
+        )
+    from datasets import load_from_disk
+
+    data: Any = load_from_disk(str(path))
+    if isinstance(data, Mapping):
+        data = data[_pick_split(data.keys(), split, where=str(path))]
+    return iter(enumerate(data, 1))
+
+
+def _pick_split(splits: Iterable[str], split: str | None, *, where: str) -> str:
+    names = list(splits)
+    wanted = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+    if wanted in names:
+        return str(wanted)
+    hint = (
+        did_you_mean(wanted, names)
+        if wanted
+        else f"name one: {', '.join(f'{where}:{name}' for name in names)}"
+    )
+    raise DataError(f"No split `{wanted or 'train'}`", where=where, fix=hint)
+
+
+def _read_hub(name: str, split: str | None) -> Iterator[_Record]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+
+    if not _is_offline():
+        _probe_hub(name)
+    try:
+        data: Any = load_dataset(name)
+    except DatasetNotFoundError:
+        raise _unknown_data_set(name) from None
+    except (ConnectionError, TimeoutError) as error:
+        raise _unreachable(name, error) from None
+    except (DatasetsError, OSError, ValueError) as error:
+        raise DataError(f"The data set cannot be loaded: {error}", where=name) from None
+    return iter(enumerate(data[_pick_split(data.keys(), split, where=name)], 1))
+
+
+def _is_offline() -> bool:
+    values = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
+
+
+def _probe_hub(name: str) -> None:
+    """Ask for the data set once, because `load_dataset` tries an unreachable hub for half a minute."""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        HfApi().dataset_info(name, timeout=5)
+    except GatedRepoError:
+        raise DataError(
+            "The data set is gated", where=name, fix="accept its terms on the hub and run `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise _unknown_data_set(name) from None
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise _unreachable(name, error) from None
+
+
+def _unknown_data_set(name: str) -> DataError:
+    return DataError(
+        "There is neither such a file nor such a data set on the hub",
+        where=name,
+        fix="check the spelling; a private data set needs `hf auth login`",
+    )
+
+
+def _unreachable(name: str, error: Exception) -> NetworkError:
+    return NetworkError(
+        f"There is no such file, and the hub cannot be reached ({type(error).__name__})",
+        where=name,
+        fix="check the path or the network; HF_HUB_OFFLINE=1 uses a data set downloaded before",
+    )
+
+
+# ------------------------------------------------------------------------------------------------ schemata
+
+
+@dataclass(frozen=True)
+class _Parts:
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class _Schema:
+    name: str
+    columns: str
+    convert: Callable[[Mapping[str, Any], Sequence[str]], _Parts]
+    required: Callable[[Mapping[str, Any]], Sequence[str] | None]
+    optional: frozenset[str] = frozenset()
+
+
+def _detect(records: Sequence[_Record], format: str, name: str) -> tuple[_Schema, int]:
+    """The schema that most of the records have, and the line of the first that has it."""
+    if format != "auto":
+        return _schema_named(format), records[0][0]
+    found: Counter[str] = Counter()
+    lines: dict[str, int] = {}
+    schemata: dict[str, _Schema] = {}
+    for line, record in records:
+        schema = _schema_of(record) if isinstance(record, Mapping) else None
+        if schema:
+            found[schema.columns] += 1
+            lines.setdefault(schema.columns, line)
+            schemata[schema.columns] = schema
+    if not found:
+        raise _no_schema(records, name)
+    columns = found.most_common(1)[0][0]
+    return schemata[columns], lines[columns]
+
+
+def _no_schema(records: Sequence[_Record], name: str) -> DataError:
+    line, record = records[0]
+    if isinstance(record, _BadRow):
+        return DataError(_sentence(record.message), where=f"{name}:{line}", fix=record.expected)
+    found = f"has the keys {_names(record)}" if isinstance(record, Mapping) else f"is {_kind(record)}"
+    return DataError(
+        f"The row {found}, which is no known schema",
+        where=f"{name}:{line}",
+        expected="; ".join(schema.columns for schema in SCHEMATA),
+        fix="rename the columns, or say which schema it is with `format`",
+    )
+
+
+def _schema_named(format: str) -> _Schema:
+    aliases = {"chat": "messages", "sharegpt": "conversations", "openai": "messages"}
+    wanted = aliases.get(format, format)
+    for schema in SCHEMATA:
+        if schema.name == wanted:
+            return schema
+    raise ConfigError(
+        f"`{format}` is no data format", where="format", fix=did_you_mean(format, {s.name for s in SCHEMATA})
+    )
+
+
+def _schema_of(record: Mapping[str, Any]) -> _Schema | None:
+    return next((schema for schema in SCHEMATA if schema.required(record)), None)
+
+
+def _convert(shape: _Shape, records: Iterator[_Record]) -> Iterator[Row | Problem]:
+    for line, record in records:
+        origin = Origin(shape.name, line)
+        try:
+            yield _convert_record(record, shape, origin)
+        except _BadRow as bad:
+            message = _sentence(bad.message) + (f" (expected: {bad.expected})" if bad.expected else "")
+            yield Problem(bad.kind, "error", message, (origin,))
+
+
+def _convert_record(record: Any, shape: _Shape, origin: Origin) -> Row:
+    if isinstance(record, _BadRow):
+        raise record
+    if not isinstance(record, Mapping):
+        raise _BadRow("wrong_type", f"the row is {_kind(record)}", "an object with named columns")
+    schema = shape.schema
+    used = schema.required(record)
+    if used is None:
+        raise _other_schema(record, shape)
+    parts = schema.convert(record, used)
+    messages = parts.messages
+    tools = None
+    if messages is not None:
+        used = (*used, "tools", "system")
+        tools = _tools(record.get("tools"))
+        messages = _with_system(messages, record.get("system"))
+    shape.ignored.update(record.keys() - schema.optional.union(used))
+    return Row(
+        messages=None if messages is None else tuple(messages),
+        prompt=parts.prompt,
+        completion=parts.completion,
+        text=parts.text,
+        tools=tools,
+        origin=origin,
+        weight=shape.weight,
+    )
+
+
+def _other_schema(record: Mapping[str, Any], shape: _Shape) -> _BadRow:
+    known = f"{shape.schema.columns}, as in line {shape.example_line}"
+    other = _schema_of(record)
+    if other:
+        return _BadRow(
+            "mixed_schemata", f"the row looks like {other.columns}, unlike the rest of the file", known
+        )
+    empty = [key for key, value in record.items() if value is None]
+    nulls = f"; {_names(empty)} is empty" if empty else ""
+    return _BadRow("missing_column", f"the row has the keys {_names(record)}{nulls}", known)
+
+
+def _needs(*columns: str) -> Callable[[Mapping[str, Any]], Sequence[str] | None]:
+    """A null counts as missing: table formats fill absent columns with it."""
+
+    def required(record: Mapping[str, Any]) -> Sequence[str] | None:
+        return columns if all(record.get(column) is not None for column in columns) else None
+
+    return required
+
+
+def _pair(record: Mapping[str, Any]) -> Sequence[str] | None:
+    names = {key.lower(): key for key, value in record.items() if value is not None and isinstance(key, str)}
+    for question, answer in PAIRS:
+        if question in names and answer in names:
+            return names[question], names[answer]
+    return None
+
+
+def _instruction(record: Mapping[str, Any]) -> Sequence[str] | None:
+    for answer in ("output", "response"):
+        if record.get("instruction") is not None and record.get(answer) is not None:
+            return "instruction", answer
+    return None
+
+
+def _prompt_is(kind: type) -> Callable[[Mapping[str, Any]], Sequence[str] | None]:
+    def required(record: Mapping[str, Any]) -> Sequence[str] | None:
+        columns = _needs("prompt", "completion")(record)
+        return columns if columns and isinstance(record["prompt"], list) == (kind is list) else None
+
+    return required
+
+
+def _from_messages(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    return _Parts(messages=_messages(record[columns[0]], columns[0]))
+
+
+def _from_alpaca(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    instruction, answer = (_text(record, column) for column in columns)
+    extra = next((column for column in ("input", "context") if record.get(column)), None)
+    question = f"{instruction}\n\n{_text(record, extra)}" if extra else instruction
+    return _Parts(messages=_exchange(question, answer))
+
+
+def _from_pair(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    question, answer = (_text(record, column) for column in columns)
+    return _Parts(messages=_exchange(question, answer))
+
+
+def _from_plain(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    return _Parts(prompt=_text(record, "prompt"), completion=_text(record, "completion"))
+
+
+def _from_chat_prompt(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    prompt = [{**message, "train": False} for message in _messages(record["prompt"], "prompt")]
+    return _Parts(messages=prompt + _messages(record["completion"], "completion"))
+
+
+def _from_text(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    text = _text(record, "text")
+    if not text.strip():
+        raise _BadRow("empty", "`text` is empty")
+    return _Parts(text=text)
+
+
+SCHEMATA = (
+    _Schema("messages", "`messages`", _from_messages, _needs("messages")),
+    _Schema("conversations", "`conversations`", _from_messages, _needs("conversations")),
+    _Schema("prompt_completion", "`prompt` and `completion` as text", _from_plain, _prompt_is(str)),
+    _Schema(
+        "prompt_completion", "`prompt` and `completion` as messages", _from_chat_prompt, _prompt_is(list)
+    ),
+    _Schema(
+        "alpaca",
+        "`instruction`, `output` and optionally `input`",
+        _from_alpaca,
+        _instruction,
+        frozenset({"input", "context"}),
+    ),
+    _Schema("qa", "a pair such as `question` and `answer`", _from_pair, _pair),
+    _Schema("text", "`text`", _from_text, _needs("text")),
+)
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def _exchange(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _with_system(messages: list[Message], system: Any) -> list[Message]:
+    """A `system` column beside the chat is its system message, unless the chat has its own."""
+    if not system or messages[0]["role"] == "system":
+        return messages
+    if not isinstance(system, str):
+        raise _BadRow("wrong_type", f"`system` is {_kind(system)}", "text")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _messages(value: Any, column: str) -> list[Message]:
+    if isinstance(value, str):
+        raise _BadRow(
+            "wrong_type",
+            f"`{column}` is a text, not a list",
+            "a list of messages; a JSON string has to be parsed",
+        )
+    if not isinstance(value, list | tuple):
+        raise _BadRow("wrong_type", f"`{column}` is {_kind(value)}", "a list of messages")
+    if not value:
+        raise _BadRow("empty_chat", f"`{column}` is an empty list", "at least one message")
+    return [_message(message, turn) for turn, message in enumerate(value, 1)]
+
+
+def _message(value: Any, turn: int) -> Message:
+    if not isinstance(value, Mapping):
+        raise _BadRow("wrong_type", f"turn {turn} is {_kind(value)}", "an object with `role` and `content`")
+    message = {key: item for key, item in value.items() if item is not None}
+    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
+    if role_key not in message:
+        raise _BadRow(
+            "missing_role",
+            f"turn {turn} has the keys {_names(value)} and no role",
+            "`role` (or `from`) in each message",
+        )
+    role = _role(message.pop(role_key), turn)
+    content = message.pop(content_key, None)
+    if message.get("tool_calls"):
+        message["tool_calls"] = [_tool_call(call, turn) for call in message["tool_calls"]]
+    else:
+        message.pop("tool_calls", None)
+    _check_loss_keys(message, turn)
+    return {"role": role, "content": _content(content, content_key, turn, message), **message}
+
+
+def _role(value: Any, turn: int) -> str:
+    role = ROLES.get(value.strip().lower()) if isinstance(value, str) else None
+    if role is None:
+        hint = did_you_mean(value, ROLES) if isinstance(value, str) else "a text"
+        raise _BadRow("unknown_role", f"turn {turn} has the unknown role `{value}`", hint)
+    return role
+
+
+def _content(value: Any, key: str, turn: int, message: Message) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None:
+        if "tool_calls" in message:
+            return ""
+        raise _BadRow("missing_content", f"turn {turn} has no `{key}`", "text")
+    if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("text") for part in value):
+        return "".join(part["text"] for part in value)
+    hint = "text only: images and sounds cannot be trained" if isinstance(value, list) else "text"
+    raise _BadRow("wrong_type", f"turn {turn} has {_kind(value)} as `{key}`", hint)
+
+
+def _tool_call(call: Any, turn: int) -> Any:
+    if not isinstance(call, Mapping):
+        raise _BadRow("wrong_type", f"turn {turn} has {_kind(call)} among its `tool_calls`", "an object")
+    call = _without_none(call)
+    target = call["function"] if isinstance(call.get("function"), dict) else call
+    if isinstance(target.get("arguments"), str):
+        # Chat templates write the arguments with `tojson`, which would quote a JSON string a second time.
+        try:
+            target["arguments"] = json.loads(target["arguments"])
+        except json.JSONDecodeError:
+            raise _BadRow("broken_json", f"turn {turn} has tool call arguments that are no JSON") from None
+    return call
+
+
+def _tools(value: Any) -> list[Any] | None:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise _BadRow("broken_json", f"`tools` is broken JSON: {error.msg}") from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise _BadRow("wrong_type", f"`tools` is {_kind(value)}", "a list of tool descriptions")
+    tools = _without_none(value)
+    return tools if isinstance(tools, list) else None
+
+
+def _without_none(value: Any) -> Any:
+    """Arrow fills every key that any row of the column has."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _check_loss_keys(message: Message, turn: int) -> None:
+    if not isinstance(message.get("train", True), bool):
+        raise _BadRow("wrong_type", f"turn {turn} has `train: {message['train']!r}`", "true or false")
+    weight = message.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise _BadRow("wrong_type", f"turn {turn} has `weight: {weight!r}`", "a number, at least 0")
+
+
+def _text(record: Mapping[str, Any], column: str) -> str:
+    value = record[column]
+    if not isinstance(value, str):
+        raise _BadRow("wrong_type", f"`{column}` is {_kind(value)}", "text")
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    if value is None:
+        return "nothing (null)"
+    shown = f" ({value!r})" if isinstance(value, int | float) else ""
+    return kinds.get(type(value), f"a {type(value).__name__}") + shown
+
+
+def _names(keys: Iterable[Any]) -> str:
+    return ", ".join(f"`{key}`" for key in keys) or "(none)"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

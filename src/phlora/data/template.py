@@ -1,0 +1,369 @@
+"""Where the text of each message stands in what a chat template renders, for any template.
+
+The idea: render the chat once with a placeholder in the place of every content. What stands between the
+placeholders is the template's own text; it depends on the roles only, so it is kept and reused. The real
+rendering is then those literals with the contents between them, checked character by character. Nothing is
+searched for, so contents that repeat, or that look like parts of the template, cannot be mistaken.
+
+A template that looks into the contents (strips reasoning, drops empty turns) breaks that check. There the
+chat is rendered once more per message, with only that message replaced; its span is what the two renderings
+do not share.
+
+The end-of-turn text is what follows an assistant turn both in the middle and at the end of a chat.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import jinja2
+
+from phlora.data.formats import Message
+from phlora.errors import ModelError
+
+Tokenizer: TypeAlias = Any
+Span: TypeAlias = tuple[int, int]
+
+_MARK = re.compile("\ue0f0(\\d+)\ue0f1")
+_MAX_SKELETONS = 4096
+_LOSS_KEYS = ("train", "weight")
+_PLAIN_KEYS = frozenset(("role", "content", *_LOSS_KEYS))
+
+
+class TemplateRefusal(Exception):
+    """The template cannot render this chat as it stands; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A rendered chat.
+
+    Attributes:
+        text: what the template wrote.
+        messages: the messages as rendered; the system prompt may have moved into the first user turn.
+        spans: per message the characters `[start, end)` of its content, None when it is empty and left out.
+        ends: per message the character after its end-of-turn token (its content's end when there is none).
+        notes: kinds of things a person should know: `system_folded, content_altered, missing_end_token,
+            tools_not_rendered, default_system`.
+    """
+
+    text: str
+    messages: Sequence[Message]
+    spans: Sequence[Span | None]
+    ends: Sequence[int]
+    notes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Skeleton:
+    """The template's own text: `literals[0] content[order[0]] literals[1] … literals[-1]`."""
+
+    literals: tuple[str, ...]
+    order: tuple[int, ...]
+
+
+@dataclass
+class ChatTemplate:
+    """The chat template of a tokenizer, and what is known about it.
+
+    Args:
+        tokenizer: a transformers tokenizer; only its methods are called.
+        template: rendered instead of the tokenizer's own template.
+    """
+
+    tokenizer: Tokenizer
+    template: str | None = None
+    _skeletons: dict[Any, _Skeleton] = field(default_factory=dict, repr=False)
+    _folds_system: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (self.template or self.tokenizer.chat_template):
+            raise ModelError(
+                "The tokenizer has no chat template",
+                expected="a chat model, or data as `prompt` and `completion` or `text`",
+                fix="use the instruct version of the model",
+            )
+
+    # ---------------------------------------------------------------------------------------- rendering
+
+    def render(
+        self, messages: Sequence[Message], tools: list[Any] | None = None, *, generation: bool = False
+    ) -> Rendering:
+        """Render a chat and find every message in it.
+
+        Args:
+            generation: end with the header of an assistant turn, as for generating an answer.
+
+        Raises:
+            TemplateRefusal: the template raises, or leaves out a message other than the system prompt.
+        """
+        if self._folds_system and messages[0]["role"] == "system":
+            return self._render_folded(messages, tools, generation)
+        try:
+            rendering = self._render(messages, tools, generation)
+        except TemplateRefusal as refusal:
+            if messages[0]["role"] != "system":
+                raise
+            try:
+                rendering = self._render_folded(messages, tools, generation)
+            except TemplateRefusal:
+                raise refusal from None
+            self._folds_system = True
+        return rendering
+
+    def _render_folded(
+        self, messages: Sequence[Message], tools: list[Any] | None, generation: bool
+    ) -> Rendering:
+        """Render with the system prompt at the head of the first user turn."""
+        rendering = self._render(fold_system(messages), tools, generation)
+        return replace(rendering, notes=rendering.notes | {"system_folded"})
+
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> Rendering:
+        text = self._apply(messages, tools, generation)
+        spans = self._align(text, messages, tools, generation) or self._differ(
+            text, messages, tools, generation
+        )
+        notes = set()
+        for turn, (message, span) in enumerate(zip(messages, spans, strict=True), 1):
+            if span is None and message["content"].strip():
+                raise TemplateRefusal(f"the chat template leaves out turn {turn} ({message['role']})")
+            if span is not None and text[span[0] : span[1]].strip() != message["content"].strip():
+                notes.add("content_altered")
+        spans = [
+            self._with_tool_calls(text, messages, tools, turn, span) if "tool_calls" in message else span
+            for turn, (message, span) in enumerate(zip(messages, spans, strict=True))
+        ]
+        ends = self._turn_ends(text, messages, spans, generation)
+        for message, span, end in zip(messages, spans, ends, strict=True):
+            if message["role"] == "assistant" and span is not None and end == span[1]:
+                notes.add("missing_end_token")
+        if tools and not self._reads_tools(tools):
+            notes.add("tools_not_rendered")
+        if messages[0]["role"] != "system" and self.default_system:
+            notes.add("default_system")
+        return Rendering(text, messages, spans, ends, frozenset(notes))
+
+    def _apply(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> str:
+        chat = [
+            {key: value for key, value in message.items() if key not in _LOSS_KEYS} for message in messages
+        ]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat,
+                tools=tools,
+                chat_template=self.template,
+                add_generation_prompt=generation,
+                tokenize=False,
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateRefusal(f"the chat template refuses the chat: {error.message}") from None
+        return str(text)
+
+    # ---------------------------------------------------------------------------------------- spans
+
+    def _align(
+        self, text: str, messages: Sequence[Message], tools: list[Any] | None, generation: bool
+    ) -> list[Span | None] | None:
+        """Lay the template's literals over the rendering; None when they do not fit."""
+        skeleton = self._skeleton(messages, tools, generation)
+        spans: list[Span | None] = [None] * len(messages)
+        if not text.startswith(skeleton.literals[0]):
+            return None
+        position = len(skeleton.literals[0])
+        for index, literal in zip(skeleton.order, skeleton.literals[1:], strict=True):
+            for content in _trimmed(messages[index]["content"]):
+                end = position + len(content)
+                if text.startswith(content, position) and text.startswith(literal, end):
+                    spans[index] = (position, end)
+                    position = end + len(literal)
+                    break
+            else:
+                return None
+        return spans if position == len(text) and len(set(skeleton.order)) == len(skeleton.order) else None
+
+    def _skeleton(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> _Skeleton:
+        key: Any = None
+        if not tools and all(message.keys() <= _PLAIN_KEYS for message in messages):
+            key = (generation, *[(message["role"], bool(message["content"])) for message in messages])
+            if key in self._skeletons:
+                return self._skeletons[key]
+        marked = [
+            {**message, "content": f"\ue0f0{index}\ue0f1"} if _is_marked(message) else message
+            for index, message in enumerate(messages)
+        ]
+        parts = _MARK.split(self._apply(marked, tools, generation))
+        skeleton = _Skeleton(tuple(parts[::2]), tuple(int(index) for index in parts[1::2]))
+        if key is not None:
+            if len(self._skeletons) >= _MAX_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = skeleton
+        return skeleton
+
+    def _differ(
+        self, text: str, messages: Sequence[Message], tools: list[Any] | None, generation: bool
+    ) -> list[Span | None]:
+        """The part of the rendering that depends on each message's content."""
+        spans: list[Span | None] = []
+        for index, message in enumerate(messages):
+            marked = [*messages[:index], {**message, "content": "\ue0f00\ue0f1"}, *messages[index + 1 :]]
+            probe = self._apply(marked, tools, generation)
+            start = len(os.path.commonprefix([text, probe]))
+            shared = len(os.path.commonprefix([text[start:][::-1], probe[start:][::-1]]))
+            # An empty turn that the template leaves out has no place; the probe shows a whole turn there.
+            is_left_out = not _MARK.search(probe) or (not message["content"] and message["role"] == "system")
+            spans.append(None if is_left_out else (start, len(text) - shared))
+        return spans
+
+    def _with_tool_calls(
+        self, text: str, messages: Sequence[Message], tools: list[Any] | None, index: int, span: Span | None
+    ) -> Span:
+        """Widen the span of an assistant turn to its tool calls, which the template writes in its own way."""
+        turn = f"turn {index + 1} ({messages[index]['role']})"
+        if span is None or span[0] == span[1]:
+            prompt = self._apply(messages[:index], tools, True) if index else ""
+            if not text.startswith(prompt):
+                raise TemplateRefusal(f"the tool call of {turn} cannot be found in the rendered chat")
+            span = (len(prompt), len(prompt))
+        end = text.find(self.turn_end, span[1]) if self.turn_end else len(text)
+        end = len(text) if end < 0 else end
+        for call in messages[index]["tool_calls"]:
+            name = (call.get("function") or call).get("name")
+            if not name or name not in text[span[0] : end]:
+                raise TemplateRefusal(f"the chat template leaves out the tool call of {turn}")
+        return span[0], end
+
+    def _turn_ends(
+        self, text: str, messages: Sequence[Message], spans: Sequence[Span | None], generation: bool
+    ) -> list[int]:
+        turn_end = self.turn_end
+        ends = [0] * len(spans)
+        last = len(messages) - 1
+        for index, span in enumerate(spans):
+            if span is None:
+                continue
+            end = span[1]
+            if turn_end and text.startswith(turn_end, end):
+                end += len(turn_end)
+            if index == last and not generation and text[end:].strip() == self.tokenizer.eos_token:
+                end = len(text)
+            ends[index] = end
+        return ends
+
+    # ---------------------------------------------------------------------------------------- facts
+
+    @cached_property
+    def turn_end(self) -> str:
+        """The text that ends an assistant turn, or nothing when the template has none."""
+        chat = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+        try:
+            literals = self._skeleton(chat, None, False).literals
+        except TemplateRefusal:
+            return self.tokenizer.eos_token or ""
+        if len(literals) != 5:
+            return self.tokenizer.eos_token or ""
+        middle, final = (self._control_split.split(literals[index]) for index in (2, 4))
+        text = ""
+        for one, other in zip(middle, final, strict=False):
+            if one != other:
+                return (text + os.path.commonprefix([one, other])).rstrip()
+            text += one
+            if self._control_split.fullmatch(one):
+                return text
+        return text.rstrip()
+
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The strings that the tokenizer turns into control tokens: what contents must not smuggle in."""
+        template = self.template or str(self.tokenizer.chat_template)
+        return frozenset(
+            token.content
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.content.strip() and (token.special or token.content in template)
+        )
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches any control token; the longest one where several begin."""
+        tokens = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    @cached_property
+    def _control_split(self) -> re.Pattern[str]:
+        return re.compile(f"({self.control_pattern.pattern})")
+
+    @cached_property
+    def default_system(self) -> str:
+        """The system prompt that the template writes of itself into a chat without one."""
+        user = {"role": "user", "content": "x"}
+        try:
+            without = self._skeleton([user], None, False).literals
+            given = self._skeleton([{"role": "system", "content": "x"}, user], None, False).literals
+        except TemplateRefusal:
+            return ""
+        if len(without) != 2 or len(given) != 3:
+            return ""
+        before, after = given[:2]
+        head = without[0]
+        injected = head[len(before) : len(head) - len(after)]
+        return injected if before + injected + after == head else ""
+
+    def _reads_tools(self, tools: list[Any]) -> bool:
+        """Whether the template writes the tools anywhere; found out with the first tools it meets."""
+        if "reads_tools" not in self.__dict__:
+            chat = [{"role": "user", "content": "x"}]
+            self.__dict__["reads_tools"] = self._apply(chat, tools, True) != self._apply(chat, None, True)
+        return bool(self.__dict__["reads_tools"])
+
+
+_templates: weakref.WeakKeyDictionary[Tokenizer, dict[Any, ChatTemplate]] = weakref.WeakKeyDictionary()
+
+
+def chat_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemplate:
+    """The `ChatTemplate` of a tokenizer, made once for each text of its template."""
+    known = _templates.setdefault(tokenizer, {})
+    key = template or str(tokenizer.chat_template)
+    if key not in known:
+        # The cache must not keep its own key alive.
+        known[key] = ChatTemplate(weakref.proxy(tokenizer), template)
+    return known[key]
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message]:
+    """Move the system prompt to the head of the first user turn.
+
+    Raises:
+        TemplateRefusal: there is no user turn.
+    """
+    system, rest = messages[0]["content"], list(messages[1:])
+    for index, message in enumerate(rest):
+        if message["role"] == "user":
+            content = f"{system}\n\n{message['content']}" if system else message["content"]
+            rest[index] = {**message, "content": content}
+            return rest
+    raise TemplateRefusal("the chat template has no system role, and the chat has no user turn to put it in")
+
+
+def _is_marked(message: Message) -> bool:
+    """Emptiness chooses a branch in templates for system prompts and beside tool calls; keep it there."""
+    return bool(message["content"]) or (message["role"] != "system" and "tool_calls" not in message)
+
+
+def _trimmed(content: str) -> Sequence[str]:
+    """The content as a template may have trimmed it, the likeliest first."""
+    if content == content.strip():
+        return (content,)
+    return (
+        content,
+        content.strip(),
+        content.rstrip(),
+        content.lstrip(),
+        content.strip("\n"),
+        content.rstrip("\n"),
+        content.lstrip("\n"),
+    )

@@ -1,0 +1,659 @@
+"""Turns rows into token rows: `input_ids`, `labels`, loss weights, and a count of what was cut or dropped.
+
+Trained are the contents of the assistant turns and the token that ends each turn. Which tokens these are is
+read from the character spans of `template.py` through the tokenizer's offsets; it never depends on how many
+tokens a prefix of the chat would have alone. `labels` follow transformers' convention: aligned with
+`input_ids`, -100 where nothing is learned.
+
+A control token such as `<|end|>` written inside a message is data, so it is tokenised as plain text: the
+stretch between two real control tokens is encoded alone with `split_special_tokens`. That is done only
+where encoding a harmless text of the same shape alone gives the same tokens as in its place; elsewhere an
+invisible space breaks the control token up.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any, Literal
+
+from phlora.config import TooLong, TrainOn
+from phlora.data.formats import Message, Origin, Problem, Row, Severity
+from phlora.data.template import (
+    ChatTemplate,
+    Rendering,
+    Span,
+    TemplateRefusal,
+    Tokenizer,
+    chat_template,
+)
+from phlora.errors import DataError, ModelError
+
+IGNORED = -100
+BATCH_ROWS = 512
+ZERO_WIDTH_SPACE = "\u200b"
+
+SkipKind = Literal["no_answer", "not_rendered", "too_long", "no_trained_token"]
+# Rows that no setting can make trainable: a mistake in the data rather than a choice.
+MISTAKES = ("no_answer", "not_rendered")
+
+NOTES: dict[str, tuple[Severity, str]] = {
+    "system_folded": (
+        "warning",
+        "the chat template has no system message, so it was put at the head of the first user turn",
+    ),
+    "default_system": ("note", "the chat has no system message and the chat template writes its own"),
+    "tools_not_rendered": ("warning", "the chat template ignores the `tools` column"),
+    "content_altered": ("warning", "the chat template changes the content of a message"),
+    "missing_end_token": ("warning", "the chat template writes no end token after the assistant's turn"),
+    "leading_whitespace": (
+        "warning",
+        "the answer begins with white space that the tokenizer swallows; it is not learned",
+    ),
+    "control_tokens": (
+        "warning",
+        "a message contains the text of control tokens; it was taken as plain text",
+    ),
+    "control_tokens_broken": (
+        "warning",
+        "a message contains the text of control tokens; a zero-width space was put into each to disarm it",
+    ),
+    "pre_rendered": (
+        "warning",
+        "the text is a chat that was rendered already; its control tokens are kept, and all of a `text` "
+        "column is trained (give `messages` to train on the answers only)",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """One row as tokens.
+
+    Attributes:
+        input_ids: (T,)
+        labels: (T,), the same ids, -100 where nothing is learned. Not shifted.
+        weights: (T,) loss weight of each token, 0 where nothing is learned; None means 1 for all trained
+            tokens.
+        num_cut_messages: how many of the oldest messages were left out so that the row fits.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    weights: list[float] | None
+    origin: Origin
+    num_cut_messages: int = 0
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A row that is not trained on, and why."""
+
+    origin: Origin
+    reason: str
+    kind: SkipKind
+
+
+@dataclass(frozen=True)
+class TokenizedSet:
+    """All token rows, and what happened on the way.
+
+    Attributes:
+        rows: in the order of the rows.
+        skipped: the rows left out.
+        cut: origins of the rows that lost their oldest messages.
+        notes: what a person should know, one entry a kind, with the rows concerned.
+    """
+
+    rows: list[TokenizedRow]
+    skipped: list[Skipped]
+    cut: list[Origin]
+    notes: list[Problem]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.input_ids) for row in self.rows)
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return sum(row.num_trained_tokens for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """A row as a question: everything before its last answer, ready for generation."""
+
+    prompt_ids: list[int]
+    reference: str
+    messages: tuple[Message, ...] | None
+    tools: list[Any] | None
+    origin: Origin
+
+
+def tokenize_row(
+    row: Row,
+    tokenizer: Tokenizer,
+    *,
+    train_on: TrainOn = "assistant",
+    max_length: int | None = None,
+    too_long: TooLong = "truncate_history",
+    training_template: str | None = None,
+) -> TokenizedRow | Skipped:
+    """Tokenise one row; the arguments are those of `tokenize_rows`."""
+    options = _Options(train_on, max_length, too_long, training_template)
+    return next(iter(_RowTokenizer(tokenizer, options).run([row])))
+
+
+def tokenize_rows(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    train_on: TrainOn = "assistant",
+    max_length: int | None = None,
+    too_long: TooLong = "truncate_history",
+    training_template: str | None = None,
+    on_bad: Literal["raise", "collect"] = "raise",
+    progress: Callable[[int], None] | None = None,
+) -> TokenizedSet:
+    """Tokenise rows with the tokenizer's own chat template.
+
+    Args:
+        train_on: `assistant` turns, the `last` assistant turn, or `all` tokens. A message's own `train` wins.
+        max_length: longest row in tokens.
+        too_long: for longer rows: `truncate_history` leaves out the oldest exchanges (never the system
+            prompt, never a part of the last exchange), `drop` the row, `error` raises.
+        training_template: a variant of the chat template with `{% generation %}` markers; they then decide
+            what belongs to an assistant turn.
+        on_bad: `raise` when a row cannot be trained at all (no answer, a message that the template leaves
+            out), or when no row is left; `collect` lists them in `skipped` only.
+        progress: called with the number of rows done since the last call.
+
+    Raises:
+        DataError: see `too_long` and `on_bad`.
+        ModelError: the tokenizer has no chat template or is not a fast one.
+    """
+    worker = _RowTokenizer(tokenizer, _Options(train_on, max_length, too_long, training_template))
+    done: list[TokenizedRow] = []
+    skipped: list[Skipped] = []
+    remaining = iter(rows)
+    while batch := list(islice(remaining, BATCH_ROWS)):
+        for result in worker.run(batch):
+            (done if isinstance(result, TokenizedRow) else skipped).append(result)  # type: ignore[arg-type]
+        if progress:
+            progress(len(batch))
+    if on_bad == "raise":
+        _raise_for(done, skipped)
+    cut = [row.origin for row in done if row.num_cut_messages]
+    return TokenizedSet(done, skipped, cut, worker.problems())
+
+
+def encode_prompt(row: Row, tokenizer: Tokenizer) -> PromptItem | None:
+    """The row's prompt as tokens and its last answer as text; None for a row without an answer.
+
+    Raises:
+        DataError: the chat template cannot render the prompt.
+    """
+    if row.completion is not None and row.prompt is not None:
+        ids = _Encoder(tokenizer).plain(row.prompt)[0]
+        return PromptItem(ids, row.completion, None, None, row.origin)
+    last = _last_assistant(row.messages or ())
+    if row.messages is None or last < 1:
+        return None
+    messages, answer = row.messages[:last], row.messages[last]
+    try:
+        ids = encode_chat(messages, tokenizer, tools=row.tools)
+    except TemplateRefusal as refusal:
+        raise DataError(_sentence(str(refusal)), where=str(row.origin)) from None
+    reference = answer["content"] or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False)
+    return PromptItem(ids, reference, messages, row.tools, row.origin)
+
+
+def encode_chat(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: list[Any] | None = None
+) -> list[int]:
+    """The ids that ask for the next assistant turn, made exactly as the training rows are made.
+
+    Raises:
+        TemplateRefusal: the chat template cannot render the chat.
+    """
+    encoder = _Encoder(tokenizer)
+    rendering = chat_template(tokenizer).render(messages, tools, generation=True)
+    return encoder.rendering(rendering, chat_template(tokenizer), tools=tools, generation=True)[1]
+
+
+# ------------------------------------------------------------------------------------------------ encoding
+
+Encoded = tuple[list[int], list[Span]]
+
+
+class _Encoder:
+    """Text to ids and character offsets, without special tokens of its own."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"The tokenizer {type(tokenizer).__name__} gives no character offsets",
+                expected="a fast tokenizer (tokenizer.json)",
+                fix="save the model's tokenizer in the fast format",
+            )
+        self.tokenizer = tokenizer
+
+    def texts(self, texts: list[str], *, split_special_tokens: bool = False) -> list[Encoded]:
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            split_special_tokens=split_special_tokens,
+            verbose=False,
+        )
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+    def plain(self, text: str) -> Encoded:
+        """Text that no template rendered: it begins with the one BOS token that the tokenizer would add."""
+        return self.with_bos(self.texts([text])[0])
+
+    def with_bos(self, encoded: Encoded) -> Encoded:
+        ids, offsets = encoded
+        bos = self.tokenizer.bos_token_id
+        adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
+        if adds_bos and ids[:1] != [bos]:
+            return [bos, *ids], [(0, 0), *offsets]
+        return ids, offsets
+
+    def rendering(
+        self,
+        rendering: Rendering,
+        template: ChatTemplate,
+        *,
+        tools: list[Any] | None = None,
+        generation: bool = False,
+    ) -> tuple[Rendering, list[int], list[Span]]:
+        """Encode one rendered chat, with control tokens inside the contents as plain text."""
+        written = control_spans(rendering, template)
+        if not written:
+            return rendering, *self.texts([rendering.text])[0]
+        encoded = self._with_plain_text(rendering.text, written, template)
+        if encoded:
+            return replace(rendering, notes=rendering.notes | {"control_tokens"}), *encoded
+        messages = [
+            {
+                **message,
+                "content": template.control_pattern.sub(
+                    lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], message["content"]
+                ),
+            }
+            for message in rendering.messages
+        ]
+        broken = template.render(messages, tools, generation=generation)
+        notes = rendering.notes | broken.notes | {"control_tokens_broken"}
+        return replace(broken, notes=notes), *self.texts([broken.text])[0]
+
+    def _with_plain_text(self, text: str, written: Sequence[Span], template: ChatTemplate) -> Encoded | None:
+        """Encode with the control tokens at `written` as plain text; None when that would not be exact."""
+        harmless = _overwrite(text, written)
+        ids, offsets = self.texts([harmless])[0]
+        control_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in template.control_tokens}
+        borders = [index for index, token in enumerate(ids) if token in control_ids]
+        new_ids: list[int] = []
+        new_offsets: list[Span] = []
+        for left, right in zip([-1, *borders], [*borders, len(ids)], strict=True):
+            if left >= 0:
+                new_ids.append(ids[left])
+                new_offsets.append(offsets[left])
+            start = offsets[left][1] if left >= 0 else 0
+            end = offsets[right][0] if right < len(ids) else len(text)
+            piece, piece_offsets = ids[left + 1 : right], offsets[left + 1 : right]
+            if any(start <= span[0] < end for span in written):
+                alone, plain = self.texts([harmless[start:end], text[start:end]], split_special_tokens=True)
+                if alone[0] != piece or control_ids.intersection(plain[0]):
+                    return None
+                piece = plain[0]
+                piece_offsets = [(start + one, start + other) for one, other in plain[1]]
+            new_ids += piece
+            new_offsets += piece_offsets
+        return new_ids, new_offsets
+
+
+def control_spans(rendering: Rendering, template: ChatTemplate) -> list[Span]:
+    """Where the contents of a rendered chat spell out control tokens."""
+    spans = []
+    for message, span in zip(rendering.messages, rendering.spans, strict=True):
+        if span and template.control_pattern.search(message["content"]):
+            matches = template.control_pattern.finditer(rendering.text, span[0], span[1])
+            spans += [match.span() for match in matches]
+    return spans
+
+
+def _overwrite(text: str, spans: Sequence[Span]) -> str:
+    """The text with each span overwritten by as many ordinary characters."""
+    parts, position = [], 0
+    for start, end in spans:
+        parts += [text[position:start], "<" + "x" * (end - start - 1)]
+        position = end
+    return "".join([*parts, text[position:]])
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    train_on: TrainOn
+    max_length: int | None
+    too_long: TooLong
+    training_template: str | None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A row on its way: what will be encoded, and for a chat where its messages stand in it."""
+
+    row: Row
+    text: str
+    rendering: Rendering | None = None
+    num_cut_messages: int = 0
+
+
+@dataclass
+class _RowTokenizer:
+    tokenizer: Tokenizer
+    options: _Options
+    notes: dict[str, list[Origin]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.encoder = _Encoder(self.tokenizer)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return chat_template(self.tokenizer, self.options.training_template)
+
+    def run(self, rows: Sequence[Row]) -> list[TokenizedRow | Skipped]:
+        """Render all rows, encode them in one call, then place the labels."""
+        drafts = [self._draft(row) for row in rows]
+        simple = [draft for draft in drafts if isinstance(draft, _Draft) and not self._has_control(draft)]
+        encoded = {
+            id(draft): result
+            for draft, result in zip(
+                simple, self.encoder.texts([draft.text for draft in simple]), strict=True
+            )
+        }
+        return [
+            draft if isinstance(draft, Skipped) else self._finish(draft, encoded.get(id(draft)))
+            for draft in drafts
+        ]
+
+    def problems(self) -> list[Problem]:
+        """The notes so far, one entry a kind."""
+        return [
+            Problem(kind, NOTES[kind][0], self._note_text(kind), tuple(origins), len(origins))
+            for kind, origins in self.notes.items()
+        ]
+
+    def _note_text(self, kind: str) -> str:
+        text = _sentence(NOTES[kind][1])
+        return f"{text}: {self.template.default_system!r}" if kind == "default_system" else text
+
+    def _note(self, kinds: Iterable[str], origin: Origin) -> None:
+        for kind in sorted(kinds):
+            self.notes.setdefault(kind, []).append(origin)
+
+    def _has_control(self, draft: _Draft) -> bool:
+        return draft.rendering is not None and bool(control_spans(draft.rendering, self.template))
+
+    def _draft(self, row: Row) -> _Draft | Skipped:
+        if row.messages is None:
+            return _Draft(row, row.text if row.text is not None else f"{row.prompt}{row.completion}")
+        if self.options.train_on != "all" and _last_assistant(row.messages) < 0:
+            if not any(message.get("train") for message in row.messages):
+                return Skipped(row.origin, "the chat has no assistant turn to train on", "no_answer")
+        try:
+            rendering = self.template.render(row.messages, row.tools)
+        except TemplateRefusal as refusal:
+            return Skipped(row.origin, str(refusal), "not_rendered")
+        return _Draft(row, rendering.text, rendering)
+
+    def _finish(self, draft: _Draft, encoded: Encoded | None) -> TokenizedRow | Skipped:
+        result = (
+            self._plain(draft, encoded) if encoded and not draft.rendering else self._chat(draft, encoded)
+        )
+        limit = self.options.max_length
+        if isinstance(result, Skipped) or limit is None or len(result.input_ids) <= limit:
+            return result
+        return self._shorten(draft.row, len(result.input_ids), limit)
+
+    # ---------------------------------------------------------------------------------------- plain rows
+
+    def _plain(self, draft: _Draft, encoded: Encoded) -> TokenizedRow:
+        """Train the completion (or the whole text) and the end token after it."""
+        row = draft.row
+        ids, offsets = self.encoder.with_bos(encoded)
+        ids, offsets = list(ids), list(offsets)
+        ending = self._pre_rendered_end(draft)
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and not ending and ids[-1:] != [eos]:
+            ids.append(eos)
+            offsets.append((len(draft.text), len(draft.text) + 1))
+        start = 0 if row.text is not None else len(row.prompt or "")
+        labels = [IGNORED] * len(ids)
+        first, _ = _token_range(offsets, (start, len(draft.text)), ids, self._control_ids)
+        if row.text is not None:
+            first = 1 if offsets[0] == (0, 0) and len(ids) > 1 else 0
+        labels[first:] = ids[first:]
+        weights = None if row.weight == 1 else [0.0] * first + [float(row.weight)] * (len(ids) - first)
+        return TokenizedRow(ids, labels, weights, row.origin)
+
+    def _pre_rendered_end(self, draft: _Draft) -> bool:
+        """Note a text that is a rendered chat already; whether it brings its own end token."""
+        if not self.tokenizer.chat_template:
+            return False
+        template = self.template
+        if not template.turn_end or template.turn_end.strip() not in draft.text:
+            return False
+        self._note(["pre_rendered"], draft.row.origin)
+        return draft.text.rstrip().endswith(template.turn_end.strip())
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        decoder = self.tokenizer.added_tokens_decoder
+        return frozenset(token for token, item in decoder.items() if item.special)
+
+    # ---------------------------------------------------------------------------------------- chats
+
+    def _chat(self, draft: _Draft, encoded: Encoded | None) -> TokenizedRow | Skipped:
+        assert draft.rendering is not None
+        rendering = draft.rendering
+        if encoded:
+            ids, offsets = encoded
+        else:
+            rendering, ids, offsets = self.encoder.rendering(rendering, self.template, tools=draft.row.tools)
+        trained = self._trained_spans(rendering)
+        labels, weights = self._place(rendering, ids, offsets, trained, draft.row)
+        notes = set(rendering.notes)
+        if any(self._loses_whitespace(message, span, ids, offsets) for message, span, _ in trained):
+            notes.add("leading_whitespace")
+        self._note(notes, draft.row.origin)
+        if labels.count(IGNORED) == len(labels):
+            return Skipped(draft.row.origin, "none of the row's tokens is trained", "no_trained_token")
+        return TokenizedRow(ids, labels, weights, draft.row.origin, draft.num_cut_messages)
+
+    def _trained_spans(self, rendering: Rendering) -> list[tuple[Message, Span, Span]]:
+        """The trained messages, each with its content and its end, and with the whole stretch it owns."""
+        last = _last_assistant(rendering.messages)
+        trained = []
+        for index, (message, span) in enumerate(zip(rendering.messages, rendering.spans, strict=True)):
+            by_default = {
+                "all": True,
+                "assistant": message["role"] == "assistant",
+                "last": index == last,
+            }[self.options.train_on]
+            if span is None or not message.get("train", by_default) or message.get("weight") == 0:
+                continue
+            before = rendering.ends[index - 1] if index else 0
+            following = next((span for span in rendering.spans[index + 1 :] if span), None)
+            owned = (before, following[0] if following else len(rendering.text))
+            trained.append((message, (span[0], rendering.ends[index]), owned))
+        return trained
+
+    def _place(
+        self,
+        rendering: Rendering,
+        ids: list[int],
+        offsets: list[Span],
+        trained: list[tuple[Message, Span, Span]],
+        row: Row,
+    ) -> tuple[list[int], list[float] | None]:
+        """Labels and weights of a chat."""
+        if self.options.train_on == "all":
+            labels = list(ids)
+            for message, span in zip(rendering.messages, self._turns(rendering), strict=True):
+                if span and (message.get("train") is False or message.get("weight") == 0):
+                    first, end = _token_range(offsets, span, ids, self._control_ids)
+                    labels[first:end] = [IGNORED] * (end - first)
+        else:
+            labels = [IGNORED] * len(ids)
+        mask = self._generation_mask(rendering, ids, row)
+        weights = [float(row.weight)] * len(ids)
+        for message, span, owned in trained:
+            first, end = _token_range(offsets, span, ids, self._control_ids)
+            if mask is not None:
+                first, end = _token_range(offsets, owned, ids, frozenset())
+            for index in range(first, end):
+                if mask is None or mask[index]:
+                    labels[index] = ids[index]
+                    weights[index] = row.weight * message.get("weight", 1.0)
+        weights = [0.0 if label == IGNORED else weight for label, weight in zip(labels, weights, strict=True)]
+        is_plain = all(weight == 1 for weight, label in zip(weights, labels, strict=True) if label != IGNORED)
+        return labels, None if is_plain else weights
+
+    @staticmethod
+    def _turns(rendering: Rendering) -> list[Span | None]:
+        return [span and (span[0], end) for span, end in zip(rendering.spans, rendering.ends, strict=True)]
+
+    def _generation_mask(self, rendering: Rendering, ids: list[int], row: Row) -> list[int] | None:
+        """The training template's own mask, where it exists and speaks of the same tokens."""
+        if self.options.training_template is None or self.options.train_on == "all":
+            return None
+        chat = [
+            {key: value for key, value in message.items() if key not in ("train", "weight")}
+            for message in rendering.messages
+        ]
+        encoded = self.tokenizer.apply_chat_template(
+            chat,
+            tools=row.tools,
+            chat_template=self.options.training_template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        mask: list[int] = encoded["assistant_masks"]
+        return mask if encoded["input_ids"] == ids and any(mask) else None
+
+    def _loses_whitespace(self, message: Message, span: Span, ids: list[int], offsets: list[Span]) -> bool:
+        if not message["content"][:1].isspace():
+            return False
+        first = bisect_left(offsets, (span[0],))
+        return first > 0 and offsets[first - 1][1] > span[0] and ids[first - 1] in self._control_ids
+
+    # ---------------------------------------------------------------------------------------- long rows
+
+    def _shorten(self, row: Row, num_tokens: int, limit: int) -> TokenizedRow | Skipped:
+        reason = f"the row has {num_tokens} tokens, more than max_length={limit}"
+        if self.options.too_long == "error":
+            raise DataError(
+                _sentence(reason),
+                where=str(row.origin),
+                fix="raise max_length, shorten the row, or set too_long to truncate_history or drop",
+            )
+        if self.options.too_long == "drop" or row.messages is None:
+            return Skipped(row.origin, reason, "too_long")
+        shorter = self._without_history(row, limit)
+        return shorter or Skipped(row.origin, f"{reason}, even with its last exchange alone", "too_long")
+
+    def _without_history(self, row: Row, limit: int) -> TokenizedRow | Skipped | None:
+        """The row without just as many of its oldest exchanges as make it fit; None when none does."""
+        messages = row.messages or ()
+        starts = _exchange_starts(messages)
+        best: TokenizedRow | Skipped | None = None
+        low, high = 1, len(starts) - 1
+        while low <= high:
+            middle = (low + high) // 2
+            result = self._from_exchange(row, starts[middle], starts[0])
+            if isinstance(result, TokenizedRow) and len(result.input_ids) > limit:
+                low = middle + 1
+            else:
+                best, high = result, middle - 1
+        return best
+
+    def _from_exchange(self, row: Row, start: int, head: int) -> TokenizedRow | Skipped:
+        messages = row.messages or ()
+        shorter = replace(row, messages=(*messages[:head], *messages[start:]))
+        draft = self._draft(shorter)
+        if isinstance(draft, Skipped):
+            return draft
+        draft.num_cut_messages = start - head
+        return self._chat(draft, None)
+
+
+def _token_range(
+    offsets: Sequence[Span], span: Span, ids: Sequence[int], control_ids: frozenset[int]
+) -> tuple[int, int]:
+    """The tokens that touch the characters of a span.
+
+    A token that a BPE merge carried over the border counts, a control token that swallowed the white space
+    after it does not: at inference the one is written by the model, the other by the template.
+    """
+    first = bisect_left(offsets, (span[0],))
+    while first > 0 and offsets[first - 1][1] > span[0] and ids[first - 1] not in control_ids:
+        first -= 1
+    return first, max(first, bisect_left(offsets, (span[1],)))
+
+
+def _exchange_starts(messages: Sequence[Message]) -> list[int]:
+    """Where each exchange begins, from the end of the system prompt to the one with the last answer."""
+    head = 0
+    while head < len(messages) and messages[head]["role"] == "system":
+        head += 1
+    last = _last_assistant(messages)
+    return [head] + [
+        index
+        for index in range(head + 1, last + 1)
+        if messages[index]["role"] == "user" and messages[index - 1]["role"] != "user"
+    ]
+
+
+def _last_assistant(messages: Sequence[Message]) -> int:
+    """The index of the last assistant turn, or -1."""
+    return max(
+        (index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1
+    )
+
+
+def _raise_for(done: Sequence[TokenizedRow], skipped: Sequence[Skipped]) -> None:
+    mistakes = [skip for skip in skipped if skip.kind in MISTAKES]
+    if mistakes:
+        more = f" ({len(mistakes) - 1} more rows cannot be used either)" if len(mistakes) > 1 else ""
+        raise DataError(
+            f"{_sentence(mistakes[0].reason)}{more}",
+            where=str(mistakes[0].origin),
+            fix="correct or remove the rows; `phlora data check FILE` lists all of them",
+        )
+    if not done:
+        reasons = Counter(skip.kind for skip in skipped)
+        counted = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in reasons.most_common())
+        first = f"; the first: {skipped[0].origin}: {skipped[0].reason}" if skipped else ""
+        raise DataError(f"No row is left to train on ({counted or 'there were none'}){first}")
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
