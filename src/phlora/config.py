@@ -8,7 +8,7 @@ saved beside the run.
 
 from __future__ import annotations
 
-import json
+import copy
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -104,9 +104,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing, is no mapping, or holds an unknown key or a value of the wrong type.
     """
-    values = read_mapping(path)
-    origins = dict.fromkeys(_leaves(values), str(path))
+    values, origins = read_config(path)
     return build_config(*apply_overrides(values, overrides, origins))
+
+
+def read_config(path: str | Path) -> tuple[dict[str, Any], Origins]:
+    """The values in a configuration file, shorthands written out, and the origin of each."""
+    values = _shorthands(read_mapping(path))
+    return values, dict.fromkeys(_leaves(values), str(path))
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -145,11 +150,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(
-    values: dict[str, Any], overrides: Sequence[str], origins: Origins | None = None, *, origin: str = "--set"
+    values: Mapping[str, Any],
+    overrides: Sequence[str],
+    origins: Mapping[str, str] | None = None,
+    *,
+    origin: str = "--set",
 ) -> tuple[dict[str, Any], Origins]:
     """Lay `section.key=value` strings over a mapping; values are read as YAML. Returns new objects."""
-    values = json.loads(json.dumps(_shorthands(values), default=str))
-    origins = dict(origins or {})
+    result, sources = dict(values), dict(origins or {})
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -158,9 +166,25 @@ def apply_overrides(
                 where=origin,
                 expected="section.key=value, for example training_config.learning_rate=3e-4",
             )
-        _assign(values, key.strip().split("."), yaml.safe_load(text), where=origin)
-        origins[key.strip()] = origin
-    return values, origins
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"The value of `{override}` is no valid YAML", where=origin, fix="put the value into quotes"
+            ) from None
+        result, sources = set_value(result, key.strip(), value, sources, origin=origin)
+    return result, sources
+
+
+def set_value(
+    values: Mapping[str, Any], key: str, value: Any, origins: Mapping[str, str], *, origin: str
+) -> tuple[dict[str, Any], Origins]:
+    """Set one dotted key and its origin. Returns new objects."""
+    result = copy.deepcopy(_shorthands(values))
+    _assign(result, key.split("."), value, where=origin)
+    if not isinstance(value, Mapping):
+        key = {"model": "model.name", "data": "data.files"}.get(key, key)
+    return result, {**origins, key: origin}
 
 
 def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> RunConfig:
