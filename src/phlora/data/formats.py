@@ -319,11 +319,12 @@ def _open_path(source: str) -> tuple[str, Iterator[_Record]]:
         return source, _read_folder(path, None)
     if path.is_file():
         return source, _reader_for(path)(path)
+    name, _, split = source.rpartition(":")
+    if name and Path(name).is_dir():
+        return source, _read_folder(Path(name), split)
     if _looks_local(source):
         raise _missing_file(path)
     name, _, split = source.partition(":")
-    if split and Path(name).is_dir():
-        return source, _read_folder(Path(name), split)
     return source, _read_hub(name, split or None)
 
 
@@ -551,7 +552,6 @@ def _is_offline() -> bool:
 
 def _probe_hub(name: str) -> None:
     """Ask for the data set once, because `load_dataset` tries an unreachable hub for half a minute."""
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -849,7 +849,7 @@ def _role(value: Any, turn: int) -> str:
 
 def _content(value: Any, key: str, turn: int, message: Message) -> str:
     if isinstance(value, str):
-        return value
+        return _encodable(value, f"turn {turn}")
     if value is None:
         if "tool_calls" in message:
             return ""
@@ -907,7 +907,21 @@ def _text(record: Mapping[str, Any], column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise _BadRow("wrong_type", f"`{column}` is {_kind(value)}", "text")
-    return value
+    return _encodable(value, f"`{column}`")
+
+
+def _encodable(text: str, where: str) -> str:
+    """JSON can spell half a surrogate pair (`\\ud83d` alone), which no tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _BadRow(
+                "encoding",
+                f"{where} holds half of a surrogate pair at character {error.start}",
+                "whole characters",
+            ) from None
+    return text
 
 
 def _kind(value: Any) -> str:

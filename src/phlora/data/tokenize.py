@@ -305,7 +305,11 @@ class _Encoder:
         harmless = _overwrite(text, written)
         ids, offsets = self.texts([harmless])[0]
         control_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in template.control_tokens}
-        borders = [index for index, token in enumerate(ids) if token in control_ids]
+        borders = [
+            index
+            for index, (token, offset) in enumerate(zip(ids, offsets, strict=True))
+            if token in control_ids and harmless[slice(*offset)].strip() in template.control_tokens
+        ]
         new_ids: list[int] = []
         new_offsets: list[Span] = []
         for left, right in zip([-1, *borders], [*borders, len(ids)], strict=True):
@@ -478,68 +482,59 @@ class _RowTokenizer:
             ids, offsets = encoded
         else:
             rendering, ids, offsets = self.encoder.rendering(rendering, self.template, tools=draft.row.tools)
-        trained = self._trained_spans(rendering)
-        labels, weights = self._place(rendering, ids, offsets, trained, draft.row)
+        labels, weights = self._place(rendering, ids, offsets, draft.row)
         notes = set(rendering.notes)
-        if any(self._loses_whitespace(message, span, ids, offsets) for message, span, _ in trained):
+        if self._loses_whitespace(rendering, ids, offsets):
             notes.add("leading_whitespace")
         self._note(notes, draft.row.origin)
         if labels.count(IGNORED) == len(labels):
             return Skipped(draft.row.origin, "none of the row's tokens is trained", "no_trained_token")
         return TokenizedRow(ids, labels, weights, draft.row.origin, draft.num_cut_messages)
 
-    def _trained_spans(self, rendering: Rendering) -> list[tuple[Message, Span, Span]]:
-        """The trained messages, each with its content and its end, and with the whole stretch it owns."""
-        last = _last_assistant(rendering.messages)
-        trained = []
-        for index, (message, span) in enumerate(zip(rendering.messages, rendering.spans, strict=True)):
-            by_default = {
-                "all": True,
-                "assistant": message["role"] == "assistant",
-                "last": index == last,
-            }[self.options.train_on]
-            if span is None or not message.get("train", by_default) or message.get("weight") == 0:
-                continue
-            before = rendering.ends[index - 1] if index else 0
-            following = next((span for span in rendering.spans[index + 1 :] if span), None)
-            owned = (before, following[0] if following else len(rendering.text))
-            trained.append((message, (span[0], rendering.ends[index]), owned))
-        return trained
+    def _is_trained(self, message: Message, *, is_last: bool) -> bool:
+        """A message's own `train` wins over `train_on`."""
+        by_default = {"all": True, "assistant": message["role"] == "assistant", "last": is_last}
+        return bool(message.get("train", by_default[self.options.train_on])) and message.get("weight") != 0
 
     def _place(
-        self,
-        rendering: Rendering,
-        ids: list[int],
-        offsets: list[Span],
-        trained: list[tuple[Message, Span, Span]],
-        row: Row,
+        self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row
     ) -> tuple[list[int], list[float] | None]:
         """Labels and weights of a chat."""
-        if self.options.train_on == "all":
-            labels = list(ids)
-            for message, span in zip(rendering.messages, self._turns(rendering), strict=True):
-                if span and (message.get("train") is False or message.get("weight") == 0):
-                    first, end = _token_range(offsets, span, ids, self._control_ids)
-                    labels[first:end] = [IGNORED] * (end - first)
-        else:
-            labels = [IGNORED] * len(ids)
-        mask = self._generation_mask(rendering, ids, row)
+        trains_all = self.options.train_on == "all"
+        labels = list(ids) if trains_all else [IGNORED] * len(ids)
         weights = [float(row.weight)] * len(ids)
-        for message, span, owned in trained:
-            first, end = _token_range(offsets, span, ids, self._control_ids)
-            if mask is not None:
-                first, end = _token_range(offsets, owned, ids, frozenset())
-            for index in range(first, end):
-                if mask is None or mask[index]:
-                    labels[index] = ids[index]
-                    weights[index] = row.weight * message.get("weight", 1.0)
-        weights = [0.0 if label == IGNORED else weight for label, weight in zip(labels, weights, strict=True)]
-        is_plain = all(weight == 1 for weight, label in zip(weights, labels, strict=True) if label != IGNORED)
-        return labels, None if is_plain else weights
+        mask = self._generation_mask(rendering, ids, row)
+        last = _last_assistant(rendering.messages)
+        for index, message in enumerate(rendering.messages):
+            is_trained = self._is_trained(message, is_last=index == last)
+            if is_trained == trains_all and "weight" not in message:
+                continue
+            first, end = self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)
+            kept = mask[first:end] if mask is not None else [1] * (end - first)
+            labels[first:end] = [
+                token if is_trained and keep else IGNORED
+                for token, keep in zip(ids[first:end], kept, strict=True)
+            ]
+            weights[first:end] = [row.weight * message.get("weight", 1.0)] * (end - first)
+        if row.weight == 1 and not any("weight" in message for message in rendering.messages):
+            return labels, None
+        return labels, [
+            0.0 if label == IGNORED else weight for label, weight in zip(labels, weights, strict=True)
+        ]
 
-    @staticmethod
-    def _turns(rendering: Rendering) -> list[Span | None]:
-        return [span and (span[0], end) for span, end in zip(rendering.spans, rendering.ends, strict=True)]
+    def _tokens_of(
+        self, rendering: Rendering, index: int, ids: list[int], offsets: list[Span], *, is_marked: bool
+    ) -> tuple[int, int]:
+        """The tokens of a message and its end; all up to the next message where the template marks them."""
+        span = rendering.spans[index]
+        if span is None:
+            return 0, 0
+        if not is_marked:
+            return _token_range(offsets, (span[0], rendering.ends[index]), ids, self._control_ids)
+        before = rendering.ends[index - 1] if index else 0
+        following = next((span for span in rendering.spans[index + 1 :] if span), None)
+        owned = (before, following[0] if following else len(rendering.text))
+        return _token_range(offsets, owned, ids, self._control_ids)
 
     def _generation_mask(self, rendering: Rendering, ids: list[int], row: Row) -> list[int] | None:
         """The training template's own mask, where it exists and speaks of the same tokens."""
@@ -559,11 +554,14 @@ class _RowTokenizer:
         mask: list[int] = encoded["assistant_masks"]
         return mask if encoded["input_ids"] == ids and any(mask) else None
 
-    def _loses_whitespace(self, message: Message, span: Span, ids: list[int], offsets: list[Span]) -> bool:
-        if not message["content"][:1].isspace():
-            return False
-        first = bisect_left(offsets, (span[0],))
-        return first > 0 and offsets[first - 1][1] > span[0] and ids[first - 1] in self._control_ids
+    def _loses_whitespace(self, rendering: Rendering, ids: list[int], offsets: list[Span]) -> bool:
+        """Whether a control token swallows the white space that an answer begins with."""
+        for message, span in zip(rendering.messages, rendering.spans, strict=True):
+            if span and message["role"] == "assistant" and message["content"][:1].isspace():
+                first = bisect_left(offsets, (span[0],))
+                if first > 0 and offsets[first - 1][1] > span[0] and ids[first - 1] in self._control_ids:
+                    return True
+        return False
 
     # ---------------------------------------------------------------------------------------- long rows
 

@@ -1,16 +1,19 @@
-"""Small tokenizers made in the process: byte-level BPE with the control tokens and templates of real families."""
+"""Small tokenizers made in the process, with the control tokens and chat templates of real families."""
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 PHI3_SPECIALS = ("<|endoftext|>", "<|assistant|>", "<|end|>", "<|system|>", "<|user|>")
 PHI3 = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] "
-    "+ '<|end|>\n' }}{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{ '<|system|>\n' + message['content'] + '<|end|>\n' }}{% elif message['role'] == 'user' %}"
+    "{{ '<|user|>\n' + message['content'] + '<|end|>\n' }}"
     "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\n' + message['content'] + '<|end|>\n' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}"
     "{% endif %}"
@@ -23,11 +26,11 @@ CHATML = (
 TRIMMED = CHATML.replace("message['content']", "message['content'] | trim")
 LLAMA2 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
-    "message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + "
+    # Drops the reasoning of earlier turns, so that the rendering depends on the contents.
     "' ' + eos_token }}{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
     "{% endif %}{% endfor %}"
 )
-# Drops the reasoning of earlier turns, as several reasoning models do: the rendering depends on the contents.
+# Drops the reasoning of earlier turns, as reasoning models do: the rendering depends on the contents.
 REASONING = (
     "{% for message in messages %}{% set content = message['content'] %}"
     "{% if message['role'] == 'assistant' and not loop.last and '</think>' in content %}"
@@ -88,8 +91,6 @@ def chatml_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
 
 def llama2_tokenizer(template: str = LLAMA2) -> PreTrainedTokenizerFast:
     """Sentencepiece-like: spaces become ▁ and one is put before every stretch of text; adds a BOS token."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -105,8 +106,11 @@ def llama2_tokenizer(template: str = LLAMA2) -> PreTrainedTokenizerFast:
         special_tokens=["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([text.split(" ")[0] for text in _CORPUS] + _CORPUS, trainer)
-    _with_specials(tokenizer, ("<unk>", "<s>", "</s>"), rstrip=False)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    # The trainer flags the byte tokens as special; in a real vocabulary they are ordinary tokens.
+    parts = json.loads(tokenizer.to_str())
+    parts["added_tokens"] = parts["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
     tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

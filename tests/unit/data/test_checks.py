@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from chat_tokenizers import LANGUAGES, llama2_tokenizer, phi3_tokenizer
+
+from phlora.data.checks import check, histogram, preview
+from phlora.data.formats import load_rows
+from phlora.errors import DataError
+
+
+def _chat(question="Hi", answer="Hello"):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _write(path, rows):
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def _found(report):
+    return {problem.kind: [origin.line for origin in problem.origins] for problem in report.problems}
+
+
+def _role(*roles):
+    return {"messages": [{"role": role, "content": f"{role} {roles}"} for role in roles]}
+
+
+def test_all_findings_come_in_one_pass_with_their_lines(tmp_path):
+    rows = [
+        _chat(),
+        "{broken",
+        _role("user", "narrator"),
+        _role("user"),
+        _role("assistant", "user", "assistant"),
+        _chat("empty", " "),
+        _chat(),
+        _chat("long " * 60),
+        {"messages": []},
+        _chat("fine"),
+    ]
+    path = _write(tmp_path / "chats.jsonl", rows)
+    held_out = _write(tmp_path / "eval.jsonl", [_chat("new"), _chat("fine ")])
+    report = check(path, phi3_tokenizer(), eval_sources=held_out, max_length=60)
+    assert _found(report) == {
+        "broken_json": [2],
+        "unknown_role": [3],
+        "no_answer": [4],
+        "empty_chat": [9],
+        "turn_order": [5],
+        "empty_answer": [6],
+        "duplicate": [7],
+        "leaked_eval_row": [2],
+        "too_long": [8],
+        "leading_whitespace": [6],
+    }
+    assert (report.num_rows, report.num_usable_rows) == (10, 5)
+    assert (report.num_duplicates, report.num_leaked_eval_rows) == (1, 1)
+    assert 0 < report.num_trained_tokens < report.num_tokens
+    assert sum(item.count for item in report.lengths) == 5
+    assert report.exit_code() == 2
+    assert [problem.severity for problem in report.problems][:4] == ["error"] * 4
+
+
+def test_structure_is_checked_without_a_tokenizer(tmp_path):
+    path = _write(tmp_path / "chats.jsonl", [_chat(), _chat(), _role("user")])
+    report = check(path)
+    assert _found(report) == {"no_answer": [3], "duplicate": [2]}
+    assert (report.num_usable_rows, report.num_tokens, report.lengths) == (2, None, ())
+
+
+def test_exit_codes():
+    assert check([_chat()]).exit_code(strict=True) == 0
+    repeated = check([_chat(), _chat()])
+    assert (repeated.exit_code(), repeated.exit_code(strict=True)) == (0, 1)
+    assert check([_chat(), _role("user")]).exit_code() == 2
+    assert check([_chat("long " * 60)], phi3_tokenizer(), max_length=20).exit_code() == 2
+    noted = check([{**_chat(), "id": 1}])
+    assert (noted.problems[0].severity, noted.exit_code(strict=True)) == ("note", 0)
+    with pytest.raises(DataError):
+        check("no-such-file.jsonl")
+
+
+def test_cut_history_and_too_long_as_an_error():
+    chat = {"messages": [*_chat("a " * 20)["messages"], *_chat("b")["messages"]]}
+    report = check([chat], phi3_tokenizer(), max_length=40)
+    assert _found(report) == {"history_cut": [1]}
+    report = check([chat, _chat()], phi3_tokenizer(), max_length=40, too_long="error")
+    assert [(problem.kind, problem.severity) for problem in report.problems] == [("too_long", "error")]
+
+
+@pytest.mark.parametrize(
+    ("roles", "text"),
+    [
+        (("user", "system", "assistant"), "system message does not stand first"),
+        (("user", "user", "assistant"), "Two user turns"),
+        (("user", "assistant", "assistant"), "Two assistant turns"),
+        (("user", "tool", "assistant"), "tool turn does not follow"),
+        (("user", "assistant", "user"), "ends with a user turn"),
+    ],
+)
+def test_turn_order(roles, text):
+    (problem,) = check([_role(*roles)]).problems
+    assert (problem.kind, problem.severity) == ("turn_order", "warning")
+    assert text in problem.message
+
+
+def test_good_turn_orders_pass():
+    good = [_role("system", "user", "assistant"), _role("user", "assistant", "tool", "tool", "assistant")]
+    assert check(good).problems == ()
+
+
+def test_the_report_reads_as_text_and_as_json():
+    report = check([_chat(), *[_chat() for _ in range(20)]], phi3_tokenizer())
+    text = report.render()
+    assert "21 of 21 rows usable" in text
+    assert "warning: The row repeats an earlier one (20 rows)" in text
+    assert "rows:2, rows:3" in text and "and 12 more" in text
+    values = json.loads(json.dumps(report.to_json()))
+    assert values["problems"][0]["origins"][0] == "rows:2"
+    assert values["num_usable_rows"] == 21
+
+
+def test_histogram_counts_every_row_once():
+    bins = histogram([3, 3, 4, 90, 100], num_bins=5)
+    assert sum(item.count for item in bins) == 5
+    assert bins[0].low == 3 and bins[-1].high >= 100
+    assert [item.count for item in histogram([7, 7])] == [2]
+    assert histogram([]) == ()
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [phi3_tokenizer(), llama2_tokenizer()], ids=["byte-level", "byte-fallback"]
+)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_preview_shows_whole_characters(tokenizer, language):
+    text = LANGUAGES[language] + " 👩‍👩‍👧"
+    (shown,) = preview(load_rows([_chat("x", text)]).rows, tokenizer, 3)
+    assert not any("\ufffd" in piece for piece, _, _ in shown.tokens)
+    trained = "".join(piece for piece, is_trained, _ in shown.tokens if is_trained)
+    assert trained.strip().startswith(text)
+    assert len(shown.tokens) > 10
+
+
+def test_preview_weights_and_skipped_rows():
+    chat = _chat()
+    chat["messages"][1]["weight"] = 0.5
+    good, bad = preview(load_rows([chat, _role("user")]).rows, phi3_tokenizer(), 5)
+    assert {weight for _, is_trained, weight in good.tokens if is_trained} == {0.5}
+    assert {weight for _, is_trained, weight in good.tokens if not is_trained} == {0.0}
+    assert bad.skipped and not bad.tokens

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+
+from phlora.data.collate import Collator, PackedCollator
+from phlora.data.formats import Origin
+from phlora.data.tokenize import TokenizedRow
+
+ORIGIN = Origin("chats.jsonl", 1)
+SHORT = TokenizedRow([5, 6, 2], [-100, 6, 2], None, ORIGIN)
+LONG = TokenizedRow([5, 7, 8, 2, 2], [-100, -100, 8, 2, 2], None, ORIGIN)
+WEIGHTED = TokenizedRow([5, 9, 2], [-100, 9, 2], [0.0, 0.5, 0.5], ORIGIN)
+
+
+def test_padding_follows_length_even_where_the_pad_token_is_trained():
+    batch = Collator(pad_token_id=2)([SHORT, LONG])
+    assert batch["input_ids"].tolist() == [[5, 6, 2, 2, 2], [5, 7, 8, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 2, -100, -100], [-100, -100, 8, 2, 2]]
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_lengths_are_rounded_up():
+    batch = Collator(pad_token_id=0, pad_to_multiple_of=8)([SHORT, LONG])
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(2, 8)}
+
+
+def test_weights_appear_when_one_row_has_them():
+    weights = Collator(pad_token_id=0)([LONG, WEIGHTED])["loss_weights"]
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == [[0, 0, 1, 1, 1], [0, 0.5, 0.5, 0, 0]]
+
+
+def test_packed_rows_restart_positions_and_learn_nothing_from_each_other():
+    batch = PackedCollator()([SHORT, WEIGHTED, TokenizedRow([5, 6], [5, 6], None, ORIGIN)])
+    assert batch["input_ids"].tolist() == [[5, 6, 2, 5, 9, 2, 5, 6]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 2, -100, 9, 2, -100, 6]]
+    assert batch["loss_weights"].tolist() == [[0, 1, 1, 0, 0.5, 0.5, 0, 1]]
+    assert "attention_mask" not in batch
+
+
+def test_rows_of_a_datasets_object_collate_alike():
+    table = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in (SHORT, LONG)])
+    for collate in (Collator(pad_token_id=0), PackedCollator()):
+        ours, theirs = collate([SHORT, LONG]), collate([table[0], table[1]])
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -1,0 +1,442 @@
+"""Trained are the answers and the tokens that end them, whatever the template; nothing is cut or lost silently."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from chat_tokenizers import (
+    CHATML,
+    LANGUAGES,
+    LLAMA2,
+    PHI3,
+    PHI3_WITHOUT_SYSTEM,
+    REASONING,
+    TRIMMED,
+    chatml_tokenizer,
+    llama2_tokenizer,
+    phi3_tokenizer,
+)
+
+from phlora.data.formats import load_rows
+from phlora.data.tokenize import (
+    IGNORED,
+    Skipped,
+    TokenizedRow,
+    encode_chat,
+    encode_prompt,
+    tokenize_row,
+    tokenize_rows,
+)
+from phlora.errors import DataError, ModelError
+
+FAMILIES = {
+    "phi3": (phi3_tokenizer, PHI3, "<|end|>", "<|endoftext|>"),
+    "phi3_plain": (
+        lambda template: phi3_tokenizer(template, rstrip=False),
+        PHI3,
+        "<|end|>",
+        "\n<|endoftext|>",
+    ),
+    "chatml": (chatml_tokenizer, CHATML, "<|im_end|>", ""),
+    "trimmed": (chatml_tokenizer, TRIMMED, "<|im_end|>", ""),
+    "reasoning": (chatml_tokenizer, REASONING, "<|im_end|>", ""),
+    "llama2": (llama2_tokenizer, LLAMA2, " </s>", ""),
+}
+PARTS = [
+    *LANGUAGES.values(),
+    "user",
+    "assistant",
+    "\n",
+    "  ",
+    "Paris",
+    "[INST]",
+    "</think>",
+    "{}",
+    "x",
+    "<|",
+    "end",
+    "\ue0f00",
+    "👩‍👩‍👧",
+]
+
+
+def _tokenizer(family):
+    make, template, *_ = FAMILIES[family]
+    return make(template)
+
+
+def user(content, **keys):
+    return {"role": "user", "content": content, **keys}
+
+
+def assistant(content, **keys):
+    return {"role": "assistant", "content": content, **keys}
+
+
+def system(content):
+    return {"role": "system", "content": content}
+
+
+def _row(*messages, **columns):
+    return load_rows([{"messages": list(messages), **columns}]).rows[0]
+
+
+def _run(tokenizer, *messages, tools=None, **options):
+    columns = {"tools": tools} if tools else {}
+    return tokenize_rows([_row(*messages, **columns)], tokenizer, on_bad="collect", **options)
+
+
+def _trained(tokenizer, row):
+    return tokenizer.decode([label for label in row.labels if label != IGNORED])
+
+
+def _text(tokenizer, row):
+    return tokenizer.decode(row.input_ids)
+
+
+def _kinds(result):
+    return {note.kind for note in result.notes}
+
+
+def _random_chat(seed):
+    generator = random.Random(seed)
+    messages = [system("Be brief.")] if generator.random() < 0.3 else []
+    for _ in range(generator.randint(1, 6)):
+        question, answer = ("".join(generator.choices(PARTS, k=generator.randint(1, 4))) for _ in range(2))
+        # Equal contents in several turns and roles.
+        messages += [user(question), assistant(question if generator.random() < 0.3 else answer)]
+    return messages
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trained_text_is_the_answers_with_their_end_tokens(family):
+    tokenizer = _tokenizer(family)
+    _, _, end, final = FAMILIES[family]
+    for seed in range(60):
+        messages = _random_chat(seed)
+        if family in ("phi3", "llama2"):  # swallowed white space has its own test
+            messages = [{**message, "content": message["content"].strip() or "x"} for message in messages]
+        (row,) = _run(tokenizer, *messages).rows
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if family == "trimmed":
+            answers = [answer.strip() for answer in answers]
+        if family == "reasoning":
+            answers[:-1] = [answer.split("</think>")[-1].lstrip("\n") for answer in answers[:-1]]
+        expected = "".join(answer + end for answer in answers) + final
+        trained = _trained(tokenizer, row)
+        if family == "llama2":
+            # Its decoder cannot tell the space before a stretch of text from a space in it.
+            trained, expected = trained.replace(" ", ""), expected.replace(" ", "")
+        if family not in ("phi3", "trimmed"):
+            # A merge may carry the line break of a header into an answer's first token.
+            trained, expected = trained.replace("\n", ""), expected.replace("\n", "")
+        assert trained == expected, messages
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_those_of_inference(family):
+    tokenizer = _tokenizer(family)
+    for seed in range(20):
+        messages = [message for message in _random_chat(seed) if message["role"] != "system"]
+        (row,) = _run(tokenizer, *messages).rows
+        assert row.input_ids == tokenizer.apply_chat_template(messages)["input_ids"]
+        prompt = encode_prompt(_row(*messages), tokenizer)
+        ids = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+        assert prompt.prompt_ids == ids
+        assert prompt.reference == messages[-1]["content"]
+
+
+def test_batches_give_what_single_rows_give():
+    tokenizer = _tokenizer("phi3")
+    rows = [_row(*_random_chat(seed)) for seed in range(30)]
+    counts = []
+    done = tokenize_rows(rows, tokenizer, progress=counts.append).rows
+    assert [(row.input_ids, row.labels) for row in done] == [
+        (row.input_ids, row.labels) for row in (tokenize_row(row, tokenizer) for row in rows)
+    ]
+    assert sum(counts) == 30
+
+
+def test_train_on_and_the_keys_of_a_message():
+    tokenizer = _tokenizer("phi3")
+    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
+
+    def trained(*messages, train_on="assistant"):
+        return _trained(tokenizer, _run(tokenizer, *messages, train_on=train_on).rows[0])
+
+    assert trained(*chat) == "b<|end|>d<|end|><|endoftext|>"
+    assert trained(*chat, train_on="last") == "d<|end|><|endoftext|>"
+    assert trained(*chat, train_on="all") == tokenizer.apply_chat_template(chat, tokenize=False).replace(
+        "\n", ""
+    )
+    muted = [chat[0], assistant("b", train=False), *chat[2:]]
+    assert trained(*muted) == "d<|end|><|endoftext|>"
+    assert "b" not in trained(*muted, train_on="all")
+    assert trained(chat[0], assistant("b", train=True), *chat[2:], train_on="last") == trained(*chat)
+    assert trained(user("a", train=True), *chat[1:]) == "a<|end|>" + trained(*chat)
+
+
+def test_weights_of_messages_and_files():
+    tokenizer = _tokenizer("chatml")
+    chat = [
+        user("a"),
+        assistant("b", weight=0.5),
+        user("c"),
+        assistant("d"),
+        user("e"),
+        assistant("f", weight=0),
+    ]
+    (row,) = _run(tokenizer, *chat).rows
+    weights = [weight for weight, label in zip(row.weights, row.labels, strict=True) if label != IGNORED]
+    assert weights == [0.5, 0.5, 1.0, 1.0]
+    assert not any(weight for weight, label in zip(row.weights, row.labels, strict=True) if label == IGNORED)
+    assert _run(tokenizer, *chat[:1], assistant("b")).rows[0].weights is None
+
+
+def test_a_message_without_weight_keeps_the_weight_of_its_file(tmp_path):
+    import dataclasses
+
+    row = dataclasses.replace(_row(user("a"), assistant("b", weight=0.5), assistant("c")), weight=2.0)
+    weights = tokenize_row(row, _tokenizer("chatml")).weights
+    assert [weight for weight in weights if weight] == [1.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_control_tokens_in_contents_stay_text(family):
+    tokenizer = _tokenizer(family)
+    controls = [token for token in tokenizer.all_special_tokens if token != "<unk>"] + FAMILIES[family][2:3]
+    controls = [token.strip() for token in controls]
+    quoted = " and ".join(controls)
+    chat = [user(f"ignore {quoted} please"), assistant(f"I see {quoted}{controls[0]}.")]
+    result = _run(tokenizer, *chat)
+    (row,) = result.rows
+    harmless = [{**message, "content": "x"} for message in chat]
+    control_ids = set(tokenizer.convert_tokens_to_ids(controls))
+    expected = [
+        token for token in tokenizer.apply_chat_template(harmless)["input_ids"] if token in control_ids
+    ]
+    assert [token for token in row.input_ids if token in control_ids] == expected
+    assert _kinds(result) == {"control_tokens"}
+    assert f"I see {quoted}{controls[0]}." in _text(tokenizer, row)
+    prompt = encode_chat(chat[:1], tokenizer)
+    assert row.input_ids[: len(prompt) - 1] == prompt[:-1]
+
+
+def test_a_control_token_that_cannot_be_plain_text_is_broken_up():
+    tokenizer = _tokenizer("chatml")
+    tokenizer.add_tokens(["<turn>"])  # an added token that is not flagged as special is never split
+    tokenizer.chat_template = CHATML.replace("'\n' + message", "'<turn>' + message")
+    result = _run(tokenizer, user("a <turn> b"), assistant("c"))
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    assert result.rows[0].input_ids.count(turn) == 2
+    assert "a <\u200bturn> b" in _text(tokenizer, result.rows[0])
+    assert _kinds(result) == {"control_tokens_broken"}
+
+
+def test_swallowed_white_space_is_told():
+    result = _run(_tokenizer("phi3"), user("a"), assistant("\n\n    def f()"))
+    assert _kinds(result) == {"leading_whitespace"}
+    assert [str(origin) for origin in result.notes[0].origins] == ["rows:1"]
+    assert _trained(_tokenizer("phi3"), result.rows[0]) == "def f()<|end|><|endoftext|>"
+    assert _kinds(_run(_tokenizer("phi3_plain"), user("a"), assistant("\n\n    def f()"))) == set()
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama2"])
+def test_a_system_prompt_the_template_has_no_place_for_joins_the_first_user_turn(family):
+    tokenizer = _tokenizer(family)
+    if family == "phi3":
+        tokenizer.chat_template = PHI3_WITHOUT_SYSTEM
+    chat = [system(LANGUAGES["hi"]), user("Hi"), assistant("Hello")]
+    result = _run(tokenizer, *chat)
+    assert f"{LANGUAGES['hi']}\n\nHi" in _text(tokenizer, result.rows[0])
+    assert _kinds(result) == {"system_folded"}
+    prompt = encode_chat(chat[:2], tokenizer)
+    assert result.rows[0].input_ids[: len(prompt)] == prompt
+
+
+def test_an_empty_system_prompt_is_no_loss():
+    tokenizer = phi3_tokenizer(PHI3.replace("== 'system'", "== 'system' and message['content']"))
+    result = _run(tokenizer, system(""), user("Hi"), assistant("Hello"))
+    assert _text(tokenizer, result.rows[0]) == "<|user|>Hi<|end|><|assistant|>Hello<|end|><|endoftext|>"
+    assert _kinds(result) == set()
+
+
+def test_a_system_prompt_of_the_template_itself_is_told():
+    head = (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nI am Bot<|im_end|>\n' }}{% endif %}"
+    )
+    result = _run(chatml_tokenizer(head + CHATML), user("Hi"), assistant("Hello"))
+    assert _kinds(result) == {"default_system"}
+    assert "'I am Bot'" in result.notes[0].message
+    assert (
+        _kinds(_run(chatml_tokenizer(head + CHATML), system("Be"), user("Hi"), assistant("Hello"))) == set()
+    )
+
+
+def test_a_turn_the_template_leaves_out_is_an_error():
+    chat = [user("a"), assistant("b"), {"role": "tool", "content": "42"}, assistant("c")]
+    (skip,) = _run(_tokenizer("phi3"), *chat).skipped
+    assert (skip.kind, skip.reason) == ("not_rendered", "the chat template leaves out turn 3 (tool)")
+    with pytest.raises(DataError, match="rows:1: The chat template leaves out turn 3"):
+        tokenize_rows([_row(*chat)], _tokenizer("phi3"))
+    (skip,) = _run(_tokenizer("llama2"), *chat).skipped
+    assert "Only user and assistant roles" in skip.reason
+
+
+TOOLS = [{"type": "function", "function": {"name": "lamp", "parameters": {}}}]
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tool_calls_are_trained_where_the_template_writes_them():
+    tokenizer = chatml_tokenizer(TOOL_TEMPLATE)
+    call = {"type": "function", "function": {"name": "lamp", "arguments": {"on": True}}}
+    chat = [
+        user("on"),
+        assistant(None, tool_calls=[call]),
+        {"role": "tool", "content": "ok"},
+        assistant("Done"),
+    ]
+    result = _run(tokenizer, *chat, tools=TOOLS)
+    called = '<call>{"name": "lamp", "arguments": {"on": true}}</call><|im_end|>'
+    assert _trained(tokenizer, result.rows[0]) == called + "Done<|im_end|>"
+    assert '"parameters"' in _text(tokenizer, result.rows[0])
+    assert _kinds(result) == set()
+    both = _run(tokenizer, user("on"), assistant("Yes", tool_calls=[call]))
+    assert _trained(tokenizer, both.rows[0]) == "Yes" + called
+
+
+def test_tools_and_tool_calls_the_template_ignores_are_told():
+    call = {"type": "function", "function": {"name": "lamp", "arguments": {}}}
+    assert _kinds(_run(_tokenizer("phi3"), user("on"), assistant("ok"), tools=TOOLS)) == {
+        "tools_not_rendered"
+    }
+    (skip,) = _run(_tokenizer("phi3"), user("on"), assistant("", tool_calls=[call])).skipped
+    assert "leaves out the tool call of turn 2" in skip.reason
+
+
+def test_a_template_without_end_token_is_told():
+    template = CHATML.replace("<|im_end|>\n", "\n\n").replace("<|im_start|>", "## ")
+    result = _run(chatml_tokenizer(template), user("a"), assistant("b"))
+    assert _kinds(result) == {"missing_end_token"}
+
+
+def test_an_end_marker_that_is_no_token_is_trained_too():
+    tokenizer = chatml_tokenizer(CHATML.replace("im_end", "fin").replace("im_start", "go"))
+    assert _trained(tokenizer, _run(tokenizer, user("a"), assistant("b")).rows[0]).startswith("b<|fin|>")
+
+
+# ------------------------------------------------------------------------------------------------ long rows
+
+
+def _length(tokenizer, *messages):
+    return len(tokenizer.apply_chat_template(list(messages))["input_ids"])
+
+
+@pytest.mark.parametrize("family", ["phi3", "chatml", "llama2"])
+def test_history_is_cut_by_whole_exchanges_and_never_the_last(family):
+    tokenizer = _tokenizer(family)
+    exchanges = [(user(f"question {n}"), assistant(f"answer {n} " * n)) for n in range(1, 6)]
+    chat = [message for exchange in exchanges for message in exchange]
+    for kept in range(1, 6):
+        expected = [message for exchange in exchanges[-kept:] for message in exchange]
+        limit = _length(tokenizer, *expected)
+        result = _run(tokenizer, *chat, max_length=limit)
+        assert result.rows[0].input_ids == tokenizer.apply_chat_template(expected)["input_ids"]
+        assert result.rows[0].num_cut_messages == 10 - 2 * kept
+        assert len(result.cut) == (kept < 5)
+    (skip,) = _run(tokenizer, *chat, max_length=_length(tokenizer, *exchanges[-1]) - 1).skipped
+    assert skip.kind == "too_long"
+
+
+def test_the_system_prompt_survives_and_tool_turns_stay_with_their_question():
+    tokenizer = _tokenizer("chatml")
+    last = [user("c"), assistant("look"), {"role": "tool", "content": "42"}, assistant("d")]
+    chat = [system("Be brief"), user("a" * 40), assistant("b"), *last]
+    (row,) = _run(tokenizer, *chat, max_length=_length(tokenizer, chat[0], *last) + 2).rows
+    assert row.input_ids == tokenizer.apply_chat_template([chat[0], *last])["input_ids"]
+
+
+def test_drop_error_and_rows_without_history():
+    tokenizer = _tokenizer("phi3")
+    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
+    (skip,) = _run(tokenizer, *chat, max_length=9, too_long="drop").skipped
+    assert skip.reason == "the row has 13 tokens, more than max_length=9"
+    with pytest.raises(DataError, match="rows:1: The row has 13 tokens"):
+        _run(tokenizer, *chat, max_length=9, too_long="error")
+    plain = load_rows([{"prompt": "long " * 20, "completion": "x"}]).rows[0]
+    assert isinstance(tokenize_row(plain, tokenizer, max_length=9), Skipped)
+
+
+def test_a_cut_that_leaves_nothing_to_train_skips_the_row():
+    chat = [user("a" * 30), assistant("b"), user("c"), assistant("d", train=False)]
+    (skip,) = _run(_tokenizer("phi3"), *chat, max_length=12).skipped
+    assert skip.kind == "no_trained_token"
+
+
+def test_no_answer_and_no_row_left():
+    with pytest.raises(DataError, match="rows:1: The chat has no assistant turn"):
+        tokenize_rows([_row(user("a"))], _tokenizer("phi3"))
+    with pytest.raises(DataError, match="No row is left to train on.*1 too long"):
+        tokenize_rows([_row(user("a" * 50), assistant("b"))], _tokenizer("phi3"), max_length=10)
+    assert len(_run(_tokenizer("phi3"), user("a"), train_on="all").rows) == 1
+
+
+# ------------------------------------------------------------------------------------------------ plain rows
+
+
+def _plain(tokenizer, **record):
+    return tokenize_rows(load_rows([record]).rows, tokenizer)
+
+
+def test_plain_completion_is_trained_with_the_end_token():
+    tokenizer = _tokenizer("phi3")
+    (row,) = _plain(tokenizer, prompt="1 + 1 = ", completion="سلام").rows
+    assert _trained(tokenizer, row) == "سلام<|endoftext|>"
+    prompt = encode_prompt(load_rows([{"prompt": "1 + 1 = ", "completion": "2"}]).rows[0], tokenizer)
+    assert (tokenizer.decode(prompt.prompt_ids), prompt.reference) == ("1 + 1 = ", "2")
+
+
+@pytest.mark.parametrize("text", ["Once upon", "<s>Once upon", "<s>Once upon</s>"])
+def test_plain_text_has_one_bos_and_one_end_token(text):
+    tokenizer = _tokenizer("llama2")
+    (row,) = _plain(tokenizer, text=text).rows
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert (row.input_ids.count(bos), row.input_ids.count(eos), row.labels[-1]) == (1, 1, eos)
+    assert row.labels.count(IGNORED) <= 1
+
+
+def test_a_rendered_chat_as_text_is_told_and_not_ended_twice():
+    tokenizer = _tokenizer("phi3")
+    text = tokenizer.apply_chat_template([user("a"), assistant("b")], tokenize=False)
+    result = _plain(tokenizer, text=text)
+    assert _kinds(result) == {"pre_rendered"}
+    assert result.rows[0].input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_rows_without_messages_need_no_chat_template():
+    tokenizer = _tokenizer("phi3")
+    tokenizer.chat_template = None
+    assert isinstance(tokenize_row(load_rows([{"text": "a"}]).rows[0], tokenizer), TokenizedRow)
+    with pytest.raises(ModelError, match="no chat template"):
+        tokenize_row(_row(user("a"), assistant("b")), tokenizer)
+
+
+def test_prompts_of_rows_without_an_answer():
+    tokenizer = _tokenizer("phi3")
+    assert encode_prompt(_row(user("a")), tokenizer) is None
+    assert encode_prompt(load_rows([{"text": "a"}]).rows[0], tokenizer) is None
+    item = encode_prompt(_row(user("a"), assistant("b"), user("c")), tokenizer)
+    assert (item.reference, tokenizer.decode(item.prompt_ids)) == ("b", "<|user|>a<|end|><|assistant|>")
+
+
+def test_the_pad_token_does_not_take_the_end_token_away():
+    tokenizer = _tokenizer("phi3")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    (row,) = _run(tokenizer, user("a"), assistant("b")).rows
+    assert row.labels[-1] == tokenizer.eos_token_id
