@@ -29,6 +29,8 @@ from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT
 
 NUM_BINS = 12
 NUM_SHOWN_ORIGINS = 8
+# Byte-level tokens can straddle characters, so that several in a row end within one.
+MAX_TOKENS_A_PIECE = 16
 _SEVERITIES = ("error", "warning", "note")
 
 
@@ -370,7 +372,7 @@ def _pieces(row: TokenizedRow, tokenizer: Tokenizer) -> list[tuple[str, bool, fl
         group = row.input_ids[start:end]
         # Decoded behind the tokens before it: decoders strip the space of a first token.
         text = _decode(tokenizer, [*context, *group])[len(_decode(tokenizer, context)) :]
-        if text.endswith("\ufffd") and end < len(row.input_ids) and len(group) < 4:
+        if text.endswith("\ufffd") and end < len(row.input_ids) and len(group) < MAX_TOKENS_A_PIECE:
             continue
         is_trained = any(label != IGNORED for label in row.labels[start:end])
         weight = max(row.weights[start:end]) if row.weights else float(is_trained)

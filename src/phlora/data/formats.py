@@ -22,6 +22,7 @@ import os
 import random
 import re
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -318,7 +319,7 @@ def _open_path(source: str) -> tuple[str, Iterator[_Record]]:
     if path.is_dir():
         return source, _read_folder(path, None)
     if path.is_file():
-        return source, _reader_for(path)(path)
+        return source, _guarded(path, _reader_for(path))
     name, _, split = source.rpartition(":")
     if name and Path(name).is_dir():
         return source, _read_folder(Path(name), split)
@@ -361,6 +362,14 @@ def _reader_for(path: Path) -> Callable[[Path], Iterator[_Record]]:
         where=str(path),
         expected=f"one of {', '.join(SUFFIXES)}",
     )
+
+
+def _guarded(path: Path, read: Callable[[Path], Iterator[_Record]]) -> Iterator[_Record]:
+    """What the system says about a file that cannot be opened or unpacked, as an error of ours."""
+    try:
+        yield from read(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"The file cannot be read: {error}", where=str(path)) from None
 
 
 def _read_jsonl(path: Path) -> Iterator[_Record]:
@@ -559,6 +568,9 @@ def _probe_hub(name: str) -> None:
         HFValidationError,
         RepositoryNotFoundError,
     )
+
+    # The hub library's own HTTP client: which package that is depends on its version.
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     try:
         HfApi().dataset_info(name, timeout=5)

@@ -161,8 +161,8 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 tokenize=False,
             )
-        except jinja2.TemplateError as error:
-            raise TemplateRefusal(f"the chat template refuses the chat: {error.message}") from None
+        except (jinja2.TemplateError, TypeError) as error:
+            raise TemplateRefusal(f"the chat template refuses the chat: {error}") from None
         return str(text)
 
     # ---------------------------------------------------------------------------------------- spans
@@ -210,13 +210,14 @@ class ChatTemplate:
     ) -> list[Span | None]:
         """The part of the rendering that depends on each message's content."""
         spans: list[Span | None] = []
+        mark = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in text)
         for index, message in enumerate(messages):
-            marked = [*messages[:index], {**message, "content": "\ue0f00\ue0f1"}, *messages[index + 1 :]]
+            marked = [*messages[:index], {**message, "content": mark}, *messages[index + 1 :]]
             probe = self._apply(marked, tools, generation)
             start = len(os.path.commonprefix([text, probe]))
             shared = len(os.path.commonprefix([text[start:][::-1], probe[start:][::-1]]))
             # An empty turn that the template leaves out has no place; the probe shows a whole turn there.
-            is_left_out = not _MARK.search(probe) or (not message["content"] and message["role"] == "system")
+            is_left_out = mark not in probe or (not message["content"] and message["role"] == "system")
             spans.append(None if is_left_out else (start, len(text) - shared))
         return spans
 
@@ -286,6 +287,19 @@ class ChatTemplate:
             for token in self.tokenizer.added_tokens_decoder.values()
             if token.content.strip() and (token.special or token.content in template)
         )
+
+    @cached_property
+    def markers(self) -> frozenset[str]:
+        """Strings that show that a text was rendered with this template already."""
+        template = self.template or str(self.tokenizer.chat_template)
+        ordinary = {self.tokenizer.bos_token, self.tokenizer.eos_token}
+        markers = {token for token in self.control_tokens - ordinary if token in template}
+        chat = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+        try:
+            header = self._skeleton(chat, None, False).literals[1].strip()
+        except TemplateRefusal:
+            header = ""
+        return frozenset(markers | ({header} if len(header) > 1 else set()))
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:

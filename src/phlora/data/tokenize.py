@@ -266,11 +266,15 @@ class _Encoder:
 
     def with_bos(self, encoded: Encoded) -> Encoded:
         ids, offsets = encoded
-        bos = self.tokenizer.bos_token_id
-        adds_bos = bos is not None and self.tokenizer("")["input_ids"][:1] == [bos]
-        if adds_bos and ids[:1] != [bos]:
-            return [bos, *ids], [(0, 0), *offsets]
+        if self._bos and ids[:1] != self._bos:
+            return [*self._bos, *ids], [(0, 0), *offsets]
         return ids, offsets
+
+    @cached_property
+    def _bos(self) -> list[int]:
+        """The BOS token where the tokenizer adds one."""
+        first: list[int] = self.tokenizer("")["input_ids"][:1]
+        return first if first == [self.tokenizer.bos_token_id] else []
 
     def rendering(
         self,
@@ -374,7 +378,7 @@ class _Draft:
 class _RowTokenizer:
     tokenizer: Tokenizer
     options: _Options
-    notes: dict[str, list[Origin]] = field(default_factory=dict)
+    notes: dict[str, dict[Origin, None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.encoder = _Encoder(self.tokenizer)
@@ -411,7 +415,7 @@ class _RowTokenizer:
 
     def _note(self, kinds: Iterable[str], origin: Origin) -> None:
         for kind in sorted(kinds):
-            self.notes.setdefault(kind, []).append(origin)
+            self.notes.setdefault(kind, {})[origin] = None
 
     def _has_control(self, draft: _Draft) -> bool:
         return draft.rendering is not None and bool(control_spans(draft.rendering, self.template))
@@ -429,13 +433,21 @@ class _RowTokenizer:
         return _Draft(row, rendering.text, rendering)
 
     def _finish(self, draft: _Draft, encoded: Encoded | None) -> TokenizedRow | Skipped:
-        result = (
-            self._plain(draft, encoded) if encoded and not draft.rendering else self._chat(draft, encoded)
-        )
+        result = self._tokens(draft, encoded)
         limit = self.options.max_length
-        if isinstance(result, Skipped) or limit is None or len(result.input_ids) <= limit:
-            return result
-        return self._shorten(draft.row, len(result.input_ids), limit)
+        if limit is not None and len(result.input_ids) > limit:
+            return self._shorten(draft.row, len(result.input_ids), limit)
+        return _unless_untrained(result)
+
+    def _tokens(self, draft: _Draft, encoded: Encoded | None = None) -> TokenizedRow:
+        """The draft as a token row, whatever its length; encoded here when it was not in the batch."""
+        if draft.rendering is None:
+            return self._plain(draft, encoded or self.encoder.texts([draft.text])[0])
+        if encoded:
+            return self._chat(draft, draft.rendering, *encoded)
+        return self._chat(
+            draft, *self.encoder.rendering(draft.rendering, self.template, tools=draft.row.tools)
+        )
 
     # ---------------------------------------------------------------------------------------- plain rows
 
@@ -462,11 +474,11 @@ class _RowTokenizer:
         """Note a text that is a rendered chat already; whether it brings its own end token."""
         if not self.tokenizer.chat_template:
             return False
-        template = self.template
-        if not template.turn_end or template.turn_end.strip() not in draft.text:
+        if not any(marker in draft.text for marker in self.template.markers):
             return False
         self._note(["pre_rendered"], draft.row.origin)
-        return draft.text.rstrip().endswith(template.turn_end.strip())
+        end = self.template.turn_end.strip()
+        return bool(end) and draft.text.rstrip().endswith(end)
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
@@ -475,20 +487,13 @@ class _RowTokenizer:
 
     # ---------------------------------------------------------------------------------------- chats
 
-    def _chat(self, draft: _Draft, encoded: Encoded | None) -> TokenizedRow | Skipped:
-        assert draft.rendering is not None
-        rendering = draft.rendering
-        if encoded:
-            ids, offsets = encoded
-        else:
-            rendering, ids, offsets = self.encoder.rendering(rendering, self.template, tools=draft.row.tools)
+    def _chat(self, draft: _Draft, rendering: Rendering, ids: list[int], offsets: list[Span]) -> TokenizedRow:
+        """Train the answers and the tokens that end them."""
         labels, weights = self._place(rendering, ids, offsets, draft.row)
         notes = set(rendering.notes)
         if self._loses_whitespace(rendering, ids, offsets):
             notes.add("leading_whitespace")
         self._note(notes, draft.row.origin)
-        if labels.count(IGNORED) == len(labels):
-            return Skipped(draft.row.origin, "none of the row's tokens is trained", "no_trained_token")
         return TokenizedRow(ids, labels, weights, draft.row.origin, draft.num_cut_messages)
 
     def _is_trained(self, message: Message, *, is_last: bool) -> bool:
@@ -576,7 +581,9 @@ class _RowTokenizer:
         if self.options.too_long == "drop" or row.messages is None:
             return Skipped(row.origin, reason, "too_long")
         shorter = self._without_history(row, limit)
-        return shorter or Skipped(row.origin, f"{reason}, even with its last exchange alone", "too_long")
+        if shorter is None:
+            return Skipped(row.origin, f"{reason}, even with its last exchange alone", "too_long")
+        return shorter if isinstance(shorter, Skipped) else _unless_untrained(shorter)
 
     def _without_history(self, row: Row, limit: int) -> TokenizedRow | Skipped | None:
         """The row without just as many of its oldest exchanges as make it fit; None when none does."""
@@ -600,7 +607,7 @@ class _RowTokenizer:
         if isinstance(draft, Skipped):
             return draft
         draft.num_cut_messages = start - head
-        return self._chat(draft, None)
+        return self._tokens(draft)
 
 
 def _token_range(
@@ -615,6 +622,12 @@ def _token_range(
     while first > 0 and offsets[first - 1][1] > span[0] and ids[first - 1] not in control_ids:
         first -= 1
     return first, max(first, bisect_left(offsets, (span[1],)))
+
+
+def _unless_untrained(row: TokenizedRow) -> TokenizedRow | Skipped:
+    if row.num_trained_tokens:
+        return row
+    return Skipped(row.origin, "none of the row's tokens is trained", "no_trained_token")
 
 
 def _exchange_starts(messages: Sequence[Message]) -> list[int]:

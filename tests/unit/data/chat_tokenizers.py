@@ -26,11 +26,12 @@ CHATML = (
 TRIMMED = CHATML.replace("message['content']", "message['content'] | trim")
 LLAMA2 = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + "
-    # Drops the reasoning of earlier turns, so that the rendering depends on the contents.
-    "' ' + eos_token }}{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}"
+    "message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + ' ' + eos_token }}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}"
     "{% endif %}{% endfor %}"
 )
-# Drops the reasoning of earlier turns, as reasoning models do: the rendering depends on the contents.
+# Drops the reasoning of earlier turns, so that the rendering depends on the contents.
 REASONING = (
     "{% for message in messages %}{% set content = message['content'] %}"
     "{% if message['role'] == 'assistant' and not loop.last and '</think>' in content %}"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from chat_tokenizers import LANGUAGES, llama2_tokenizer, phi3_tokenizer
@@ -8,6 +10,15 @@ from chat_tokenizers import LANGUAGES, llama2_tokenizer, phi3_tokenizer
 from phlora.data.checks import check, histogram, preview
 from phlora.data.formats import load_rows
 from phlora.errors import DataError
+
+
+def test_the_package_is_light():
+    names = "checks, formats, packing, template, tokenize"
+    code = f"import sys; from phlora.data import {names}; print(*sorted(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "transformers", "peft", "trl", "datasets", "tokenizers"} & set(loaded)
 
 
 def _chat(question="Hi", answer="Hello"):
@@ -38,13 +49,13 @@ def test_all_findings_come_in_one_pass_with_their_lines(tmp_path):
         _role("assistant", "user", "assistant"),
         _chat("empty", " "),
         _chat(),
-        _chat("long " * 60),
+        _chat("long " * 90),
         {"messages": []},
         _chat("fine"),
     ]
     path = _write(tmp_path / "chats.jsonl", rows)
     held_out = _write(tmp_path / "eval.jsonl", [_chat("new"), _chat("fine ")])
-    report = check(path, phi3_tokenizer(), eval_sources=held_out, max_length=60)
+    report = check(path, phi3_tokenizer(), eval_sources=held_out, max_length=120)
     assert _found(report) == {
         "broken_json": [2],
         "unknown_role": [3],

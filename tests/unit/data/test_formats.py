@@ -260,6 +260,7 @@ def test_missing_file_names_the_nearest_one(tmp_path):
         ("odd.xml", b"<x/>", "no known kind of data file"),
         ("odd.parquet", b"PAR0", "no readable Parquet"),
         ("keys.jsonl", b'{"foo": 1, "bar": 2}', "`foo`, `bar`"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-12], "cannot be read"),
         ("more.csv", b"question,answer\na,b,c\n", "more cells"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Trained are the answers and the tokens that end them, whatever the template; nothing is cut or lost silently."""
+"""Trained are the answers and the tokens that end them, whatever the template; nothing is lost silently."""
 
 from __future__ import annotations
 
@@ -205,8 +205,8 @@ def test_a_message_without_weight_keeps_the_weight_of_its_file(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_control_tokens_in_contents_stay_text(family):
     tokenizer = _tokenizer(family)
-    controls = [token for token in tokenizer.all_special_tokens if token != "<unk>"] + FAMILIES[family][2:3]
-    controls = [token.strip() for token in controls]
+    controls = [token for token in tokenizer.all_special_tokens if token != "<unk>"]
+    controls.append(FAMILIES[family][2].strip())
     quoted = " and ".join(controls)
     chat = [user(f"ignore {quoted} please"), assistant(f"I see {quoted}{controls[0]}.")]
     result = _run(tokenizer, *chat)
@@ -263,9 +263,7 @@ def test_an_empty_system_prompt_is_no_loss():
 
 
 def test_a_system_prompt_of_the_template_itself_is_told():
-    head = (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nI am Bot<|im_end|>\n' }}{% endif %}"
-    )
+    head = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nI am Bot<|im_end|>\n' }}{% endif %}"
     result = _run(chatml_tokenizer(head + CHATML), user("Hi"), assistant("Hello"))
     assert _kinds(result) == {"default_system"}
     assert "'I am Bot'" in result.notes[0].message
@@ -288,7 +286,8 @@ TOOLS = [{"type": "function", "function": {"name": "lamp", "parameters": {}}}]
 TOOL_TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{% for call in message.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}"
+    "{% for call in message.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}"
+    "{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -362,6 +361,13 @@ def test_the_system_prompt_survives_and_tool_turns_stay_with_their_question():
     assert row.input_ids == tokenizer.apply_chat_template([chat[0], *last])["input_ids"]
 
 
+def test_a_cut_row_is_noted_once():
+    tokenizer = phi3_tokenizer(PHI3_WITHOUT_SYSTEM)
+    chat = [system("s"), *[message for n in range(8) for message in (user(f"{n}"), assistant("b"))]]
+    result = _run(tokenizer, *chat, max_length=20)
+    assert [(note.kind, note.count) for note in result.notes] == [("system_folded", 1)]
+
+
 def test_drop_error_and_rows_without_history():
     tokenizer = _tokenizer("phi3")
     chat = [user("a"), assistant("b"), user("c"), assistant("d")]
@@ -409,6 +415,7 @@ def test_plain_text_has_one_bos_and_one_end_token(text):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert (row.input_ids.count(bos), row.input_ids.count(eos), row.labels[-1]) == (1, 1, eos)
     assert row.labels.count(IGNORED) <= 1
+    assert _kinds(_plain(tokenizer, text=text)) == set()
 
 
 def test_a_rendered_chat_as_text_is_told_and_not_ended_twice():
@@ -417,6 +424,14 @@ def test_a_rendered_chat_as_text_is_told_and_not_ended_twice():
     result = _plain(tokenizer, text=text)
     assert _kinds(result) == {"pre_rendered"}
     assert result.rows[0].input_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_hand_made_prompt_with_control_tokens_is_told_and_kept():
+    tokenizer = _tokenizer("phi3")
+    result = _plain(tokenizer, prompt="<|user|>\na<|end|>\n<|assistant|>\n", completion="b<|end|>")
+    assert _kinds(result) == {"pre_rendered"}
+    assert _trained(tokenizer, result.rows[0]) == "b<|end|>"
+    assert tokenizer.convert_tokens_to_ids("<|user|>") in result.rows[0].input_ids
 
 
 def test_rows_without_messages_need_no_chat_template():

@@ -1,0 +1,304 @@
+"""The base model against the tuned one, on the same held-out rows.
+
+Two questions are asked of each side: how likely it finds the trained tokens of every row (loss, perplexity, token
+accuracy), and what it answers when it is given the prompt alone (the metrics). Both sides are the same PeftModel,
+once with its adapter switched off, so nothing but the adapter can make a difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from phlora.errors import DataError
+from phlora.evaluate.metrics import PASSING_SCORE, Interval, Metric, paired_bootstrap
+from phlora.models.head import IGNORED, token_losses
+
+Generate = Callable[[nn.Module, list[list[int]]], list[list[int]]]
+Decode = Callable[[list[int]], str]
+Collate = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+Advance = Callable[[int], None]
+RowLoss = tuple[float, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationItem:
+    """A prompt to answer and the answer that would be right.
+
+    Attributes:
+        prompt_ids: the prompt as tokens, ready for generation.
+        reference: the right answer.
+        messages: the prompt as messages with `role` and `content`, for people to read.
+        origin: file and line of the row.
+    """
+
+    prompt_ids: list[int]
+    reference: str
+    messages: Sequence[Mapping[str, Any]] | None
+    origin: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScores:
+    """What a model thinks of the trained tokens of the held-out rows; every token counts alike.
+
+    Attributes:
+        loss: mean cross-entropy per trained token, in nats.
+        perplexity: exp(loss).
+        token_accuracy: share of trained tokens that the model finds most likely.
+        num_tokens: trained tokens in all rows.
+        per_row: (loss sum, trained tokens, of these most likely) of each row, in the order of the rows.
+    """
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    num_tokens: int
+    per_row: list[RowLoss]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One model's results.
+
+    Attributes:
+        loss: the scores of the trained tokens.
+        answers: the generated answer of each item.
+        scores: metric name -> score of each item, None where the metric does not apply.
+        metrics: metric name -> mean of the scores, None where it applies to no item.
+    """
+
+    loss: LossScores
+    answers: list[str] = field(default_factory=list)
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """An item that one model answers right and the other wrong."""
+
+    origin: str
+    messages: list[dict[str, Any]]
+    reference: str
+    base_answer: str
+    tuned_answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Both sides, and how sure their difference is.
+
+    Attributes:
+        base, tuned: the results of each.
+        intervals: metric name, `loss` or `token_accuracy` -> 95 % interval of `tuned - base`.
+        decided_by: the metric that calls an answer right: the first one that applies to any item.
+        flips: `improved` and `worsened` items, in the order of the items.
+    """
+
+    base: Side
+    tuned: Side
+    intervals: dict[str, Interval]
+    decided_by: str | None
+    flips: dict[str, list[Flip]]
+
+    def num_rows(self, name: str) -> int:
+        """How many rows stand behind a figure."""
+        if name in self.base.scores:
+            return sum(score is not None for score in self.base.scores[name])
+        return sum(num_tokens > 0 for _, num_tokens, _ in self.base.loss.per_row)
+
+
+def score_loss(
+    model: nn.Module,
+    rows: Sequence[Any],
+    *,
+    collate: Collate,
+    batch_size: int,
+    progress: Advance | None = None,
+) -> LossScores:
+    """Loss, perplexity and token accuracy on the trained tokens of the rows.
+
+    Args:
+        model: a causal language model of transformers, plain or as a PeftModel.
+        rows: objects or mappings with `input_ids` and `labels` (-100 where nothing is learned).
+        collate: pads rows into a batch; one batch row for each.
+        batch_size: rows at once; the longest rows come first.
+        progress: called with the number of rows done.
+
+    Raises:
+        DataError: no row has a trained token.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -len(_input_ids(rows[index])))
+    per_row: list[RowLoss] = [(0.0, 0, 0)] * len(rows)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = collate([rows[index] for index in indices])
+            for index, row in zip(indices, _row_losses(model, batch), strict=True):
+                per_row[index] = row
+            if progress:
+                progress(len(indices))
+    return _summed(per_row)
+
+
+def evaluate_side(
+    model: nn.Module,
+    rows: Sequence[Any],
+    items: Sequence[EvaluationItem],
+    *,
+    metrics: Mapping[str, Metric],
+    generate: Generate,
+    decode: Decode,
+    collate: Collate,
+    batch_size: int,
+    progress: Advance | None = None,
+) -> Side:
+    """Score the rows and answer the items with the model as it stands.
+
+    Args:
+        rows, collate, batch_size, progress: as in `score_loss`.
+        items: the prompts to answer; none: loss only.
+        metrics: what `resolve_metrics` returns.
+        generate: model and prompts -> the new tokens of each; called once with all prompts.
+        decode: new tokens -> answer.
+    """
+    loss = score_loss(model, rows, collate=collate, batch_size=batch_size, progress=progress)
+    if not items:
+        return Side(loss=loss, metrics=dict.fromkeys(metrics))
+    with _evaluating(model):
+        answers = [decode(ids) for ids in generate(model, [list(item.prompt_ids) for item in items])]
+    scores = {
+        name: [metric(answer, item.reference) for answer, item in zip(answers, items, strict=True)]
+        for name, metric in metrics.items()
+    }
+    means = {name: _mean_of_applicable(values) for name, values in scores.items()}
+    return Side(loss=loss, answers=answers, scores=scores, metrics=means)
+
+
+def compare_adapter(
+    model: Any, rows: Sequence[Any], items: Sequence[EvaluationItem], *, seed: int = 0, **how: Any
+) -> Comparison:
+    """Evaluate a PeftModel without and with its adapter; `how` are the keywords of `evaluate_side`."""
+    with model.disable_adapter():
+        base = evaluate_side(model, rows, items, **how)
+    tuned = evaluate_side(model, rows, items, **how)
+    return compare(base, tuned, items, seed=seed)
+
+
+def compare(base: Side, tuned: Side, items: Sequence[EvaluationItem], *, seed: int = 0) -> Comparison:
+    """Lay two sides over the same rows and items beside each other."""
+    intervals = {
+        name: paired_bootstrap(*pairs, seed=seed)
+        for name in base.scores
+        if (pairs := _applicable_pairs(base.scores[name], tuned.scores[name]))
+    }
+    decided_by = next(iter(intervals), None)
+    intervals |= _loss_intervals(base.loss, tuned.loss, seed=seed)
+    flips = _flips(base, tuned, items, decided_by) if decided_by else {"improved": [], "worsened": []}
+    return Comparison(base=base, tuned=tuned, intervals=intervals, decided_by=decided_by, flips=flips)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients, and the mode of before afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _input_ids(row: Any) -> Sequence[int]:
+    ids: Sequence[int] = row["input_ids"] if isinstance(row, Mapping) else row.input_ids
+    return ids
+
+
+def _row_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[RowLoss]:
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    losses, correct, _ = token_losses(model, batch)
+    counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+    return [
+        # A long row's sum would lose digits in float32.
+        (row_losses.double().sum().item(), count, int(row_correct.sum()))
+        for row_losses, row_correct, count in zip(
+            losses.split(counts), correct.split(counts), counts, strict=True
+        )
+    ]
+
+
+def _summed(per_row: list[RowLoss]) -> LossScores:
+    num_tokens = sum(row[1] for row in per_row)
+    if not num_tokens:
+        raise DataError(
+            f"None of the {len(per_row)} held-out rows has a trained token",
+            fix="check the rows with `phlora data check` and `phlora data preview`",
+        )
+    loss = sum(row[0] for row in per_row) / num_tokens
+    return LossScores(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        token_accuracy=sum(row[2] for row in per_row) / num_tokens,
+        num_tokens=num_tokens,
+        per_row=per_row,
+    )
+
+
+def _mean_of_applicable(values: Sequence[float | None]) -> float | None:
+    scores = [value for value in values if value is not None]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _applicable_pairs(
+    base: Sequence[float | None], tuned: Sequence[float | None]
+) -> tuple[list[float], list[float]] | None:
+    pairs = [(b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None]
+    return ([b for b, _ in pairs], [t for _, t in pairs]) if pairs else None
+
+
+def _loss_intervals(base: LossScores, tuned: LossScores, *, seed: int) -> dict[str, Interval]:
+    """Rows are drawn whole, each weighing as many tokens as it has: tokens of one row are not independent."""
+    rows = [(b, t) for b, t in zip(base.per_row, tuned.per_row, strict=True) if b[1]]
+    tokens = [b[1] for b, _ in rows]
+    return {
+        name: paired_bootstrap(
+            [b[column] / b[1] for b, _ in rows],
+            [t[column] / t[1] for _, t in rows],
+            weights=tokens,
+            seed=seed,
+        )
+        for name, column in (("loss", 0), ("token_accuracy", 2))
+    }
+
+
+def _flips(
+    base: Side, tuned: Side, items: Sequence[EvaluationItem], decided_by: str
+) -> dict[str, list[Flip]]:
+    flips: dict[str, list[Flip]] = {"improved": [], "worsened": []}
+    scores = zip(base.scores[decided_by], tuned.scores[decided_by], strict=True)
+    for index, (before, after) in enumerate(scores):
+        if before is None or after is None:
+            continue
+        was_right, is_right = before >= PASSING_SCORE, after >= PASSING_SCORE
+        if was_right != is_right:
+            flips["improved" if is_right else "worsened"].append(_flip(base, tuned, items[index], index))
+    return flips
+
+
+def _flip(base: Side, tuned: Side, item: EvaluationItem, index: int) -> Flip:
+    return Flip(
+        origin=str(item.origin),
+        messages=[dict(message) for message in item.messages or ()],
+        reference=item.reference,
+        base_answer=base.answers[index],
+        tuned_answer=tuned.answers[index],
+    )

@@ -1,0 +1,187 @@
+"""`SFTTrainer`: TRL's trainer with an exact loss on trained tokens only, and a guard against garbage.
+
+What is overridden, and why:
+
+- `compute_loss`: the head runs on the positions that predict a trained token, never on all of them; tokens may carry
+  weights (`loss_weights`); nothing waits for the device between two logs.
+- `_get_num_items_in_batch`: the divisor of the loss is the trained weight of the whole optimizer step.
+- `_get_grad_norm`: training stops at the first loss or gradient that is no number, before the optimizer step, so that
+  no weight is ever written with one. The library's own default logs 0.0 and trains on.
+- `train`: resuming a finished run takes no further step.
+
+Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a loss function of the caller's, label smoothing,
+`loss_type="dft"`) goes through TRL's own path.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from peft import PeftModel
+from transformers.trainer_utils import TrainOutput
+
+from phlora.errors import NonFiniteError
+from phlora.models.head import token_losses as _token_losses
+
+_LOSS_WEIGHTS = "loss_weights"
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """A drop-in for `trl.SFTTrainer`: same arguments, same results to rounding, less work.
+
+    Batches hold `input_ids`, `labels` (-100 where not trained) and optionally `attention_mask`, `position_ids` and
+    `loss_weights` (float, the shape of `labels`). The loss of an optimizer step is
+
+        sum over its trained tokens of weight * cross-entropy / sum over its trained tokens of weight,
+
+    whatever the number of micro-batches.
+
+    Raises:
+        NonFiniteError: from `train`, at the first loss or gradient that is NaN or infinite.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        _offer_token_losses(model)
+        self._step_losses: list[torch.Tensor] = []
+        self._sums: dict[str, dict[str, torch.Tensor | int]] = {
+            "train": defaultdict(int),
+            "eval": defaultdict(int),
+        }
+        self._tokens_seen: torch.Tensor | int = 0
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if return_outputs or self._needs_logits:
+            inputs = {key: value for key, value in inputs.items() if key != _LOSS_WEIGHTS}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses, correct, weights = model(**inputs, token_losses=True)
+        divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        # Clamped so that a batch without trained tokens is a finite zero.
+        loss = (losses * weights).sum() / torch.as_tensor(divisor, device=losses.device).clamp(min=1e-12)
+        self._count(inputs, correct, loss)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The divisor counts the tokens of every process, and DDP averages the gradients over them.
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    @property
+    def _needs_logits(self) -> bool:
+        return bool(
+            self.compute_loss_func is not None
+            or self.label_smoother is not None
+            or self.args.loss_type != "nll"
+            or getattr(self, "aux_loss_enabled", False)
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if not any(_LOSS_WEIGHTS in batch for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum(_trained_weight(batch) for batch in batch_samples)
+        total = torch.as_tensor(total, device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum()
+        return total
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        step_loss, self._step_losses = sum(self._step_losses), []
+        # The loss scaler of fp16 meets infinite gradients by design, and skips their step itself.
+        checked = {"loss": step_loss} if self.args.fp16 else {"loss": step_loss, "gradient": grad_norm}
+        for name, value in checked.items():
+            if value is not None and not math.isfinite(float(value)):
+                raise NonFiniteError(
+                    f"The {name} is {float(value)} at optimizer step {self.state.global_step + 1}",
+                    expected="a finite number; nothing was written with this one",
+                    fix="lower learning_rate, set max_grad_norm, and look at the rows of this step; "
+                    "the last checkpoint is intact and can be resumed from",
+                )
+        return grad_norm
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        finished = _finished_step(resume_from_checkpoint, self._num_planned_steps)
+        if finished is not None:
+            # transformers 5.23 takes one more optimizer step here when the last epoch was cut by max_steps.
+            self._load_from_checkpoint(str(resume_from_checkpoint))
+            return TrainOutput(finished, 0.0, {})
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _num_planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        batches = len(self.get_train_dataloader())
+        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs * per_epoch)
+
+    def _count(self, inputs: dict[str, Any], correct: torch.Tensor, loss: torch.Tensor) -> None:
+        """Sums for the next log, kept on the device."""
+        mode = "train" if self.model.training else "eval"
+        sums = self._sums[mode]
+        sums["correct"] += correct.sum()
+        sums["trained"] += correct.numel()
+        if mode == "train":
+            self._step_losses.append(loss.detach())
+            mask = inputs.get("attention_mask")
+            self._tokens_seen += inputs["input_ids"].numel() if mask is None else mask.sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums = self._sums[mode]
+        if sums["trained"]:
+            self._metrics[mode]["mean_token_accuracy"] = [
+                self._across(sums["correct"]) / self._across(sums["trained"])
+            ]
+            self._metrics[mode]["num_tokens"] = [self._across(self._tokens_seen)]
+            sums.clear()
+        super().log(logs, start_time)
+
+    def _across(self, count: torch.Tensor | int) -> float:
+        """A count summed over all processes."""
+        total = torch.as_tensor(count, device=self.accelerator.device, dtype=torch.float64)
+        return float(self.accelerator.reduce(total, reduction="sum"))
+
+
+def _offer_token_losses(model: torch.nn.Module) -> None:
+    """Let `model(**batch, token_losses=True)` return the losses of the trained tokens.
+
+    They go through the model's own forward, so that whatever wraps it (DDP, FSDP, activation offloading) sees one.
+    """
+    original = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(*args: Any, token_losses: bool = False, **kwargs: Any) -> Any:
+        return _token_losses(model, kwargs) if token_losses else original(*args, **kwargs)
+
+    model.forward = forward
+
+
+def _trained_weight(batch: dict[str, Any]) -> torch.Tensor:
+    """The weight of the tokens that a batch trains: () of float32. The first position of a row is never predicted."""
+    trained = batch["labels"][..., 1:] != -100
+    if _LOSS_WEIGHTS not in batch:
+        return trained.sum()
+    return (batch[_LOSS_WEIGHTS][..., 1:] * trained).sum()
+
+
+def _finished_step(checkpoint: str | bool | None, planned: Any) -> int | None:
+    """The step of a checkpoint that already is at the end of its run, else None."""
+    if not isinstance(checkpoint, str | Path):
+        return None
+    state_file = Path(checkpoint) / "trainer_state.json"
+    if not state_file.is_file():
+        return None
+    step = int(json.loads(state_file.read_text(encoding="utf-8"))["global_step"])
+    return step if step >= planned() else None
