@@ -21,6 +21,7 @@ import tempfile
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -409,10 +410,15 @@ def _run_config(file: Path | None, options: Mapping[str, Any], assignments: Sequ
     values, origins = _apply_options(values, origins, options)
     values, origins = apply_overrides(values, assignments, origins)
     config = build_config(values, origins)
-    if file is None and "output" not in values:
+    if "output" in values:
+        return config
+    if named := config.training_config.get("output_dir"):
+        return replace(config, output=str(named))
+    if file is None:
         output = _default_output(config.data.files[0].path)
-        origins = {**origins, "output": "the name of the first data file"}
-        config = build_config({**values, "output": output}, origins)
+        return replace(
+            config, output=output, origins={**origins, "output": "the name of the first data file"}
+        )
     return config
 
 
@@ -432,8 +438,9 @@ def _apply_options(
 
 
 def _default_output(data: str) -> str:
-    """`runs/chats` for chats.jsonl, chats.jsonl.gz, and for the hub data set owner/chats."""
-    name = re.sub(r"[^\w-]+", "-", Path(data).name.lstrip(".").split(".")[0]).strip("-")
+    """`runs/chats` for chats.jsonl, chats.jsonl.gz and the hub data set owner/chats."""
+    stem = Path(Path(data).name.removesuffix(".gz")).stem
+    name = re.sub(r"[^\w.-]+", "-", stem).strip("-.")
     return f"runs/{name or 'run'}"
 
 
@@ -445,7 +452,7 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
 
     report = run.report
     if as_json:
-        result: dict[str, Any] = {"run": str(run.folder), "report": report.to_json() if report else None}
+        result: dict[str, Any] = {"run": config.output, "report": report.to_json() if report else None}
         if dry_run:
             result |= {"dry_run": True, "config": resolved(config), "origins": dict(config.origins)}
         _print_result(result)
@@ -457,8 +464,8 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
         _print_result(report.summary())
     display = _display(quiet)
     if report:
-        display.note(f"Report: {run.folder / 'report.html'}")
-    display.note(f"Try it: phlora chat {shlex.quote(str(run.folder))}")
+        display.note(f"Report: {Path(config.output) / 'report.html'}")
+    display.note(f"Try it: phlora chat {shlex.quote(config.output)}")
 
 
 def _config_text(config: RunConfig) -> str:

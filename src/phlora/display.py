@@ -69,7 +69,7 @@ class Display:
             yield lambda done: None
         elif self.fancy:
             with self.bar("{task.completed}/{task.total} " + unit) as bar:
-                task = bar.add_task(title, total=total)
+                task = bar.add_task(_escape(title), total=total)
                 yield lambda done: bar.update(task, advance=done)
         else:
             yield _Lines(self, title, total, unit).advance
