@@ -5,6 +5,7 @@
     config.yaml             the resolved configuration, each value with where it came from; can be run again
     events.jsonl            one line per event: start, log, evaluate, save, end
     checkpoints/            adapter + optimizer + scheduler + RNG + data position, as transformers writes them
+    heldout.jsonl           the rows of the proof
     adapter/best, last      plain PEFT adapters with tokenizer and model card
     report.json, .html      base against tuned model
 
@@ -32,7 +33,16 @@ from phlora.errors import NoRoomError, RunError
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "complete.json"
-_OWN = (RUN_FILE, "config.yaml", "events.jsonl", "checkpoints", "adapter", "report.json", "report.html")
+_OWN = (
+    RUN_FILE,
+    "config.yaml",
+    "events.jsonl",
+    "heldout.jsonl",
+    "checkpoints",
+    "adapter",
+    "report.json",
+    "report.html",
+)
 _PACKAGES = ("phlora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 
 

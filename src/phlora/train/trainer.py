@@ -9,7 +9,7 @@ What is overridden, and why:
   no weight is ever written with one. The library's own default logs 0.0 and trains on.
 - `train`: resuming a finished run takes no further step.
 
-Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a loss function of the caller's, label smoothing,
+Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a caller's loss function, label smoothing,
 `loss_type="dft"`) goes through TRL's own path.
 """
 

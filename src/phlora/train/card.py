@@ -1,0 +1,53 @@
+"""The model card (README.md) of a saved adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig
+
+_CARD = """\
+---
+base_model: {base_model}
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, phlora]
+---
+
+# LoRA adapter for {base_model}
+
+Rank {r}, alpha {alpha}, on {targets}. Trained with Phlora; {quality}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{base_model}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+Replies end with one of the token ids {stop_token_ids}. The tokenizer in this folder, with its chat template, is the
+one that the adapter was trained with.
+"""
+
+
+def model_card(lora: LoraConfig, facts: Mapping[str, Any]) -> str:
+    """The card's text.
+
+    Args:
+        facts: `base_model`, `stop_token_ids`, `step` and, where something was held out, `held_out_loss`.
+    """
+    targets = lora.target_modules
+    quality = f"step {facts['step']}"
+    if "held_out_loss" in facts:
+        quality += f", loss {facts['held_out_loss']:.4f} on held-out rows"
+    return _CARD.format(
+        base_model=facts["base_model"],
+        r=lora.r,
+        alpha=f"{lora.lora_alpha:g}",
+        targets=targets if isinstance(targets, str) else ", ".join(sorted(targets or [])),
+        quality=quality,
+        stop_token_ids=", ".join(map(str, facts["stop_token_ids"])),
+    )

@@ -1,0 +1,122 @@
+"""From a chat file to a proven LoRA adapter: the whole story of Phlora, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phlora.adapters.attach import attach, lora_settings
+from phlora.config import RunConfig
+from phlora.display import Display
+from phlora.evaluate.report import Report
+from phlora.models.load import choose_device, load_model, load_tokenizer
+from phlora.train import proof, record
+from phlora.train.checkpoints import claim_folder, recorded_status, require_room
+from phlora.train.fitting import fit
+from phlora.train.planning import collect_config, make_plan, prepare_data
+from phlora.train.settings import training_settings
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a fine-tuning run leaves behind.
+
+    Attributes:
+        folder: the run folder; None for a dry run.
+        report: base against tuned model; None for a dry run and with `evaluation.enabled: false`.
+        model: the PEFT model; its adapter is the best one.
+        tokenizer: its tokenizer.
+    """
+
+    folder: Path | None
+    report: Report | None
+    model: Any
+    tokenizer: Any
+
+
+def finetune(
+    config: RunConfig | None = None,
+    *,
+    model: str | Mapping[str, Any] | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    training_config: Mapping[str, Any] | None = None,
+    peft_config: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    display: Display | None = None,
+) -> Run:
+    """Fine-tune a chat model with LoRA and compare it with its base on held-out chats.
+
+    Args:
+        config: the whole configuration; the next seven arguments are then left out.
+        model: hub id, local folder, .gguf file or embedded name, or a mapping of `ModelConfig` fields.
+        data: file(s), a `datasets.Dataset`, a list of rows, or a mapping of `DataConfig` fields.
+        eval_data: held-out rows in the same forms; by default a tenth is split off.
+        training_config: fields of TRL's `SFTConfig`.
+        peft_config: fields of PEFT's `LoraConfig`.
+        evaluation: fields of `EvaluationConfig`.
+        output: the run folder; by default `runs/` and the name of the data file.
+        resume: continue the run in `output` from its last complete checkpoint.
+        overwrite: replace the run in `output`.
+        dry_run: stop after the plan has been shown; nothing is written.
+        display: where progress goes; standard error by default.
+
+    Raises:
+        PhloraError: a mistake in the input, or something that this machine lacks; nothing is half-written.
+    """
+    display = display or Display()
+    clock = record.Clock()
+    arguments = dict(model=model, data=data, eval_data=eval_data, training_config=training_config)
+    arguments |= dict(peft_config=peft_config, evaluation=evaluation, output=output and str(output))
+    config, objects = collect_config(config, arguments)
+
+    folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
+    device = choose_device(config.model.device)
+    settings = training_settings(config.training_config, output_dir=folder.checkpoints, device=device.type)
+    lora = lora_settings(config.peft_config)
+
+    display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
+    tokenizer = load_tokenizer(config.model.name, **record.source_of(config))
+    prepared = prepare_data(config, objects, tokenizer, settings, display)
+    clock.lap("data")
+
+    display.stage(f"Loading {config.model.name}")
+    loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
+    attached = attach(loaded.model, lora)
+    plan = make_plan(prepared, attached.summary, settings)
+    record.tell_choices(display, loaded, settings, attached)
+    display.show(plan.render())
+    clock.lap("loading")
+    if dry_run:
+        return Run(None, None, attached.model, tokenizer.tokenizer)
+
+    require_room(folder.path, plan.disk_bytes)
+    facts = record.run_facts(config, prepared, loaded, settings, lora, plan)
+    checkpoint = record.open_run(folder, facts, config, settings, prepared, resume=resume)
+    display.stage(f"Training {plan.num_optimizer_steps} steps")
+    with recorded_status(folder):
+        fit(attached.model, loaded, prepared, settings, folder, checkpoint=checkpoint, display=display)
+    clock.lap("training")
+
+    report = None
+    if config.evaluation.enabled and prepared.held_out:
+        display.stage(f"Comparing base and tuned model on {len(prepared.held_out)} held-out rows")
+        comparison = proof.compare_on(
+            attached.model,
+            tokenizer,
+            prepared.held_out_rows,
+            prepared.held_out,
+            config.evaluation,
+            display=display,
+        )
+        clock.lap("evaluation")
+        report = record.make_report(folder, comparison, config, clock)
+        report.write(folder.path)
+    folder.update_facts(status="finished", timing=clock.seconds)
+    return Run(folder.path, report, attached.model, tokenizer.tokenizer)

@@ -1,0 +1,162 @@
+"""The training itself: the trainer, what watches it, and the adapters that it leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import set_seed
+
+from phlora.data.collate import Collator, PackedCollator
+from phlora.data.tokenize import TokenizedRow
+from phlora.display import Display
+from phlora.models.load import ADAPTER_FACTS, LoadedModel
+from phlora.train.callbacks import (
+    BestAdapter,
+    CompleteCheckpoints,
+    EventLog,
+    GentleStop,
+    TrainingProgress,
+)
+from phlora.train.card import model_card
+from phlora.train.checkpoints import RunFolder, replaced_folder, write_json, write_text
+from phlora.train.planning import PreparedData
+from phlora.train.settings import Settings
+from phlora.train.trainer import SFTTrainer
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, Any]]):
+    """Sequences of rows as a data set; the rows are handed on as they are, not copied into another format."""
+
+    def __init__(self, sequences: Sequence[Sequence[TokenizedRow]]) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows = self.sequences[index]
+        return {"rows": rows, "input_ids": [token for row in rows for token in row.input_ids]}
+
+
+@dataclass(frozen=True)
+class SequenceCollator:
+    """Batches of sequences, each a list of rows: padded side by side, or packs end to end."""
+
+    pad_token_id: int
+    packed: bool
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [row for feature in features for row in feature["rows"]]
+        return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
+
+
+def fit(
+    model: PeftModel,
+    loaded: LoadedModel,
+    data: PreparedData,
+    settings: Settings,
+    folder: RunFolder,
+    *,
+    checkpoint: Path | None,
+    display: Display,
+) -> None:
+    """Train the adapter, or continue from a checkpoint; afterwards the model carries the best adapter.
+
+    Writes `adapter/last`, and `adapter/best` by held-out loss (the last one where nothing is held out).
+
+    Raises:
+        NonFiniteError: the loss or a gradient became no number; nothing was saved with it.
+        KeyboardInterrupt: stopped by a signal; a checkpoint was written first.
+    """
+
+    def save(path: Path, **facts: Any) -> None:
+        save_adapter(model, loaded, path, facts=facts)
+
+    best_before = _best_before(folder)
+    best = BestAdapter(
+        lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
+    )
+    progress, stop = TrainingProgress(display), GentleStop(display)
+    trainer = _trainer(model, loaded, data, settings)
+    for callback in (
+        EventLog(folder.events),
+        progress,
+        stop,
+        best,
+        CompleteCheckpoints(folder.checkpoints, folder.events),
+    ):
+        trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+        stop.restore()
+    if stop.signal is not None:
+        raise KeyboardInterrupt
+    save(folder.last_adapter, step=trainer.state.global_step)
+    if not best.step:
+        save(folder.best_adapter, step=trainer.state.global_step)
+    elif best.step != trainer.state.global_step:
+        display.note(f"The best adapter is that of step {best.step} (held-out loss {best.loss:.4f})")
+        load_weights(model, folder.best_adapter)
+
+
+def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: dict[str, Any]) -> None:
+    """Write a plain PEFT adapter with its tokenizer, model card and base fingerprint, whole or not at all."""
+    with replaced_folder(path) as part:
+        # "auto" would ask the hub whether the base's vocabulary was resized.
+        model.save_pretrained(part, save_embedding_layers=False)
+        loaded.tokenizer.tokenizer.save_pretrained(part)
+        base = {
+            "base_model": model.peft_config["default"].base_model_name_or_path,
+            "base_fingerprint": loaded.fingerprint,
+            "stop_token_ids": list(loaded.tokenizer.stop_token_ids),
+        }
+        write_json(part / ADAPTER_FACTS, {**base, **facts})
+        write_text(part / "README.md", model_card(model.peft_config["default"], {**base, **facts}))
+
+
+def load_weights(model: PeftModel, path: Path) -> None:
+    """Put the weights of a saved adapter into the model's active one."""
+    set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
+
+
+def adapter_norm(model: PeftModel) -> float:
+    """Length of all lora_B weights; 0 means that the adapter changes nothing."""
+    weights = [w for name, w in get_peft_model_state_dict(model).items() if "lora_B" in name]
+    return float(torch.sqrt(sum(w.float().square().sum() for w in weights))) if weights else 0.0
+
+
+def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings: Settings) -> SFTTrainer:
+    args = settings.args
+    packed = args.packing
+    # The rows are tokenised, cut and packed already, and say so themselves.
+    args.packing, args.padding_free, args.max_length = False, False, None
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    if not data.held_out:
+        args.eval_strategy = type(args.eval_strategy)("no")
+    set_seed(args.seed)
+    return SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Sequences(data.train),
+        eval_dataset=Sequences([[row] for row in data.held_out]) if data.held_out else None,
+        processing_class=loaded.tokenizer.tokenizer,
+        data_collator=SequenceCollator(loaded.tokenizer.tokenizer.pad_token_id, packed=packed),
+    )
+
+
+def _best_before(folder: RunFolder) -> dict[str, Any]:
+    """Where a resumed run already reached its lowest held-out loss."""
+    file = folder.best_adapter / ADAPTER_FACTS
+    if not file.is_file():
+        return {}
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    return {"step": facts["step"], "loss": facts["held_out_loss"]} if "held_out_loss" in facts else {}

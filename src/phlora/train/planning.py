@@ -1,0 +1,296 @@
+"""A run before it starts: its configuration, its rows, and what will be trained, all of it known and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phlora.adapters.attach import AdapterSummary
+from phlora.config import DataFile, RunConfig, build_config
+from phlora.data.formats import Loaded, Origin, Row, fingerprint, load_rows, row_key, split_rows
+from phlora.data.packing import pack_rows
+from phlora.data.tokenize import TokenizedRow, TokenizedSet, tokenize_rows
+from phlora.display import Display
+from phlora.errors import ConfigError, DataError
+from phlora.models.load import LoadedTokenizer
+from phlora.train.settings import Settings
+
+IN_MEMORY = "(in memory)"
+# The rows of the proof, kept in the run folder.
+HELD_OUT_FILE = "heldout.jsonl"
+# Beyond this share of dropped rows the data and max_length do not belong together.
+_MOST_DROPPED = 0.5
+# A checkpoint is the adapter and AdamW's two moments of it.
+_CHECKPOINT_COPIES = 3
+# Room for tokenizer, configuration, events and report, which do not grow with the model.
+_SMALL_FILES_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Objects:
+    """Rows that were handed over as Python objects; None where files are read."""
+
+    train: Any = None
+    held_out: Any = None
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenised rows on both sides of the split.
+
+    Attributes:
+        train: rows, or packs of rows, to train on; each is a list of rows that share a sequence.
+        held_out: rows that training never sees.
+        held_out_rows: the same rows before tokenisation.
+        facts: counts for people, the run folder and the report.
+        fingerprint: of all rows and their order.
+    """
+
+    train: list[list[TokenizedRow]]
+    held_out: list[TokenizedRow]
+    held_out_rows: list[Row]
+    facts: dict[str, Any]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, in numbers."""
+
+    adapter: AdapterSummary
+    data: Mapping[str, Any]
+    sequences_per_step: int
+    num_optimizer_steps: int
+    disk_bytes: int
+
+    def render(self) -> str:
+        """A few lines for the terminal, shown before anything is trained."""
+        data = self.data
+        share = data["trained_tokens"] / max(1, data["tokens"])
+        packed = f" in {data['sequences']:,} packs" if data["sequences"] != data["train_rows"] else ""
+        kind = "packs" if packed else "rows"
+        return (
+            f"{self.adapter.render()}\n"
+            f"  {data['train_rows']:,} training rows{packed}, {data['held_out_rows']:,} held out; "
+            f"{data['tokens']:,} tokens an epoch, {data['trained_tokens']:,} of them trained ({share:.0%})\n"
+            f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}"
+        )
+
+
+def collect_config(config: RunConfig | None, arguments: Mapping[str, Any]) -> tuple[RunConfig, Objects]:
+    """One configuration from either a `RunConfig` or the arguments of `finetune`.
+
+    Raises:
+        ConfigError: both were given, or neither says what to train on.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if config is not None:
+        if given:
+            raise ConfigError(
+                f"Both `config` and {', '.join(f'`{n}`' for n in given)} were given", fix="give one"
+            )
+        return _take_output_dir(config), Objects()
+    objects = Objects(
+        *(given.pop(name) if _is_rows(given.get(name)) else None for name in ("data", "eval_data"))
+    )
+    data = given.pop("data", None)
+    section = (
+        dict(data)
+        if isinstance(data, Mapping)
+        else {"files": data or ([IN_MEMORY] if objects.train is not None else None)}
+    )
+    if "eval_data" in given:
+        section["eval"] = given.pop("eval_data")
+    elif objects.held_out is not None:
+        section["eval"] = [IN_MEMORY]
+    values = {**given, "data": {key: _paths(value) for key, value in section.items()}}
+    if isinstance(values.get("model"), Path):
+        values["model"] = str(values["model"])
+    if section.get("files") is None:
+        raise ConfigError("`data` is missing", expected="file(s), a `datasets.Dataset` or a list of rows")
+    origins = {name: "argument" for name in (*given, "data")}
+    config = _take_output_dir(build_config(values, origins))
+    if "output" not in given and config.output == RunConfig.output:
+        stem = "run" if objects.train is not None else Path(config.data.files[0].path).stem
+        config = dataclasses.replace(config, output=str(Path("runs") / stem))
+    return config, objects
+
+
+def _take_output_dir(config: RunConfig) -> RunConfig:
+    """`training_config.output_dir`, as scripts have it, names the run folder unless `output` does."""
+    settings = dict(config.training_config)
+    named = settings.pop("output_dir", None)
+    if named and config.output == RunConfig.output:
+        config = dataclasses.replace(config, output=str(named))
+    return dataclasses.replace(config, training_config=settings)
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether rows themselves were given, rather than the name of a file or several."""
+    if value is None or isinstance(value, str | Path | Mapping):
+        return False
+    if isinstance(value, list | tuple):
+        return bool(value) and isinstance(value[0], Mapping) and "path" not in value[0]
+    return True
+
+
+def _paths(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return [_paths(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def prepare_data(
+    config: RunConfig, objects: Objects, tokenizer: LoadedTokenizer, settings: Settings, display: Display
+) -> PreparedData:
+    """Read, split, tokenise and pack the rows; say what was dropped or cut, and where.
+
+    Raises:
+        DataError: the data cannot be used, or most of it would be dropped.
+    """
+    loaded = load_rows(_sources(config.data.files, objects.train), format=config.data.format)
+    _tell(loaded, display)
+    if config.data.eval:
+        held_out = load_rows(_sources(config.data.eval, objects.held_out), format=config.data.format)
+        _tell(held_out, display)
+        train_rows, held_out_rows = _without_leaks(loaded.rows, held_out.rows, display)
+    else:
+        train_rows, held_out_rows = split_rows(
+            loaded.rows, eval_size=config.data.eval_size, seed=settings.args.seed
+        )
+    with display.progress("Tokenising", len(train_rows) + len(held_out_rows)) as progress:
+        train, held_out_set = (
+            tokenize_rows(
+                rows,
+                tokenizer.tokenizer,
+                train_on=config.data.train_on,
+                max_length=settings.args.max_length,
+                too_long=config.data.too_long,
+                training_template=tokenizer.training_template,
+                progress=progress,
+            )
+            if rows
+            else TokenizedSet([], [], [], [])
+            for rows in (train_rows, held_out_rows)
+        )
+    for tokenized, name in ((train, "training"), (held_out_set, "held-out")):
+        _tell_cuts(tokenized, name, settings, display)
+    kept = {row.origin for row in held_out_set.rows}
+    sequences = _sequences(train.rows, settings)
+    return PreparedData(
+        train=sequences,
+        held_out=held_out_set.rows,
+        held_out_rows=[row for row in held_out_rows if row.origin in kept],
+        facts={
+            "files": [file.path for file in config.data.files],
+            "formats": loaded.formats,
+            "train_rows": len(train.rows),
+            "held_out_rows": len(held_out_set.rows),
+            "sequences": len(sequences),
+            "tokens": train.num_tokens,
+            "trained_tokens": train.num_trained_tokens,
+            "dropped": [f"{skip.origin}: {skip.reason}" for skip in (*train.skipped, *held_out_set.skipped)],
+            "cut": [str(origin) for origin in (*train.cut, *held_out_set.cut)],
+        },
+        fingerprint=fingerprint([*train_rows, *held_out_rows]),
+    )
+
+
+def make_plan(
+    data: PreparedData, adapter: AdapterSummary, settings: Settings, *, num_processes: int = 1
+) -> Plan:
+    """Count the steps and the room that a run takes."""
+    args = settings.args
+    batches = math.ceil(len(data.train) / (args.per_device_train_batch_size * num_processes))
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    kept = (args.save_total_limit or 10) + 1
+    return Plan(
+        adapter=adapter,
+        data=data.facts,
+        sequences_per_step=args.per_device_train_batch_size
+        * num_processes
+        * args.gradient_accumulation_steps,
+        num_optimizer_steps=steps,
+        disk_bytes=(kept * _CHECKPOINT_COPIES + 2) * adapter.adapter_bytes + _SMALL_FILES_BYTES,
+    )
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as JSONL in a form that `load_rows` reads back to the same rows."""
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            parts = {
+                name: getattr(row, name) for name in ("messages", "prompt", "completion", "text", "tools")
+            }
+            record = {name: value for name, value in parts.items() if value is not None}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _sources(files: Sequence[DataFile], rows: Any) -> Any:
+    return list(files) if rows is None else rows
+
+
+def _without_leaks(train: list[Row], held_out: list[Row], display: Display) -> tuple[list[Row], list[Row]]:
+    """Training rows that also stand in the held-out file are left out of training, and counted."""
+    keys = {row_key(row) for row in held_out}
+    kept = [row for row in train if row_key(row) not in keys]
+    if len(kept) < len(train):
+        display.warn(
+            f"{len(train) - len(kept)} training rows also stand in the held-out rows; not trained on"
+        )
+    if not kept:
+        raise DataError("Every training row also stands in the held-out rows", fix="name another eval file")
+    return kept, held_out
+
+
+def _sequences(rows: list[TokenizedRow], settings: Settings) -> list[list[TokenizedRow]]:
+    """One row a sequence, or with `packing` as many whole rows as fit into max_length."""
+    args = settings.args
+    if not args.packing:
+        return [[row] for row in rows]
+    if not args.max_length:
+        raise ConfigError(
+            "Packing needs a length", where="training_config.max_length", expected="a number of tokens"
+        )
+    packs = pack_rows([len(row.input_ids) for row in rows], max_length=args.max_length, seed=args.seed)
+    return [[rows[index] for index in pack] for pack in packs]
+
+
+def _tell(loaded: Loaded, display: Display) -> None:
+    for problem in loaded.problems:
+        (display.warn if problem.severity == "warning" else display.note)(problem.message)
+
+
+def _tell_cuts(tokenized: TokenizedSet, name: str, settings: Settings, display: Display) -> None:
+    for note in tokenized.notes:
+        (display.warn if note.severity == "warning" else display.note)(
+            f"{note.message} ({note.count} {name} rows: {_named(note.origins)})"
+        )
+    if tokenized.cut:
+        display.warn(
+            f"{len(tokenized.cut)} {name} rows lost their oldest turns to fit max_length="
+            f"{settings.args.max_length}: {_named(tokenized.cut)}"
+        )
+    if tokenized.skipped:
+        origins = [skip.origin for skip in tokenized.skipped]
+        display.warn(
+            f"{len(origins)} {name} rows were left out: {_named(origins)}; {tokenized.skipped[0].reason}"
+        )
+        if len(origins) > _MOST_DROPPED * (len(origins) + len(tokenized.rows)):
+            raise DataError(
+                f"{len(origins)} of {len(origins) + len(tokenized.rows)} {name} rows would be left out, "
+                f"the first because {tokenized.skipped[0].reason}",
+                where=str(origins[0]),
+                fix="raise training_config.max_length, or shorten the rows",
+            )
+
+
+def _named(origins: Sequence[Origin]) -> str:
+    shown = ", ".join(str(origin) for origin in origins[:3])
+    return shown + (f" and {len(origins) - 3} more" if len(origins) > 3 else "")

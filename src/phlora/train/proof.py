@@ -1,0 +1,168 @@
+"""Base against tuned model on the held-out rows: right after training, or later from the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from phlora.config import EvaluationConfig, build_config
+from phlora.data.collate import Collator
+from phlora.data.formats import Row, load_rows
+from phlora.data.tokenize import TokenizedRow, encode_prompt, tokenize_rows
+from phlora.display import Display
+from phlora.errors import RunError
+from phlora.evaluate.compare import Comparison, EvaluationItem, compare, evaluate_side
+from phlora.evaluate.metrics import resolve_metrics
+from phlora.evaluate.report import Report
+from phlora.models.generate import generate
+from phlora.models.load import LoadedTokenizer, load_adapter, load_model
+from phlora.train import record
+from phlora.train.checkpoints import RunFolder
+from phlora.train.planning import HELD_OUT_FILE
+
+_BATCH_ROWS = 8
+
+
+def compare_on(
+    model: PeftModel,
+    tokenizer: LoadedTokenizer,
+    rows: Sequence[Row],
+    tokenized: Sequence[TokenizedRow],
+    evaluation: EvaluationConfig,
+    *,
+    display: Display,
+    batch_size: int = _BATCH_ROWS,
+) -> Comparison:
+    """Loss on all rows and generated answers to the first `max_answers` of them, without and with the adapter.
+
+    Raises:
+        ConfigError: an unknown metric.
+    """
+    metrics = resolve_metrics(evaluation.metrics)
+    items = _items(rows, tokenizer, evaluation.max_answers)
+
+    def side(name: str) -> Any:
+        with (
+            display.progress(f"{name}: loss", len(tokenized)) as scored,
+            display.progress(f"{name}: answers", len(items)) as answered,
+        ):
+            return evaluate_side(
+                model,
+                tokenized,
+                items,
+                metrics=metrics,
+                generate=lambda model, prompts: generate(
+                    model,
+                    prompts,
+                    max_new_tokens=evaluation.max_new_tokens,
+                    stop_token_ids=tokenizer.stop_token_ids,
+                    pad_token_id=tokenizer.tokenizer.pad_token_id,
+                    progress=_steps(answered),
+                ),
+                decode=lambda ids: tokenizer.tokenizer.decode(ids, skip_special_tokens=True),
+                collate=Collator(tokenizer.tokenizer.pad_token_id),
+                batch_size=batch_size,
+                progress=scored,
+            )
+
+    with model.disable_adapter():
+        base = side("Base")
+    return compare(base, side("Tuned"), items)
+
+
+def evaluate_run(
+    run: str | Path,
+    *,
+    data: Any = None,
+    metrics: Sequence[str] | None = None,
+    max_answers: int | None = None,
+    max_new_tokens: int | None = None,
+    display: Display | None = None,
+) -> Report:
+    """Compare the best adapter of a run with its base again, and write the run's report anew.
+
+    Args:
+        run: a run folder.
+        data: other held-out rows (file(s), data set or rows); by default those of the run.
+        metrics, max_answers, max_new_tokens: in the place of the run's own `evaluation` settings.
+
+    Raises:
+        PhloraError: the folder holds no trained run, its base model cannot be loaded, or the rows cannot be used.
+    """
+    display = display or Display()
+    clock = record.Clock()
+    folder = RunFolder(Path(run))
+    facts = folder.facts()
+    if not folder.best_adapter.is_dir():
+        raise RunError(
+            f"The run has no adapter yet ({facts.get('status')})", where=str(run), fix="train it first"
+        )
+    config = build_config(facts["config"], facts["origins"])
+    changes = {
+        "metrics": metrics and tuple(metrics),
+        "max_answers": max_answers,
+        "max_new_tokens": max_new_tokens,
+    }
+    evaluation = dataclasses.replace(
+        config.evaluation, **{name: value for name, value in changes.items() if value is not None}
+    )
+    resolve_metrics(evaluation.metrics)
+    rows = load_rows(data if data is not None else folder.path / HELD_OUT_FILE).rows
+
+    display.stage(f"Loading {config.model.name} and its adapter")
+    loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
+    adapted = load_adapter(loaded.model, folder.best_adapter)
+    tokenized = tokenize_rows(
+        rows,
+        loaded.tokenizer.tokenizer,
+        train_on=config.data.train_on,
+        max_length=facts["max_length"],
+        training_template=loaded.tokenizer.training_template,
+    )
+    kept = {row.origin for row in tokenized.rows}
+    clock.lap("loading")
+
+    display.stage(f"Comparing base and tuned model on {len(kept)} held-out rows")
+    comparison = compare_on(
+        adapted.model,
+        loaded.tokenizer,
+        [row for row in rows if row.origin in kept],
+        tokenized.rows,
+        evaluation,
+        display=display,
+    )
+    clock.lap("evaluation")
+    report = record.make_report(folder, comparison, dataclasses.replace(config, evaluation=evaluation), clock)
+    report.write(folder.path)
+    return report
+
+
+def _steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """A function of (done, total) for a function of the rows since the last call."""
+    before = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return progress
+
+
+def _items(rows: Sequence[Row], tokenizer: LoadedTokenizer, most: int) -> list[EvaluationItem]:
+    prompts = (encode_prompt(row, tokenizer.tokenizer) for row in rows)
+    items = [
+        EvaluationItem(
+            prompt_ids=prompt.prompt_ids,
+            reference=prompt.reference,
+            messages=prompt.messages,
+            origin=prompt.origin,
+        )
+        for prompt in prompts
+        if prompt is not None
+    ]
+    return items[:most]

@@ -1,0 +1,207 @@
+"""What is written down about a run: run.json, config.yaml, and the facts of the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+
+from phlora.adapters.attach import Attached
+from phlora.config import RunConfig, resolved
+from phlora.display import Display
+from phlora.evaluate.compare import Comparison
+from phlora.evaluate.report import Report
+from phlora.models.load import LoadedModel
+from phlora.train.callbacks import peak_bytes
+from phlora.train.checkpoints import RunFolder, begin_run, continue_run, digest, environment, read_events
+from phlora.train.planning import HELD_OUT_FILE, Plan, PreparedData, write_rows
+from phlora.train.settings import Settings
+
+# What changes nothing about the result may differ between a run and its continuation.
+_NOT_IDENTITY = (
+    *("output_dir", "logging_steps", "logging_strategy", "logging_first_step", "save_steps", "save_strategy"),
+    *(
+        "save_total_limit",
+        "report_to",
+        "run_name",
+        "disable_tqdm",
+        "eval_steps",
+        "eval_strategy",
+        "log_level",
+    ),
+    *("dataloader_num_workers", "dataloader_pin_memory", "per_device_eval_batch_size", "dataset_num_proc"),
+)
+
+
+class Clock:
+    """Seconds of each part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under a name."""
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def source_of(config: RunConfig) -> dict[str, Any]:
+    """The keywords of the loaders that say where a model comes from."""
+    model = config.model
+    return {
+        "revision": model.revision,
+        "offline": model.offline,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def loading_of(config: RunConfig) -> dict[str, Any]:
+    """The keywords of `load_model` that say how it is loaded."""
+    model = config.model
+    return {
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        "use_cache": model.use_cache,
+        "device": model.device,
+    }
+
+
+def tell_choices(display: Display, loaded: LoadedModel, settings: Settings, attached: Attached) -> None:
+    """Say what was chosen for this machine and why, and what was understood from the configuration."""
+    name = str(loaded.dtype.value).removeprefix("torch.")
+    display.note(f"{loaded.device.type}, {name}: {loaded.dtype.reason}")
+    display.note(f"attention {loaded.attention.value}: {loaded.attention.reason}")
+    for note in (*loaded.notes, *settings.notes, *attached.notes):
+        display.note(note)
+
+
+def run_facts(
+    config: RunConfig,
+    data: PreparedData,
+    loaded: LoadedModel,
+    settings: Settings,
+    lora: LoraConfig,
+    plan: Plan,
+) -> dict[str, Any]:
+    """The contents of run.json at the start of a run.
+
+    `identity` is what has to be the same for a run to be continued.
+    """
+    values = settings.args.to_dict()
+    trained = {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
+    identity = {
+        "base model": loaded.fingerprint,
+        "data": data.fingerprint[:16],
+        "tokenizer and chat template": digest(
+            [loaded.tokenizer.tokenizer.chat_template, len(loaded.tokenizer.tokenizer)]
+        ),
+        "peft_config": digest({k: v for k, v in lora.to_dict().items() if k != "base_model_name_or_path"}),
+        "train_on": config.data.train_on,
+        "too_long": config.data.too_long,
+        **{f"training_config.{name}": trained[name] for name in sorted(settings.origins) if name in trained},
+    }
+    return {
+        "config": resolved(config),
+        "origins": dict(config.origins),
+        "identity": identity,
+        "max_length": values["max_length"],
+        "seed": values["seed"],
+        "environment": environment(),
+        "model": {
+            "name": config.model.name,
+            "kind": loaded.source.kind,
+            "family": loaded.tokenizer.family.name,
+            "fingerprint": loaded.fingerprint,
+            "device": str(loaded.device),
+            "dtype": str(loaded.dtype.value).removeprefix("torch."),
+            "dtype_reason": loaded.dtype.reason,
+            "attention": loaded.attention.value,
+        },
+        "data": data.facts,
+        "adapter": {
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "trainable_parameters": plan.adapter.num_trainable,
+            "all_parameters": plan.adapter.num_total,
+            "modules": {name: count for name, (count, _) in plan.adapter.modules.items()},
+        },
+        "num_optimizer_steps": plan.num_optimizer_steps,
+    }
+
+
+def open_run(
+    folder: RunFolder,
+    facts: Mapping[str, Any],
+    config: RunConfig,
+    settings: Settings,
+    data: PreparedData,
+    *,
+    resume: bool,
+) -> Path | None:
+    """Begin the run's folder, or check that it may be continued; returns the checkpoint to continue from."""
+    if resume:
+        checkpoint = continue_run(folder, facts["identity"])
+        folder.update_facts(status="running")
+        return checkpoint
+    begin_run(folder, facts, config_text(config, settings))
+    write_rows(data.held_out_rows, folder.path / HELD_OUT_FILE)
+    return None
+
+
+def config_text(config: RunConfig, settings: Settings) -> str:
+    """The resolved configuration as YAML that can be run again; each line says where its value came from."""
+    values = resolved(config)
+    chosen = settings.args.to_dict()
+    values["training_config"] = {
+        name: value
+        for name, value in sorted(chosen.items())
+        if name in settings.origins and name not in ("output_dir", "hub_token")
+    }
+    origins = dict(config.origins)
+    for name, origin in settings.origins.items():
+        if origin == "phlora":
+            origins[f"training_config.{name}"] = "Phlora's default"
+    lines = ["# Written by Phlora. Run again with: phlora train THIS_FILE --output NEW_FOLDER"]
+    for section, value in values.items():
+        if isinstance(value, Mapping) and value:
+            lines.append(f"{section}:")
+            lines += [f"  {_line(name, entry, origins, section)}" for name, entry in value.items()]
+        else:
+            lines.append(_line(section, value, origins))
+    return "\n".join(lines) + "\n"
+
+
+def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, clock: Clock) -> Report:
+    """The report of a run, from what its folder holds and a fresh comparison."""
+    facts = folder.facts()
+    events = read_events(folder.events)
+    return Report(
+        title=config.model.name,
+        comparison=comparison,
+        config=facts["config"] | {"evaluation": resolved(config)["evaluation"]},
+        origins=facts["origins"],
+        environment=facts["environment"],
+        model=facts["model"],
+        data={name: value for name, value in facts["data"].items() if name not in ("dropped", "cut")},
+        adapter=facts["adapter"],
+        timing={**facts.get("timing", {}), **clock.seconds},
+        peak_bytes=peak_bytes(),
+        training=[
+            (e["step"], float(e["loss"]), float(e.get("learning_rate", 0))) for e in events if "loss" in e
+        ],
+        evaluation_curve=[(e["step"], float(e["eval_loss"])) for e in events if "eval_loss" in e],
+        notes=[*facts["data"]["dropped"], *facts["data"]["cut"]],
+    )
+
+
+def _line(name: str, value: Any, origins: Mapping[str, str], section: str = "") -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).strip()
+    key = f"{section}.{name}" if section else name
+    origin = origins.get(key) or origins.get(section)
+    return f"{name}: {text.removesuffix('...').strip()}" + (f"  # {origin}" if origin else "")

@@ -1,0 +1,115 @@
+"""What `target_modules` means: every requested name is accounted for, or it is an error that says what exists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from phlora.adapters.attach import attach, lora_settings
+from phlora.adapters.targets import resolve_targets
+from phlora.errors import ConfigError
+from phlora.models.embedded import tiny_phi3
+
+LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_phi3()[0]
+
+
+@pytest.mark.parametrize("request_", [None, "all-linear", LLAMA_NAMES, [*LLAMA_NAMES, "qkv_proj"]])
+def test_the_usual_names_mean_all_four_linears_of_every_layer(model: Any, request_: Any) -> None:
+    targets = resolve_targets(model, request_)
+    assert targets.names == {"o_proj": 2, "qkv_proj": 2, "gate_up_proj": 2, "down_proj": 2}
+    assert bool(targets.notes) == isinstance(request_, list)
+
+
+def test_all_linear_is_what_peft_means_by_it(model: Any) -> None:
+    theirs = get_peft_model(tiny_phi3()[0], lora_settings({"target_modules": "all-linear"}))
+    assert set(theirs.targeted_module_names) == set(resolve_targets(model, "all-linear").modules)
+
+
+def test_names_suffixes_and_expressions_match_as_in_peft(model: Any) -> None:
+    assert resolve_targets(model, ["self_attn.o_proj"]).names == {"o_proj": 2}
+    assert resolve_targets(model, ["layers.1.mlp.down_proj"]).modules == ("model.layers.1.mlp.down_proj",)
+    assert resolve_targets(model, r".*layers\.0.*(o|down)_proj").modules == (
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.0.mlp.down_proj",
+    )
+
+
+def test_the_head_is_adapted_only_when_it_is_named(model: Any) -> None:
+    assert "lm_head" not in resolve_targets(model).names
+    assert resolve_targets(model, ["lm_head"]).modules == ("lm_head",)
+
+
+@pytest.mark.parametrize(
+    "request_", [["o_proj", "q_pro"], ["Wqkv"], [".*nothing.*"], "no_such_module", "(unclosed"]
+)
+def test_a_name_that_matches_nothing_is_an_error_even_beside_one_that_does(model: Any, request_: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve_targets(model, request_)
+    assert "target_modules" in str(error.value)
+    if request_ != "(unclosed":
+        assert "gate_up_proj (2×)" in str(error.value)
+
+
+def test_a_part_of_a_fused_weight_is_refused_with_what_works(model: Any) -> None:
+    with pytest.raises(ConfigError, match="q_proj, v_proj is a part of qkv_proj") as error:
+        resolve_targets(model, ["q_proj", "v_proj"])
+    assert "q_proj, k_proj, v_proj" in str(error.value)
+
+
+def test_a_model_with_separate_projections_is_taken_by_its_own_names() -> None:
+    sizes = dict(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    assert resolve_targets(llama, ["q_proj", "v_proj"]).names == {"q_proj": 1, "v_proj": 1}
+    assert sorted(resolve_targets(llama).names) == sorted(LLAMA_NAMES)
+
+
+def test_only_the_adapter_trains_and_the_summary_counts_it() -> None:
+    base = tiny_phi3()[0]
+    attached = attach(base, {"r": 4})
+    trainable = {name for name, p in attached.model.named_parameters() if p.requires_grad}
+    assert trainable and all("lora_" in name for name in trainable)
+    by_hand = 2 * 4 * ((64 + 128) + (64 + 64) + (64 + 224) + (112 + 64))
+    assert attached.summary.num_trainable == by_hand
+    assert attached.summary.modules["qkv_proj"] == (2, 2 * 4 * (64 + 128))
+    assert f"{by_hand:,} of" in attached.summary.render()
+
+
+def test_layers_to_transform_narrows_the_targets() -> None:
+    attached = attach(tiny_phi3()[0], {"layers_to_transform": [1], "target_modules": ["o_proj"]})
+    assert attached.summary.modules == {"o_proj": (1, 16 * (64 + 64))}
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "message"),
+    [
+        ({"rank": 8}, "Unknown key `rank`"),
+        ({"lora_alfa": 8}, "did you mean `lora_alpha`"),
+        ({"r": -4}, "1 or more"),
+        ({"r": 2.5}, "whole number"),
+        ({"r": "16"}, "whole number"),
+        ({"lora_alpha": 0}, "above 0"),
+        ({"lora_dropout": 1.0}, "below 1"),
+        ({"bias": "some"}, "`some` is not known"),
+        ({"rank_pattern": {"o_proj": 0}}, "rank_pattern.o_proj"),
+    ],
+)
+def test_wrong_lora_settings_are_named(peft_config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match="peft_config") as error:
+        lora_settings(peft_config)
+    assert message in str(error.value)
+
+
+def test_alpha_follows_the_rank_where_it_is_not_given() -> None:
+    assert lora_settings({"r": 8}).lora_alpha == 16
+    assert lora_settings({}).r == 16
+    assert lora_settings({"r": 8, "lora_alpha": 4}).lora_alpha == 4
