@@ -1,6 +1,7 @@
 """Chat files in, token rows out: reading, checking, tokenising, packing and collating.
 
-    formats.py    every accepted file and schema -> Row, with the line that each row came from
+    sources.py    files, folders and hub data sets -> records, with the line that each came from
+    formats.py    records of every common schema -> Row; duplicates, fingerprints and the eval split
     template.py   what a chat template does to each message; where its text stands in the rendering
     tokenize.py   Row -> input_ids, labels and weights; what was dropped or cut, and why
     packing.py    which rows share one sequence

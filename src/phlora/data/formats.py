@@ -1,28 +1,17 @@
 """Reads chat files of every common schema into one kind of row, and keeps the line each row came from.
 
-Files are read here rather than by the `datasets` library, because line numbers, encodings and mixed
-schemata get lost there: a row that lacks a column comes back as `None`, a latin-1 file as an error without
-a name or a line.
-
 A file has one schema. It is detected from the rows' content (the most frequent one among the first rows), and
-every row is checked against it.
+every row is checked against it: a row of another kind, or with a column missing, is named with its line.
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
-import os
 import random
-import re
 import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from phlora.config import DataFile
-from phlora.errors import ConfigError, DataError, NetworkError, did_you_mean, nearest
+from phlora.data.sources import BadRow, Record, kind_of, open_path, pick_split
+from phlora.errors import ConfigError, DataError, did_you_mean
 
 Message: TypeAlias = dict[str, Any]
 Severity = Literal["error", "warning", "note"]
@@ -63,7 +53,6 @@ PAIRS = (
     ("user", "assistant"),
     ("human", "assistant"),
 )
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".ndjson.gz")
 NUM_ROWS_FOR_DETECTION = 64
 
 
@@ -114,17 +103,6 @@ class Loaded:
     rows: list[Row]
     problems: list[Problem]
     formats: dict[str, str]
-
-
-class _BadRow(Exception):
-    """A row that cannot be used; becomes a `DataError` or a `Problem` where its origin is known."""
-
-    def __init__(self, kind: str, message: str, expected: str = "") -> None:
-        self.kind, self.message, self.expected = kind, message, expected
-        super().__init__(message)
-
-
-_Record: TypeAlias = tuple[int, Any]  # line or row number, and the parsed value or the _BadRow
 
 
 @dataclass
@@ -291,13 +269,13 @@ def _as_list(sources: Source | Sequence[Source]) -> list[Source]:
     return [sources]  # type: ignore[list-item]
 
 
-def _open_source(source: Source, format: str, weight: float) -> tuple[_Shape, Iterator[_Record]]:
+def _open_source(source: Source, format: str, weight: float) -> tuple[_Shape, Iterator[Record]]:
     """Open a source and find its schema, reading as few rows as that takes."""
     if isinstance(source, DataFile):
         weight, source = source.weight, source.path
     if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
         raise ConfigError(f"The weight {weight!r} of {source} is no positive number")
-    name, records = _open_path(str(source)) if isinstance(source, str | Path) else _open_object(source)
+    name, records = open_path(str(source)) if isinstance(source, str | Path) else _open_object(source)
     first = list(itertools.islice(records, NUM_ROWS_FOR_DETECTION))
     if not first:
         raise DataError("The file is empty" if isinstance(source, str | Path) else "No rows", where=name)
@@ -305,299 +283,13 @@ def _open_source(source: Source, format: str, weight: float) -> tuple[_Shape, It
     return _Shape(name, weight, schema, example_line), itertools.chain(first, records)
 
 
-def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> tuple[str, Iterator[_Record]]:
+def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> tuple[str, Iterator[Record]]:
     """A DatasetDict, a Dataset or any other iterable of dicts."""
     name = "rows"
     if isinstance(source, Mapping):
-        name = _pick_split(source.keys(), None, where="the data set")
+        name = pick_split(source.keys(), None, where="the data set")
         source = source[name]
     return name, iter(enumerate(source, 1))
-
-
-def _open_path(source: str) -> tuple[str, Iterator[_Record]]:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return source, _read_folder(path, None)
-    if path.is_file():
-        return source, _guarded(path, _reader_for(path))
-    name, _, split = source.rpartition(":")
-    if name and Path(name).is_dir():
-        return source, _read_folder(Path(name), split)
-    if _looks_local(source):
-        raise _missing_file(path)
-    name, _, split = source.partition(":")
-    return source, _read_hub(name, split or None)
-
-
-def _looks_local(source: str) -> bool:
-    """Whether a name that does not exist was meant as a path, so that no hub is asked for it."""
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)
-    return source.lower().endswith((*SUFFIXES, ".txt", ".gz")) or source.startswith(".") or not is_hub_name
-
-
-def _missing_file(path: Path) -> DataError:
-    if not path.parent.is_dir():
-        return DataError("The folder of the data file does not exist", where=str(path), fix="check the path")
-    siblings = [entry.name for entry in path.parent.iterdir()]
-    match = nearest(path.name, siblings)
-    known = [name for name in siblings if name.lower().endswith(SUFFIXES)]
-    hint = (
-        f"did you mean `{match}`?" if match else did_you_mean(path.name, known) if known else "check the path"
-    )
-    return DataError("The file does not exist", where=str(path), fix=hint)
-
-
-def _reader_for(path: Path) -> Callable[[Path], Iterator[_Record]]:
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")):
-        return _read_jsonl
-    if name.endswith(".json"):
-        return _read_json
-    if name.endswith((".csv", ".tsv")):
-        return _read_csv
-    if name.endswith(".parquet"):
-        return _read_parquet
-    raise DataError(
-        f"`{path.suffix or path.name}` is no known kind of data file",
-        where=str(path),
-        expected=f"one of {', '.join(SUFFIXES)}",
-    )
-
-
-def _guarded(path: Path, read: Callable[[Path], Iterator[_Record]]) -> Iterator[_Record]:
-    """What the system says about a file that cannot be opened or unpacked, as an error of ours."""
-    try:
-        yield from read(path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"The file cannot be read: {error}", where=str(path)) from None
-
-
-def _read_jsonl(path: Path) -> Iterator[_Record]:
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    num_bytes = 0
-    with opened as lines:
-        for line, raw in enumerate(lines, 1):
-            if line == 1:
-                _refuse_utf16(raw, path)
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if not raw.isspace():
-                yield line, _parse_line(raw, num_bytes, path)
-            num_bytes += len(raw)
-
-
-def _parse_line(raw: bytes, num_bytes_before: int, path: Path) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        byte = num_bytes_before + error.start
-        message = f"the line is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {byte} of the file)"
-        return _BadRow("encoding", message, _how_to_convert(path))
-    except json.JSONDecodeError as error:
-        return _BadRow(
-            "broken_json", f"broken JSON at column {error.colno}: {error.msg}", "one JSON object a line"
-        )
-    except RecursionError:
-        return _BadRow("broken_json", "the JSON is nested too deeply")
-
-
-def _refuse_utf16(raw: bytes, path: Path) -> None:
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError("The file is UTF-16, not UTF-8", where=str(path), fix=_how_to_convert(path, "UTF-16"))
-
-
-def _how_to_convert(path: Path, encoding: str = "ENCODING") -> str:
-    return f"convert it, for example: iconv -f {encoding} -t UTF-8 {path.name} > converted{path.suffix}" + (
-        " (WINDOWS-1252 for most Western files)" if encoding == "ENCODING" else ""
-    )
-
-
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    _refuse_utf16(raw, path)
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"The file is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start} of the file)",
-            where=f"{path}:{line}",
-            fix=_how_to_convert(path),
-        ) from None
-
-
-def _read_json(path: Path) -> Iterator[_Record]:
-    """A list of rows, an object that holds one such list, or JSONL under the wrong name."""
-    text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if _is_jsonl(text):
-            return _read_jsonl(path)
-        if not text.strip():
-            return iter(())
-        raise DataError(
-            f"Broken JSON at column {error.colno}: {error.msg}",
-            where=f"{path}:{error.lineno}",
-            expected="a JSON list of rows",
-            fix="correct the file, or name it .jsonl if it holds one object a line",
-        ) from None
-    if isinstance(value, dict):
-        lists = [item for item in value.values() if isinstance(item, list)]
-        value = [value] if _schema_of(value) or len(lists) != 1 else lists[0]
-    if not isinstance(value, list):
-        raise DataError(f"The file holds {_kind(value)}", where=str(path), expected="a JSON list of rows")
-    return iter(enumerate(value, 1))
-
-
-def _is_jsonl(text: str) -> bool:
-    first = text.lstrip().partition("\n")[0]
-    try:
-        return isinstance(json.loads(first), dict)
-    except json.JSONDecodeError:
-        return False
-
-
-def _read_csv(path: Path) -> Iterator[_Record]:
-    text = _read_text(path)
-    header = text.partition("\n")[0]
-    delimiter = "\t" if "\t" in header else ";" if ";" in header and "," not in header else ","
-    csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restkey="", strict=True)
-    line = 2
-    while True:
-        try:
-            record: Any = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reader.line_num, _BadRow("broken_csv", f"broken CSV: {error}")
-            return
-        if "" in record:
-            record = _BadRow(
-                "broken_csv", f"the line has more cells than the header ({len(reader.fieldnames or ())})"
-            )
-        yield line, _parse_cells(record)
-        line = reader.line_num + 1
-
-
-def _parse_cells(record: Any) -> Any:
-    """A CSV cell can hold a list of messages only as JSON, so such cells are parsed."""
-    if isinstance(record, _BadRow):
-        return record
-    for column in ("messages", "conversations", "tools"):
-        cell = record.get(column)
-        if cell and cell.lstrip().startswith(("[", "{")):
-            try:
-                record[column] = json.loads(cell)
-            except json.JSONDecodeError as error:
-                return _BadRow("broken_json", f"broken JSON in the cell `{column}`: {error.msg}")
-    return record
-
-
-def _read_parquet(path: Path) -> Iterator[_Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(1024))
-            yield from enumerate(itertools.chain.from_iterable(batches), 1)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"The file is no readable Parquet: {error}", where=str(path)) from None
-
-
-def _read_folder(path: Path, split: str | None) -> Iterator[_Record]:
-    """A folder written by `datasets`' `save_to_disk`."""
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        files = [entry.name for entry in path.iterdir() if entry.name.lower().endswith(SUFFIXES)]
-        raise DataError(
-            "The path is a folder that the `datasets` library did not save",
-            where=str(path),
-            expected="a data file, or a folder written by `save_to_disk`",
-            fix=f"name one of its files: {', '.join(sorted(files)[:8])}" if files else "check the path",
-        )
-    from datasets import load_from_disk
-
-    data: Any = load_from_disk(str(path))
-    if isinstance(data, Mapping):
-        data = data[_pick_split(data.keys(), split, where=str(path))]
-    return iter(enumerate(data, 1))
-
-
-def _pick_split(splits: Iterable[str], split: str | None, *, where: str) -> str:
-    names = list(splits)
-    wanted = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
-    if wanted in names:
-        return str(wanted)
-    hint = (
-        did_you_mean(wanted, names)
-        if wanted
-        else f"name one: {', '.join(f'{where}:{name}' for name in names)}"
-    )
-    raise DataError(f"No split `{wanted or 'train'}`", where=where, fix=hint)
-
-
-def _read_hub(name: str, split: str | None) -> Iterator[_Record]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-
-    if not _is_offline():
-        _probe_hub(name)
-    try:
-        data: Any = load_dataset(name)
-    except DatasetNotFoundError:
-        raise _unknown_data_set(name) from None
-    except (ConnectionError, TimeoutError) as error:
-        raise _unreachable(name, error) from None
-    except (DatasetsError, OSError, ValueError) as error:
-        raise DataError(f"The data set cannot be loaded: {error}", where=name) from None
-    return iter(enumerate(data[_pick_split(data.keys(), split, where=name)], 1))
-
-
-def _is_offline() -> bool:
-    values = (os.environ.get(key, "") for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    return any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
-
-
-def _probe_hub(name: str) -> None:
-    """Ask for the data set once, because `load_dataset` tries an unreachable hub for half a minute."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
-
-    # The hub library's own HTTP client: which package that is depends on its version.
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
-
-    try:
-        HfApi().dataset_info(name, timeout=5)
-    except GatedRepoError:
-        raise DataError(
-            "The data set is gated", where=name, fix="accept its terms on the hub and run `hf auth login`"
-        ) from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise _unknown_data_set(name) from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise _unreachable(name, error) from None
-
-
-def _unknown_data_set(name: str) -> DataError:
-    return DataError(
-        "There is neither such a file nor such a data set on the hub",
-        where=name,
-        fix="check the spelling; a private data set needs `hf auth login`",
-    )
-
-
-def _unreachable(name: str, error: Exception) -> NetworkError:
-    return NetworkError(
-        f"There is no such file, and the hub cannot be reached ({type(error).__name__})",
-        where=name,
-        fix="check the path or the network; HF_HUB_OFFLINE=1 uses a data set downloaded before",
-    )
 
 
 # ------------------------------------------------------------------------------------------------ schemata
@@ -620,7 +312,7 @@ class _Schema:
     optional: frozenset[str] = frozenset()
 
 
-def _detect(records: Sequence[_Record], format: str, name: str) -> tuple[_Schema, int]:
+def _detect(records: Sequence[Record], format: str, name: str) -> tuple[_Schema, int]:
     """The schema that most of the records have, and the line of the first that has it."""
     if format != "auto":
         return _schema_named(format), records[0][0]
@@ -639,11 +331,11 @@ def _detect(records: Sequence[_Record], format: str, name: str) -> tuple[_Schema
     return schemata[columns], lines[columns]
 
 
-def _no_schema(records: Sequence[_Record], name: str) -> DataError:
+def _no_schema(records: Sequence[Record], name: str) -> DataError:
     line, record = records[0]
-    if isinstance(record, _BadRow):
+    if isinstance(record, BadRow):
         return DataError(_sentence(record.message), where=f"{name}:{line}", fix=record.expected)
-    found = f"has the keys {_names(record)}" if isinstance(record, Mapping) else f"is {_kind(record)}"
+    found = f"has the keys {_names(record)}" if isinstance(record, Mapping) else f"is {kind_of(record)}"
     return DataError(
         f"The row {found}, which is no known schema",
         where=f"{name}:{line}",
@@ -667,21 +359,21 @@ def _schema_of(record: Mapping[str, Any]) -> _Schema | None:
     return next((schema for schema in SCHEMATA if schema.required(record)), None)
 
 
-def _convert(shape: _Shape, records: Iterator[_Record]) -> Iterator[Row | Problem]:
+def _convert(shape: _Shape, records: Iterator[Record]) -> Iterator[Row | Problem]:
     for line, record in records:
         origin = Origin(shape.name, line)
         try:
             yield _convert_record(record, shape, origin)
-        except _BadRow as bad:
+        except BadRow as bad:
             message = _sentence(bad.message) + (f" (expected: {bad.expected})" if bad.expected else "")
             yield Problem(bad.kind, "error", message, (origin,))
 
 
 def _convert_record(record: Any, shape: _Shape, origin: Origin) -> Row:
-    if isinstance(record, _BadRow):
+    if isinstance(record, BadRow):
         raise record
     if not isinstance(record, Mapping):
-        raise _BadRow("wrong_type", f"the row is {_kind(record)}", "an object with named columns")
+        raise BadRow("wrong_type", f"the row is {kind_of(record)}", "an object with named columns")
     schema = shape.schema
     used = schema.required(record)
     if used is None:
@@ -705,16 +397,16 @@ def _convert_record(record: Any, shape: _Shape, origin: Origin) -> Row:
     )
 
 
-def _other_schema(record: Mapping[str, Any], shape: _Shape) -> _BadRow:
+def _other_schema(record: Mapping[str, Any], shape: _Shape) -> BadRow:
     known = f"{shape.schema.columns}, as in line {shape.example_line}"
     other = _schema_of(record)
     if other:
-        return _BadRow(
+        return BadRow(
             "mixed_schemata", f"the row looks like {other.columns}, unlike the rest of the file", known
         )
     empty = [key for key, value in record.items() if value is None]
     nulls = f"; {_names(empty)} is empty" if empty else ""
-    return _BadRow("missing_column", f"the row has the keys {_names(record)}{nulls}", known)
+    return BadRow("missing_column", f"the row has the keys {_names(record)}{nulls}", known)
 
 
 def _needs(*columns: str) -> Callable[[Mapping[str, Any]], Sequence[str] | None]:
@@ -777,7 +469,7 @@ def _from_chat_prompt(record: Mapping[str, Any], columns: Sequence[str]) -> _Par
 def _from_text(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
     text = _text(record, "text")
     if not text.strip():
-        raise _BadRow("empty", "`text` is empty")
+        raise BadRow("empty", "`text` is empty")
     return _Parts(text=text)
 
 
@@ -812,31 +504,31 @@ def _with_system(messages: list[Message], system: Any) -> list[Message]:
     if not system or messages[0]["role"] == "system":
         return messages
     if not isinstance(system, str):
-        raise _BadRow("wrong_type", f"`system` is {_kind(system)}", "text")
+        raise BadRow("wrong_type", f"`system` is {kind_of(system)}", "text")
     return [{"role": "system", "content": system}, *messages]
 
 
 def _messages(value: Any, column: str) -> list[Message]:
     if isinstance(value, str):
-        raise _BadRow(
+        raise BadRow(
             "wrong_type",
             f"`{column}` is a text, not a list",
             "a list of messages; a JSON string has to be parsed",
         )
     if not isinstance(value, list | tuple):
-        raise _BadRow("wrong_type", f"`{column}` is {_kind(value)}", "a list of messages")
+        raise BadRow("wrong_type", f"`{column}` is {kind_of(value)}", "a list of messages")
     if not value:
-        raise _BadRow("empty_chat", f"`{column}` is an empty list", "at least one message")
+        raise BadRow("empty_chat", f"`{column}` is an empty list", "at least one message")
     return [_message(message, turn) for turn, message in enumerate(value, 1)]
 
 
 def _message(value: Any, turn: int) -> Message:
     if not isinstance(value, Mapping):
-        raise _BadRow("wrong_type", f"turn {turn} is {_kind(value)}", "an object with `role` and `content`")
+        raise BadRow("wrong_type", f"turn {turn} is {kind_of(value)}", "an object with `role` and `content`")
     message = {key: item for key, item in value.items() if item is not None}
     role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
     if role_key not in message:
-        raise _BadRow(
+        raise BadRow(
             "missing_role",
             f"turn {turn} has the keys {_names(value)} and no role",
             "`role` (or `from`) in each message",
@@ -855,7 +547,7 @@ def _role(value: Any, turn: int) -> str:
     role = ROLES.get(value.strip().lower()) if isinstance(value, str) else None
     if role is None:
         hint = did_you_mean(value, ROLES) if isinstance(value, str) else "a text"
-        raise _BadRow("unknown_role", f"turn {turn} has the unknown role `{value}`", hint)
+        raise BadRow("unknown_role", f"turn {turn} has the unknown role `{value}`", hint)
     return role
 
 
@@ -865,16 +557,16 @@ def _content(value: Any, key: str, turn: int, message: Message) -> str:
     if value is None:
         if "tool_calls" in message:
             return ""
-        raise _BadRow("missing_content", f"turn {turn} has no `{key}`", "text")
+        raise BadRow("missing_content", f"turn {turn} has no `{key}`", "text")
     if isinstance(value, list) and all(isinstance(part, Mapping) and part.get("text") for part in value):
         return "".join(part["text"] for part in value)
     hint = "text only: images and sounds cannot be trained" if isinstance(value, list) else "text"
-    raise _BadRow("wrong_type", f"turn {turn} has {_kind(value)} as `{key}`", hint)
+    raise BadRow("wrong_type", f"turn {turn} has {kind_of(value)} as `{key}`", hint)
 
 
 def _tool_call(call: Any, turn: int) -> Any:
     if not isinstance(call, Mapping):
-        raise _BadRow("wrong_type", f"turn {turn} has {_kind(call)} among its `tool_calls`", "an object")
+        raise BadRow("wrong_type", f"turn {turn} has {kind_of(call)} among its `tool_calls`", "an object")
     call = _without_none(call)
     target = call["function"] if isinstance(call.get("function"), dict) else call
     if isinstance(target.get("arguments"), str):
@@ -882,7 +574,7 @@ def _tool_call(call: Any, turn: int) -> Any:
         try:
             target["arguments"] = json.loads(target["arguments"])
         except json.JSONDecodeError:
-            raise _BadRow("broken_json", f"turn {turn} has tool call arguments that are no JSON") from None
+            raise BadRow("broken_json", f"turn {turn} has tool call arguments that are no JSON") from None
     return call
 
 
@@ -891,11 +583,11 @@ def _tools(value: Any) -> list[Any] | None:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise _BadRow("broken_json", f"`tools` is broken JSON: {error.msg}") from None
+            raise BadRow("broken_json", f"`tools` is broken JSON: {error.msg}") from None
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise _BadRow("wrong_type", f"`tools` is {_kind(value)}", "a list of tool descriptions")
+        raise BadRow("wrong_type", f"`tools` is {kind_of(value)}", "a list of tool descriptions")
     tools = _without_none(value)
     return tools if isinstance(tools, list) else None
 
@@ -909,16 +601,16 @@ def _without_none(value: Any) -> Any:
 
 def _check_loss_keys(message: Message, turn: int) -> None:
     if not isinstance(message.get("train", True), bool):
-        raise _BadRow("wrong_type", f"turn {turn} has `train: {message['train']!r}`", "true or false")
+        raise BadRow("wrong_type", f"turn {turn} has `train: {message['train']!r}`", "true or false")
     weight = message.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise _BadRow("wrong_type", f"turn {turn} has `weight: {weight!r}`", "a number, at least 0")
+        raise BadRow("wrong_type", f"turn {turn} has `weight: {weight!r}`", "a number, at least 0")
 
 
 def _text(record: Mapping[str, Any], column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
-        raise _BadRow("wrong_type", f"`{column}` is {_kind(value)}", "text")
+        raise BadRow("wrong_type", f"`{column}` is {kind_of(value)}", "text")
     return _encodable(value, f"`{column}`")
 
 
@@ -928,27 +620,12 @@ def _encodable(text: str, where: str) -> str:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise _BadRow(
+            raise BadRow(
                 "encoding",
                 f"{where} holds half of a surrogate pair at character {error.start}",
                 "whole characters",
             ) from None
     return text
-
-
-def _kind(value: Any) -> str:
-    kinds = {
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        str: "a text",
-        list: "a list",
-        dict: "an object",
-    }
-    if value is None:
-        return "nothing (null)"
-    shown = f" ({value!r})" if isinstance(value, int | float) else ""
-    return kinds.get(type(value), f"a {type(value).__name__}") + shown
 
 
 def _names(keys: Iterable[Any]) -> str:

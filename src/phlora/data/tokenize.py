@@ -461,12 +461,9 @@ class _RowTokenizer:
         if eos is not None and not ending and ids[-1:] != [eos]:
             ids.append(eos)
             offsets.append((len(draft.text), len(draft.text) + 1))
-        start = 0 if row.text is not None else len(row.prompt or "")
-        labels = [IGNORED] * len(ids)
-        first, _ = _token_range(offsets, (start, len(draft.text)), ids, self._control_ids)
-        if row.text is not None:
-            first = 1 if offsets[0] == (0, 0) and len(ids) > 1 else 0
-        labels[first:] = ids[first:]
+        span = (len(row.prompt or ""), len(draft.text))
+        first, _ = _token_range(offsets, span, ids, self._control_ids)
+        labels = [IGNORED] * first + ids[first:]
         weights = None if row.weight == 1 else [0.0] * first + [float(row.weight)] * (len(ids) - first)
         return TokenizedRow(ids, labels, weights, row.origin)
 

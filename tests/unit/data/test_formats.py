@@ -233,11 +233,14 @@ def test_all_bad_rows_are_counted_in_the_error(tmp_path):
         load_rows(path)
 
 
-def test_missing_file_names_the_nearest_one(tmp_path):
+def test_missing_file_names_the_nearest_one(tmp_path, monkeypatch):
     _write(tmp_path / "chats.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match="does not exist") as caught:
         load_rows(tmp_path / "chat.jsonl")
     assert "did you mean `chats.jsonl`?" in str(caught.value)
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(DataError, match="does not exist"):
+        load_rows(f"{tmp_path.name}/chats")
     with pytest.raises(DataError, match="folder of the data file does not exist"):
         load_rows(tmp_path / "nowhere" / "chat.jsonl")
 
@@ -298,8 +301,8 @@ def test_an_unreachable_hub_is_a_network_error_at_once(monkeypatch):
         raise OSError("no network here")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(NetworkError, match="cannot be reached") as caught:
         load_rows("someone/some-chats")
     assert caught.value.exit_code == 3
