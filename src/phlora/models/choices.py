@@ -67,7 +67,7 @@ def choose_dtype(requested: str = "auto", *, device: torch.device) -> Choice[tor
     """The dtype of the weights, and why.
 
     On a GPU: bfloat16 where the hardware has it. On a CPU: bfloat16 only when a layer is measured to be at
-    least twice as fast as in float32: it costs precision, and without units for it a CPU is many times slower.
+    least twice as fast as in float32: it costs precision, and a CPU without units for it is far slower.
 
     Raises:
         ConfigError: no dtype has this name.

@@ -445,7 +445,7 @@ def _require_all_used(result: Any, num_tensors: int, *, where: str) -> None:
     unused, missing = result.unexpected_keys, result.missing_keys
     if unused:
         raise ModelError(
-            f"{len(unused)} of {num_tensors} tensors unused: the model has no place for them, as for {unused[0]}",
+            f"{len(unused)} of {num_tensors} tensors unused: the model has no place for {unused[0]}",
             where=where,
             expected="an adapter whose module names are those of the model",
             fix="convert the adapter to the model's own module names first",

@@ -1,0 +1,351 @@
+"""Greedy decoding of many prompts at once, and streaming of one.
+
+Evaluation prompts are short and share a long system prompt. So the tokens that all prompts begin with go
+through the model once, at batch 1; their keys and values are then repeated for every row. Rows are sorted by
+length, padded on the left behind the shared tokens, decoded together, and leave the batch as they finish.
+
+    keys    [ shared prefix (P) ][ padding ][ rest of the prompt ][ new tokens ]
+    mask      1 1 1 1 1 1 1 1 1    0 0 0      1 1 1 1 1 1 1 1 1     1 1 1 1
+
+Two kinds of models tie a row to its neighbours and are kept apart: with a sliding window that is shorter than
+the text, padding would shift the window, so that only prompts of one length go together; with long-context
+rotary factors, a row that may pass the limit is decoded alone, and its cache is computed anew at the limit.
+
+Legend: B rows, P shared tokens, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from phlora.errors import ConfigError
+from phlora.models.phi3 import context_lengths
+
+# A prefix shorter than this saves less than the extra forward pass costs.
+_MIN_SHARED_TOKENS = 8
+_MAX_AUTO_ROWS = 64
+_AUTO_CACHE_BYTES = 1 << 30
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+    batch_size: int | Literal["auto"] = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """The most likely continuation of every prompt, token by token.
+
+    Args:
+        model: causal language model, bare or under PEFT; its mode and `use_cache` are left as they are.
+        prompts: token ids, at least one each.
+        max_new_tokens: at most so many new tokens a row.
+        stop_token_ids: ids that end a row; they are not part of the answer.
+        pad_token_id: fills the gaps; it is masked and may be any id.
+        batch_size: rows decoded together; `auto` fits their keys and values into 1 GiB.
+        progress: called with (finished rows, all rows).
+
+    Returns:
+        The new token ids of each prompt, in the order of the prompts.
+
+    Raises:
+        ConfigError: a prompt without tokens, or a batch size below 1.
+    """
+    _check(prompts, batch_size)
+    answers: list[list[int]] = [[] for _ in prompts]
+    together, alone = _split_at_rope_limit(model, prompts, max_new_tokens)
+    done = 0
+    with _evaluating(model):
+        for row in alone:
+            tokens = _tokens(model, prompts[row], pick=_greedy, stops=frozenset(stop_token_ids))
+            answers[row] = list(itertools.islice(tokens, max_new_tokens))
+            done = _report(progress, done + 1, len(prompts))
+        for rows, shared, cache in _batches(model, prompts, together, max_new_tokens, batch_size):
+            rests = [list(prompts[row][shared:]) for row in rows]
+            new = _decode(
+                model, rests, shared, cache, max_new_tokens, frozenset(stop_token_ids), pad_token_id
+            )
+            for row, answer in zip(rows, new, strict=True):
+                answers[row] = answer
+            done = _report(progress, done + len(rows), len(prompts))
+    return answers
+
+
+def _check(prompts: Sequence[Sequence[int]], batch_size: int | str) -> None:
+    empty = [row for row, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise ConfigError(f"Prompt {empty[0]} has no token", expected="at least one token in every prompt")
+    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ConfigError(
+            f"The batch has {batch_size} rows", where="batch_size", expected="`auto`, or 1 and more"
+        )
+
+
+def _report(progress: Callable[[int, int], None] | None, done: int, total: int) -> int:
+    if progress is not None:
+        progress(done, total)
+    return done
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode for a while; only modules that were training go back to it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _split_at_rope_limit(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Rows that stay within the short rotary factors, and rows that may pass them."""
+    limit = context_lengths(model.config).original_max_tokens
+    within = [limit is None or len(prompt) + max_new_tokens <= limit for prompt in prompts]
+    rows = range(len(prompts))
+    return [r for r in rows if within[r]], [r for r in rows if not within[r]]
+
+
+def _batches(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    rows: list[int],
+    max_new_tokens: int,
+    batch_size: int | Literal["auto"],
+) -> Iterator[tuple[list[int], int, Any]]:
+    """Rows to decode together, how many tokens they share, and the cache of those; long rows first."""
+    if not rows or max_new_tokens < 1:
+        return
+    rows = sorted(rows, key=lambda row: -len(prompts[row]))
+    longest = len(prompts[rows[0]]) + max_new_tokens
+    size = _rows_that_fit(model, longest) if batch_size == "auto" else batch_size
+    window = context_lengths(model.config).sliding_window_tokens
+    if window is not None and longest > window:
+        for _, same in itertools.groupby(rows, key=lambda row: len(prompts[row])):
+            for batch in _chunks(list(same), size):
+                yield batch, 0, None
+        return
+    shared = _shared_tokens([prompts[row] for row in rows])
+    cache = _prefix_cache(model, prompts[rows[0]][:shared]) if shared else None
+    for batch in _chunks(rows, size):
+        yield batch, shared, cache
+
+
+def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+    """Chunks of at most `size` and nearly equal length, so that none is a small remnant."""
+    count = -(-len(rows) // size)
+    for i in range(count):
+        yield rows[i * len(rows) // count : (i + 1) * len(rows) // count]
+
+
+def _rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * tokens * model.dtype.itemsize
+    return max(1, min(_MAX_AUTO_ROWS, _AUTO_CACHE_BYTES // row_bytes))
+
+
+def _shared_tokens(prompts: list[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps at least one token of its own."""
+    if len(prompts) < 2:
+        return 0
+    # The common prefix of all is that of the smallest and the largest in lexical order.
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    shared = len(os.path.commonprefix([first, last]))
+    shared = min(shared, *(len(prompt) - 1 for prompt in prompts))
+    return shared if shared >= _MIN_SHARED_TOKENS else 0
+
+
+def _prefix_cache(model: PreTrainedModel, prefix: Sequence[int]) -> Any:
+    ids = torch.tensor([list(prefix)], device=model.device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _decode(
+    model: PreTrainedModel,
+    rests: list[list[int]],
+    shared: int,
+    prefix_cache: Any,
+    max_new_tokens: int,
+    stops: frozenset[int],
+    pad_token_id: int,
+) -> list[list[int]]:
+    """Greedy decoding of rows whose first `shared` tokens are in `prefix_cache`."""
+    width = max(map(len, rests))
+    ids = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=model.device)
+    real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=model.device)
+    positions = shared + (real.cumsum(-1) - 1).clamp(min=0)
+    mask = torch.cat([real.new_ones(len(rests), shared), real], dim=-1)
+    padded = not real.all()
+    cache = copy.deepcopy(prefix_cache)
+    if cache is not None:
+        cache.batch_repeat_interleave(len(rests))
+    answers: list[list[int]] = [[] for _ in rests]
+    live = list(range(len(rests)))
+    while True:
+        out = model(
+            input_ids=ids,
+            attention_mask=mask if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, tokens = out.past_key_values, out.logits[:, -1].argmax(-1)
+        going = []
+        for place, token in enumerate(tokens.tolist()):
+            if token not in stops:
+                answers[live[place]].append(token)
+                if len(answers[live[place]]) < max_new_tokens:
+                    going.append(place)
+        if not going:
+            return answers
+        positions = positions[:, -1:] + 1
+        if len(going) < len(live):
+            live = [live[place] for place in going]
+            keep = torch.tensor(going, device=model.device)
+            tokens, positions, mask = tokens[keep], positions[keep], mask[keep]
+            cache.batch_select_indices(keep)
+        ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
+
+
+# --------------------------------------------------------------------------------------------- one prompt
+
+
+def stream(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[str]:
+    """Yield a reply piece by piece; a character of several tokens comes when it is whole.
+
+    Args:
+        model: causal language model, bare or under PEFT.
+        prompt_ids: at least one token id.
+        tokenizer: turns ids into text; special tokens are left out.
+        max_new_tokens: at most so many new tokens.
+        stop_token_ids: ids that end the reply.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
+        top_p: draw among the fewest tokens whose probabilities reach this sum.
+        seed: of the draws; None draws anew each time.
+        should_stop: asked before every token.
+
+    Raises:
+        ConfigError: an empty prompt, a negative temperature, or `top_p` outside (0, 1].
+    """
+    _check([prompt_ids], "auto")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"temperature={temperature}, top_p={top_p}", expected="temperature >= 0 and 0 < top_p <= 1"
+        )
+    pick = _greedy if temperature == 0 else _sampler(temperature, top_p, seed)
+    tokens = _tokens(model, prompt_ids, pick=pick, stops=frozenset(stop_token_ids))
+    return _text_pieces(_while_wanted(model, tokens, max_new_tokens, should_stop), tokenizer)
+
+
+def _while_wanted(
+    model: PreTrainedModel, tokens: Iterator[int], max_new_tokens: int, should_stop: Callable[[], bool]
+) -> Iterator[int]:
+    for _ in range(max_new_tokens):
+        if should_stop():
+            return
+        with _evaluating(model):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
+
+
+@torch.inference_mode()
+def _tokens(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    pick: Callable[[torch.Tensor], int],
+    stops: frozenset[int],
+) -> Iterator[int]:
+    """New tokens of one prompt, one by one, without end but for a stop token."""
+    limit = context_lengths(model.config).original_max_tokens
+    ids, cached, cache = list(prompt), 0, None
+    while True:
+        if limit is not None and cached <= limit < len(ids):
+            # Past the limit the rotary factors are other ones, for all earlier keys too.
+            cached, cache = 0, None
+        out = model(
+            input_ids=torch.tensor([ids[cached:]], device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cached, cache = len(ids), out.past_key_values
+        token = pick(out.logits[0, -1])
+        if token in stops:
+            return
+        ids.append(token)
+        yield token
+
+
+def _greedy(logits: torch.Tensor) -> int:
+    return int(logits.argmax())
+
+
+def _sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[torch.Tensor], int]:
+    """A function from logits (V) to a token drawn from the nucleus of their softmax."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+    def draw(logits: torch.Tensor) -> int:
+        # On the CPU in fp32, so that a seed means the same on every device.
+        probs, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+        # A token is in the nucleus while the sum before it has not reached top_p.
+        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+    return draw
+
+
+def _text_pieces(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Text of a growing token list; each piece is decoded behind the one before it, for the spaces' sake."""
+    ids: list[int] = []
+    start = shown = 0
+
+    def fresh() -> str:
+        before = tokenizer.decode(ids[start:shown], skip_special_tokens=True)
+        return tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]
+
+    for token in tokens:
+        ids.append(token)
+        piece = fresh()
+        # The replacement character at the end stands for bytes that still wait for their other half.
+        if piece and not piece.endswith("\ufffd"):
+            yield piece
+            start, shown = shown, len(ids)
+    rest = fresh().rstrip("\ufffd")
+    if rest:
+        yield rest
