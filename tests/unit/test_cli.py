@@ -295,7 +295,7 @@ def test_preview_marks_what_is_trained(phlora: Callable[..., Outcome], chats: Pa
     done = phlora("data", "preview", str(chats), "--rows", "1")
     plain = done.out.replace("│", "")
     assert f"{chats}:1" in plain and f"{chats}:2" not in plain
-    assert "⟦درود بر شما<|end|>⟧" in plain
+    assert "⟦درود بر شما<|end|>" in plain
     assert "سلام" in plain.partition("⟦")[0]
     assert "⟦ ⟧" in done.err and "\x1b" not in done.out
 
@@ -349,8 +349,8 @@ def test_preview_of_a_good_beginning_does_not_need_a_good_end(
         ("trian run.yaml", "Did you mean"),
         ("train run.yaml more.yaml", "unexpected extra argument"),
         ("evaluate", "Missing argument"),
-        ("evaluate runs/x --max-answers -1", "-1"),
-        ("evaluate runs/x --max-answers many", "many"),
+        ("evaluate runs/x --max-answers -1", "'--max-answers'"),
+        ("evaluate runs/x --max-answers many", "'--max-answers'"),
         ("chat", "Missing argument"),
         ("chat ./none", "The folder does not exist"),
         ("chat smollm2-135n", "smollm2-135m"),
@@ -364,7 +364,7 @@ def test_preview_of_a_good_beginning_does_not_need_a_good_end(
         ("data check chats.jsonl --eval-data none.jsonl", "none.jsonl"),
         ("data check chats.jsonl --model ./none", "The folder does not exist"),
         ("data preview none.jsonl", "none.jsonl"),
-        ("data preview chats.jsonl --rows 0", "0"),
+        ("data preview chats.jsonl --rows 0", "'--rows'"),
         ("data preview chats.jsonl --model ./none", "The folder does not exist"),
     ],
 )
@@ -390,7 +390,7 @@ def test_bad_input_is_one_clear_message(
 def test_a_run_folder_without_a_run(phlora: Callable[..., Outcome], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
-    (run / "run.json").write_text('{"status": "interrupted", "model": {"name": "m"}}', encoding="utf-8")
+    (run / "run.json").write_text('{"status": "interrupted"}', encoding="utf-8")
     done = phlora("chat", str(run))
     assert done.code == 2 and "no adapter yet (interrupted)" in done.err
 
@@ -501,7 +501,7 @@ def test_warnings_of_libraries_go_to_the_log(
     monkeypatch.setattr(training, "finetune", noisy)
     done = phlora("train", write_config())
     log = next(tmp_path.glob("phlora-*.log")).read_text(encoding="utf-8")
-    assert "an error" in done.err and "warning" not in done.err and "python's own" not in done.err
+    assert "an error" in done.err and "a warning" not in done.err and "python's own" not in done.err
     assert "a warning" in log and "python's own" in log
 
 

@@ -11,10 +11,11 @@ import json
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from phlora.config import ModelConfig, build_config
 from phlora.data.template import TemplateRefusal
 from phlora.data.tokenize import encode_chat
 from phlora.display import Display, printable
@@ -161,16 +162,6 @@ class ChatSession:
 # ------------------------------------------------------------------------------------------------- opening
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What a chat is made of: the base model, and the adapter on it."""
-
-    model: str
-    revision: str | None = None
-    trust_remote_code: bool = False
-    adapter: Path | None = None
-
-
 def open_chat(
     source: str,
     *,
@@ -182,29 +173,25 @@ def open_chat(
 ) -> ChatSession:
     """Load a run folder, an adapter folder or a model, and begin a chat with it.
 
-    The dtype is chosen anew, because the machine may be another one than that of the training.
-
     Raises:
         RunError: a run without an adapter.
         ModelError: no such model, or an adapter that does not fit it.
     """
     display = display or Display()
-    parts = _parts(source)
-    display.stage(f"Loading {parts.model}" + (f" with {parts.adapter}" if parts.adapter else ""))
-    loaded = load_model(
-        parts.model, revision=parts.revision, trust_remote_code=parts.trust_remote_code, use_cache=True
-    )
+    base, adapter = _parts(source)
+    display.stage(f"Loading {base.name}" + (f" with {adapter}" if adapter else ""))
+    loaded = load_model(**{**asdict(base), "use_cache": True})
     model, tokenizer, notes = loaded.model, loaded.tokenizer, loaded.notes
-    if parts.adapter:
-        adapted = load_adapter(loaded.model, parts.adapter)
-        model, tokenizer = adapted.model, _tokenizer_of(parts.adapter, loaded)
+    if adapter:
+        adapted = load_adapter(loaded.model, adapter)
+        model, tokenizer = adapted.model, _tokenizer_of(adapter, loaded)
         notes += adapted.report.notes
     for note in notes:
         display.note(note)
     return ChatSession(
         model=model,
         tokenizer=tokenizer,
-        has_adapter=parts.adapter is not None,
+        has_adapter=adapter is not None,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -212,16 +199,17 @@ def open_chat(
     )
 
 
-def _parts(source: str) -> _Parts:
+def _parts(source: str) -> tuple[ModelConfig, Path | None]:
+    """The base model, and the folder of the adapter on it."""
     folder = Path(source).expanduser()
     if (folder / "run.json").is_file():
-        return _run_parts(folder, _adapter_in(folder))
+        adapter = _adapter_in(folder)
+        return _base_of(folder), adapter
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        run = folder.resolve().parents[1]
-        if folder.resolve().parent.name == "adapter" and (run / "run.json").is_file():
-            return _run_parts(run, folder)
-        return _adapter_parts(folder)
-    return _Parts(model=source)
+        run = folder.resolve().parent.parent
+        is_of_run = folder.resolve().parent.name == "adapter" and (run / "run.json").is_file()
+        return (_base_of(run) if is_of_run else _named_base(folder)), folder
+    return ModelConfig(name=source), None
 
 
 def _adapter_in(run: Path) -> Path:
@@ -234,28 +222,24 @@ def _adapter_in(run: Path) -> Path:
     )
 
 
-def _run_parts(run: Path, adapter: Path) -> _Parts:
-    model = _read_json(run / "run.json", RunError).get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+def _base_of(run: Path) -> ModelConfig:
+    """The base model of a run as its configuration asked for it; the device may be another one today."""
+    config = _read_json(run / "run.json", RunError).get("config")
+    if not isinstance(config, dict):
         raise RunError("The run does not say what its base model is", where=str(run / "run.json"))
-    return _Parts(
-        model=model["name"],
-        revision=model.get("revision"),
-        trust_remote_code=bool(model.get("trust_remote_code")),
-        adapter=adapter,
-    )
+    return replace(build_config(config).model, device="auto", attn_implementation="auto")
 
 
-def _adapter_parts(folder: Path) -> _Parts:
-    facts = _read_json(folder / "adapter_config.json", ModelError)
+def _named_base(adapter: Path) -> ModelConfig:
+    facts = _read_json(adapter / "adapter_config.json", ModelError)
     base = facts.get("base_model_name_or_path")
     if not base:
         raise ModelError(
             "The adapter does not say what its base model is",
-            where=str(folder / "adapter_config.json"),
+            where=str(adapter / "adapter_config.json"),
             expected="`base_model_name_or_path`",
         )
-    return _Parts(model=base, revision=facts.get("revision"), adapter=folder)
+    return ModelConfig(name=base, revision=facts.get("revision"))
 
 
 def _read_json(file: Path, problem: type[InputError]) -> dict[str, Any]:
