@@ -1,0 +1,223 @@
+"""The formulas of `functional.py` as one autograd node per adapted linear: same values, less traffic.
+
+    forward    y = x Wᵀ + b;  u = x̃ Aᵀ;  y[:, i] += s_i · u_i B_iᵀ
+    backward   g_i = s_i · dy[:, i] B_i;  dB_i = s_i · dy[:, i]ᵀ u_i;  dA = gᵀ x̃;  dx = dy W;  dx += g A
+
+with `x̃ = dropout(x)`. Each `+=` is done by the product itself, in place (addmm_), and `g` is formed once.
+
+Kept for backward are `x (T, K)` and `u (T, ΣR)` only: no dropped-out copy and no mask
+(the seed is kept and the mask drawn again), no scaled or summed copy of `(T, N)`. A frozen weight gets no
+gradient product, an input that needs no gradient none either.
+
+Leaves out: double backward (an error from torch), forward-mode differentiation, vmap. While torch.compile
+traces, the reference formulas stand in: the compiler plans memory and redraws dropout masks itself.
+
+Legend: `T` tokens, `N` out, `K` in, `R` rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from phlora.lora import functional
+from phlora.lora.blocks import RowBlock, rank_slices
+from phlora.lora.operands import DenseWeight, FrozenWeight
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`; see `functional.lora_linear`.
+
+    Kept for backward: x (T, K), x Aᵀ (T, R), references to the parameters.
+    """
+    blocks = [RowBlock(name="", start=0, stop=lora_B.shape[0], r=lora_B.shape[1], scaling=scaling)]
+    return lora_blocks(x, weight, lora_A, [lora_B], blocks=blocks, bias=bias, dropout=dropout)
+
+
+def lora_blocks(
+    x: Tensor,
+    weight: Tensor | FrozenWeight,
+    lora_A: Tensor,
+    lora_B: Sequence[Tensor],
+    *,
+    blocks: Sequence[RowBlock],
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`lora_linear` on chosen row blocks of a fused weight; see `functional.lora_blocks`.
+
+    Kept for backward: x (T, K), x Aᵀ (T, ΣR_i), references to the parameters.
+    Under autocast everything is computed in the autocast dtype, as torch's own linear is.
+    """
+    if torch.compiler.is_compiling():
+        return functional.lora_blocks(x, weight, lora_A, lora_B, blocks=blocks, bias=bias, dropout=dropout)
+    autocast = x.dtype != torch.float64 and _autocast_is_on(x.device.type)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    dense, operand = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+    y: Tensor = _LoraBlocks.apply(  # type: ignore[no-untyped-call]
+        x, dense, bias, lora_A, operand, tuple(blocks), dropout, autocast, *lora_B
+    )
+    return y
+
+
+def delta_weight(
+    lora_A: Tensor, lora_B: Sequence[Tensor], *, blocks: Sequence[RowBlock], out_features: int
+) -> Tensor:
+    """`ΔW (N, K)`, written block by block, without gradient; see `functional.delta_weight`."""
+    delta = lora_A.new_zeros(out_features, lora_A.shape[1])
+    return _add_delta_(delta, lora_A, lora_B, blocks)
+
+
+def merged_weight(
+    weight: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], *, blocks: Sequence[RowBlock]
+) -> Tensor:
+    """`W + ΔW (N, K)` in fp32 at least, rounded once, without gradient; see `functional.merged_weight`."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.detach().to(dtype, copy=True)
+    return _add_delta_(merged, lora_A, lora_B, blocks).to(weight.dtype)
+
+
+@torch.no_grad()
+def _add_delta_(
+    weight: Tensor, lora_A: Tensor, lora_B: Sequence[Tensor], blocks: Sequence[RowBlock]
+) -> Tensor:
+    """Adds `scaling_i · B_i A_i` to the rows of each block in place."""
+    for block, rows, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
+        A = lora_A[rows].to(weight.dtype)
+        weight[block.rows].addmm_(B.to(weight.dtype), A, alpha=block.scaling)
+    return weight
+
+
+class _LoraBlocks(torch.autograd.Function):
+    """x (..., K), weight (N, K), bias (N,), lora_A (ΣR_i, K), lora_B [(N_i, R_i), ...] -> (..., N)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        operand: FrozenWeight | None,
+        blocks: tuple[RowBlock, ...],
+        dropout: float,
+        autocast: bool,
+        *lora_B: Tensor,
+    ) -> Tensor:
+        with _without_autocast(x.device.type):
+            if weight is not None:
+                operand = DenseWeight(weight.to(x.dtype) if autocast else weight)
+            assert operand is not None
+            flat_x = _flat(x)
+            y = operand.matmul(flat_x, None if bias is None else bias.to(x.dtype))
+            seed = torch.empty((), dtype=torch.int64).random_() if dropout else None
+            dropped = flat_x if seed is None else _draw_mask(flat_x.shape, dropout, seed, like=x).mul_(flat_x)
+            u = dropped @ lora_A.to(x.dtype).t()
+            for block, columns, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
+                y[:, block.rows].addmm_(u[:, columns], B.to(x.dtype).t(), alpha=block.scaling / (1 - dropout))
+
+        _, need_weight, _, need_A = ctx.needs_input_grad[:4]
+        need_B = any(ctx.needs_input_grad[8:])
+        # The seed is saved as a tensor, so that checkpointing replaces it together with the `u` made with it.
+        ctx.save_for_backward(
+            x if need_A or need_weight else None, u if need_B else None, seed, weight, lora_A, *lora_B
+        )
+        # A dense weight goes through save_for_backward only, where torch notices if it is overwritten.
+        ctx.operand = operand if weight is None else None
+        ctx.blocks, ctx.dropout, ctx.bias_dtype = blocks, dropout, None if bias is None else bias.dtype
+        # A plain view would forbid in-place activations after the layer, and FSDP2 warns of it.
+        shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
+        return shaped
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, seed, weight, lora_A, *lora_B = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A = ctx.needs_input_grad[:4]
+        need_B = ctx.needs_input_grad[8:]
+        blocks, keep = ctx.blocks, 1 - ctx.dropout
+        dx = dA = None
+        with _without_autocast(dy.device.type):
+            leading, dy = dy.shape[:-1], _flat(dy).contiguous()
+            if need_x or need_A:
+                g = _rank_gradient(dy, lora_B, blocks, keep)
+                shape = len(dy), lora_A.shape[1]
+                mask = None if seed is None else _draw_mask(shape, ctx.dropout, seed, like=dy)
+            if need_x:
+                operand = ctx.operand if weight is None else DenseWeight(weight.to(dy.dtype))
+                dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(dy.dtype), mask).view(*leading, shape[1])
+            if need_A:
+                dA = (g.t() @ (_flat(x) if mask is None else mask.mul_(_flat(x)))).to(lora_A.dtype)
+            dB = _up_gradients(dy, u, lora_B, blocks, keep, need_B)
+            dW = (dy.t() @ _flat(x)).to(weight.dtype) if need_weight else None
+            dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
+        return dx, dW, dbias, dA, None, None, None, None, *dB
+
+
+def _rank_gradient(dy: Tensor, lora_B: Sequence[Tensor], blocks: Sequence[RowBlock], keep: float) -> Tensor:
+    """`g (T, ΣR_i)`: `scaling_i / keep · dy[:, rows_i] B_i`, side by side."""
+    g = dy.new_empty(len(dy), sum(block.r for block in blocks))
+    for block, columns, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
+        g[:, columns].addmm_(dy[:, block.rows], B.to(dy.dtype), beta=0, alpha=block.scaling / keep)
+    return g
+
+
+def _add_masked_(dx: Tensor, g: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
+    """`dx += mask ⊙ (g A)` in place."""
+    return dx.addmm_(g, lora_A) if mask is None else dx.addcmul_(g @ lora_A, mask)
+
+
+def _up_gradients(
+    dy: Tensor,
+    u: Tensor | None,
+    lora_B: Sequence[Tensor],
+    blocks: Sequence[RowBlock],
+    keep: float,
+    need_B: Sequence[bool],
+) -> list[Tensor | None]:
+    """`dB_i (N_i, R_i) = scaling_i / keep · dy[:, rows_i]ᵀ u_i`, None where it is not wanted."""
+    gradients: list[Tensor | None] = []
+    for block, columns, B, needed in zip(blocks, rank_slices(blocks), lora_B, need_B, strict=True):
+        if u is None or not needed:
+            gradients.append(None)
+            continue
+        dB = dy[:, block.rows].t() @ u[:, columns]
+        gradients.append(dB.mul_(block.scaling / keep).to(B.dtype))
+    return gradients
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(..., K) as (T, K)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _draw_mask(shape: Sequence[int], dropout: float, seed: Tensor, *, like: Tensor) -> Tensor:
+    """A 0/1 mask in the dtype of `like` that depends on shape and seed only."""
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    return like.new_empty(shape).bernoulli_(1 - dropout, generator=generator)
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast would cast the plain products but not the in-place ones, on whatever thread backward runs."""
+    if _autocast_is_on(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
