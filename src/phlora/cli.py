@@ -99,9 +99,7 @@ Format = Annotated[
         show_default=True,
     ),
 ]
-MaxLength = Annotated[
-    int | None, typer.Option("--max-length", min=1, help="Longest row in tokens; needs --model.")
-]
+MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Longest row in tokens.")]
 Trained = Annotated[TrainOn, typer.Option("--train-on", help="The turns whose tokens are trained.")]
 
 
@@ -282,7 +280,6 @@ def chat(
         _forbid_network()
     from phlora.serve.session import converse, open_chat
 
-    _adopt_loggers()
     display = _display(quiet=False)
     with _standard_output_kept():
         session = open_chat(
@@ -336,6 +333,7 @@ def check_data(
     display = _display(quiet)
     with _standard_output_kept():
         tokens = _tokenizer(model, display) if model else None
+        display.stage(f"Checking {', '.join(files)}")
         report = check(
             files,
             tokens.tokenizer if tokens else None,
@@ -481,11 +479,12 @@ def _config_text(config: RunConfig) -> str:
 
 def _what_is_kept(output: Path) -> str:
     """What an interrupted run left in its folder, and the command that continues it."""
-    from phlora.train.checkpoints import RunFolder
+    from phlora.train.checkpoints import RUN_FILE, RunFolder
 
     checkpoint = RunFolder(output).latest_checkpoint()
     if checkpoint is None:
-        return "No checkpoint was written yet, so there is nothing to continue from."
+        again = f" Start {output} again with --overwrite." if (output / RUN_FILE).exists() else ""
+        return f"No checkpoint was written yet, so there is nothing to continue from.{again}"
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
     command = shlex.join(["phlora", *arguments, "--resume"])
     return f"Kept: {checkpoint}. Continue with: {command}"

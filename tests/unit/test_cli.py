@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -479,8 +480,11 @@ def test_an_early_interruption_says_that_nothing_is_kept(
 ) -> None:
     training.raises = KeyboardInterrupt()
     done = phlora("train", write_config(), "--json")
-    assert done.code == 130 and "No checkpoint" in done.err
+    assert done.code == 130 and "No checkpoint" in done.err and "--overwrite" not in done.err
     assert done.json["error"]["kind"] == "Interrupted"
+    Path("runs/file").mkdir(parents=True)
+    Path("runs/file/run.json").touch()
+    assert "runs/file again with --overwrite" in phlora("train", write_config()).err
 
 
 # ------------------------------------------------------------------------------------------ streams and log
@@ -548,6 +552,18 @@ def test_every_command_has_a_useful_help(phlora: Callable[..., Outcome], command
     if command != "data":
         assert "Examples:\n    phlora" in done.out
         assert all(len(line) <= 110 for line in done.out.splitlines())
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "chat", "data check", "data preview"])
+def test_the_page_on_the_command_line_knows_every_option(
+    phlora: Callable[..., Outcome], command: str
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    section = page.partition(f"## phlora {command}\n")[2].partition("\n## ")[0]
+    table = section.partition("| option | |")[2].partition("\n\n")[0]
+    in_help = re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", phlora(*command.split(), "--help").out, re.MULTILINE)
+    documented = {option for line in table.splitlines() for option in re.findall(r"`(--[a-z-]+)`", line[:50])}
+    assert documented == set(in_help) - {"--help"}
 
 
 def test_the_version(phlora: Callable[..., Outcome]) -> None:

@@ -181,7 +181,8 @@ def open_chat(
     base, adapter = _parts(source)
     display.stage(f"Loading {base.name}" + (f" with {adapter}" if adapter else ""))
     loaded = load_model(**{**asdict(base), "use_cache": True})
-    model, tokenizer, notes = loaded.model, loaded.tokenizer, loaded.notes
+    model: Any = loaded.model
+    tokenizer, notes = loaded.tokenizer, loaded.notes
     if adapter:
         adapted = load_adapter(loaded.model, adapter)
         model, tokenizer = adapted.model, _tokenizer_of(adapter, loaded)
