@@ -425,9 +425,10 @@ def _apply_options(
 ) -> tuple[dict[str, Any], Origins]:
     from phlora.config import set_value
 
-    if options["--model"] and isinstance(values.get("model"), Mapping):
+    model = values.get("model")
+    if isinstance(model, dict) and options["--model"] not in (None, model.get("name")):
         # The revision in the file belongs to the model in the file.
-        values["model"].pop("revision", None)
+        model.pop("revision", None)
         origins.pop("model.revision", None)
     for option, key in _OPTION_KEYS.items():
         if options[option]:
@@ -467,7 +468,7 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
 
 
 def _config_text(config: RunConfig) -> str:
-    """The resolved configuration as YAML, each line of a value that was set with where it came from."""
+    """The resolved configuration as YAML, followed by where each value that was set comes from."""
     import yaml
 
     from phlora.config import resolved

@@ -518,7 +518,7 @@ def test_importing_phlora_leaves_logging_alone() -> None:
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "many.jsonl", [{"messages": [{"role": f"r{i}"}]} for i in range(20_000)])
     with subprocess.Popen(
-        [sys.executable, "-m", "phlora", "data", "check", str(file), "--json"],
+        [sys.executable, "-m", "phlora", "data", "check", str(file), "--json", "--quiet"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
