@@ -8,7 +8,8 @@ saved beside the run.
 
 from __future__ import annotations
 
-import json
+import copy
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -104,17 +105,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing, is no mapping, or holds an unknown key or a value of the wrong type.
     """
-    values = read_mapping(path)
-    origins = dict.fromkeys(_leaves(values), str(path))
+    values, origins = read_config(path)
     return build_config(*apply_overrides(values, overrides, origins))
+
+
+def read_config(path: str | Path) -> tuple[dict[str, Any], Origins]:
+    """The values in a configuration file, shorthands written out, and the origin of each."""
+    values = _shorthands(read_mapping(path))
+    return values, dict.fromkeys(_leaves(values), str(path))
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file (JSON is a subset of YAML)."""
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        # Safe: _UniqueKeys is a SafeLoader.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (FileNotFoundError, NotADirectoryError):
         siblings = (
             [str(path.with_name(p.name)) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         )
@@ -132,9 +139,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"The file is no valid YAML: {getattr(error, 'problem', None) or error}", where=f"{path}{line}"
-        ) from None
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"The file is no valid YAML: {reason}", where=f"{path}{line}") from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"The file holds {_kind(values)}",
@@ -145,11 +151,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(
-    values: dict[str, Any], overrides: Sequence[str], origins: Origins | None = None, *, origin: str = "--set"
+    values: Mapping[str, Any],
+    overrides: Sequence[str],
+    origins: Mapping[str, str] | None = None,
+    *,
+    origin: str = "--set",
 ) -> tuple[dict[str, Any], Origins]:
     """Lay `section.key=value` strings over a mapping; values are read as YAML. Returns new objects."""
-    values = json.loads(json.dumps(_shorthands(values), default=str))
-    origins = dict(origins or {})
+    result, sources = dict(values), dict(origins or {})
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -158,9 +167,25 @@ def apply_overrides(
                 where=origin,
                 expected="section.key=value, for example training_config.learning_rate=3e-4",
             )
-        _assign(values, key.strip().split("."), yaml.safe_load(text), where=origin)
-        origins[key.strip()] = origin
-    return values, origins
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"The value of `{override}` is no valid YAML", where=origin, fix="put the value into quotes"
+            ) from None
+        result, sources = set_value(result, key.strip(), value, sources, origin=origin)
+    return result, sources
+
+
+def set_value(
+    values: Mapping[str, Any], key: str, value: Any, origins: Mapping[str, str], *, origin: str
+) -> tuple[dict[str, Any], Origins]:
+    """Set one dotted key and its origin. Returns new objects."""
+    result = copy.deepcopy(_shorthands(values))
+    _assign(result, key.split("."), value, where=origin)
+    if not isinstance(value, Mapping):
+        key = {"model": "model.name", "data": "data.files"}.get(key, key)
+    return result, {**origins, key: origin}
 
 
 def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> RunConfig:
@@ -170,6 +195,8 @@ def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = 
         ConfigError: an unknown key, a missing one, or a value of the wrong type, with the nearest valid name.
     """
     values = {key: value for key, value in _shorthands(values).items() if value is not None}
+    if "origins" in values:
+        raise ConfigError("Unknown key `origins`", where="configuration")
     for key in ("model", "data"):
         if key not in values:
             raise ConfigError(
@@ -184,6 +211,20 @@ def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = 
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain values, without the origins."""
     return {name: value for name, value in _plain(config).items() if name != "origins"}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake: plain YAML would drop the first value silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` stands here a second time", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
 
 
 def _shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,11 +251,13 @@ def _data_files(value: Any) -> Any:
 
 def _check_ranges(config: RunConfig) -> None:
     checks = [
+        (bool(config.model.name.strip()), "model.name", "the name of a model"),
         (bool(config.data.files), "data.files", "at least one file"),
+        (bool(config.output.strip()), "output", "the name of a folder"),
         (config.data.eval_size >= 0, "data.eval_size", "0 or more: a share below 1, or a number of rows"),
         (config.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens", "1 or more"),
         (config.evaluation.max_answers >= 0, "evaluation.max_answers", "0 or more"),
-        (all(f.weight > 0 for f in config.data.files), "data.files.weight", "a number above 0"),
+        (all(0 < f.weight < math.inf for f in config.data.files), "data.files.weight", "a number above 0"),
     ]
     for holds, where, expected in checks:
         if not holds:
@@ -230,6 +273,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], *, where: str) -> Any:
                 f"Unknown key `{key}`", where=where or "configuration", fix=did_you_mean(str(key), settable)
             )
     hints = typing.get_type_hints(cls)
+    values = {key: value for key, value in values.items() if value is not None}
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ConfigError(f"`{name}` is missing", where=where, expected=f.metadata.get("help", ""))
@@ -275,7 +319,7 @@ def _scalar(value: Any, kind: type[Any], *, where: str) -> Any:
     except (TypeError, ValueError):
         raise _wrong_type(value, _NAMES[kind], where) from None
     if kind is int:
-        if number != int(number):
+        if not number.is_integer():  # infinite and NaN neither
             raise _wrong_type(value, _NAMES[int], where)
         return int(number)
     return number

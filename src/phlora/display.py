@@ -5,6 +5,7 @@ Results go to standard output and belong to the commands; everything here goes t
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,15 @@ Advance = Callable[[int], None]
 
 # A log gets a line at every tenth of a step, but not more often than this.
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+# All but tab and newline.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: data and models must not command a terminal."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 class Display:
@@ -59,7 +69,7 @@ class Display:
             yield lambda done: None
         elif self.fancy:
             with self.bar("{task.completed}/{task.total} " + unit) as bar:
-                task = bar.add_task(title, total=total)
+                task = bar.add_task(_escape(title), total=total)
                 yield lambda done: bar.update(task, advance=done)
         else:
             yield _Lines(self, title, total, unit).advance

@@ -1,0 +1,68 @@
+"""The error tree: exit codes, what a message says, and its survival of process boundaries."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from phlora import errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "exit_code"),
+    [
+        (errors.ConfigError, 2),
+        (errors.DataError, 2),
+        (errors.ModelError, 2),
+        (errors.RunError, 2),
+        (errors.MissingExtraError, 3),
+        (errors.NoRoomError, 3),
+        (errors.NetworkError, 3),
+        (errors.NonFiniteError, 1),
+    ],
+)
+def test_every_error_has_its_exit_code(kind: type[errors.PhloraError], exit_code: int) -> None:
+    assert kind("something").exit_code == exit_code
+
+
+def test_a_message_says_where_what_expected_and_what_to_do() -> None:
+    error = errors.DataError("The role is unknown", where="chats.jsonl:3", expected="user", fix="rename it")
+    assert str(error).splitlines() == [
+        "chats.jsonl:3: The role is unknown.",
+        "Expected: user",
+        "What to do: rename it",
+    ]
+
+
+@pytest.mark.parametrize("found", ["Is it there?", "It is gone.", "Stop!"])
+def test_a_message_that_ends_by_itself_gets_no_second_full_stop(found: str) -> None:
+    assert str(errors.ConfigError(found)) == found
+
+
+def test_an_error_survives_pickling_with_all_its_parts() -> None:
+    error = errors.NetworkError("خطا", where="hub", expected="a network", fix="thử lại")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is errors.NetworkError
+    assert (copy.found, copy.where, copy.expected, copy.fix) == ("خطا", "hub", "a network", "thử lại")
+
+
+def test_a_missing_extra_names_the_command_that_installs_it() -> None:
+    error = errors.MissingExtraError.of("bitsandbytes", extra="qlora", purpose="4-bit training")
+    assert 'pip install "phlora[qlora]"' in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("learning_rat", "did you mean `learning_rate`?"),
+        ("zzz", "one of `learning_rate`, `lora_alpha`, `r`"),
+    ],
+)
+def test_the_nearest_name_or_all_of_them(name: str, expected: str) -> None:
+    assert errors.did_you_mean(name, ["r", "lora_alpha", "learning_rate"]) == expected
+
+
+def test_a_long_list_of_names_is_cut() -> None:
+    found = errors.did_you_mean("zzz", [f"name{i:02}" for i in range(40)])
+    assert found.endswith("…") and found.count("name") == 24
