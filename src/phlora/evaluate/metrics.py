@@ -86,6 +86,15 @@ def split_words(text: str) -> list[str]:
     return "".join(_as_word_part(character) for character in _normal(text)).split()
 
 
+def is_word_part(character: str) -> bool:
+    """Whether a character belongs to a word; `str.isalnum` alone would tear the vowel signs off Hindi words."""
+    return (
+        character.isalnum()
+        or unicodedata.category(character).startswith("M")
+        or character in _ZERO_WIDTH_JOINERS
+    )
+
+
 @dataclass(frozen=True)
 class Interval:
     """The mean of `tuned - base` with the interval that holds it at the confidence asked for."""
@@ -210,12 +219,7 @@ def _same_json(left: Any, right: Any) -> bool:
 def _as_word_part(character: str) -> str:
     if "\u3040" <= character <= "\u30ff" or "\u3400" <= character <= "\u9fff":
         return f" {character} "
-    is_part = (
-        character.isalnum()
-        or unicodedata.category(character).startswith("M")
-        or character in _ZERO_WIDTH_JOINERS
-    )
-    return character if is_part else " "
+    return character if is_word_part(character) else " "
 
 
 class _WordTokenizer:

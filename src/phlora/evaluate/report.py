@@ -1,0 +1,358 @@
+"""What came of a run, for people and for programs: a summary for the terminal, report.json and report.html.
+
+The page is one file that needs no network. All texts of the user go through the template's escaping, each in an
+element of its own direction, so that Persian reads from the right beside English that reads from the left.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from phlora.errors import NoRoomError, RunError
+from phlora.evaluate.charts import Bar, loss_curve, sparkline
+from phlora.evaluate.compare import Comparison, Flip, Side
+from phlora.evaluate.findings import (
+    Line,
+    duration,
+    figures,
+    headline,
+    label_of,
+    lines_of,
+    row_word,
+    verdict,
+)
+from phlora.evaluate.metrics import is_word_part
+
+JSON_FILE = "report.json"
+HTML_FILE = "report.html"
+
+# In report.json even when the run did not ask for them.
+_ALWAYS = ("exact_match", "json_valid")
+_SHOWN_FLIPS = 25
+# Aligning longer texts word by word takes seconds and helps nobody.
+_MAX_DIFF_PIECES = 1500
+_NOT_SHOWN = "(not shown)"
+# `eos_token` and the like are no secrets.
+_SECRET_KEY = re.compile(
+    r"^((use_)?auth_|access_|(push_to_)?hub_|hf_)?token$|secret|passw(or)?d|credential|api_?key",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The comparison and everything that explains it. Mappings may nest; lists and plain values are their leaves.
+
+    Attributes:
+        title: what the page is called, for instance the run's name.
+        comparison: both sides on the held-out rows.
+        config: the resolved configuration.
+        origins: dotted key -> where its value came from; a key without one, and its sections, kept the default.
+        environment: versions and machine.
+        data, model, adapter: facts about each.
+        timing: name -> seconds, in the order of the work.
+        peak_bytes: most memory that the process held.
+        training_curve: (step, loss, learning rate) of each logged step.
+        evaluation_curve: (step, loss) of each evaluation during training.
+        notes: what a person should know.
+    """
+
+    title: str
+    comparison: Comparison
+    config: Mapping[str, Any] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    timing: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+    training_curve: Sequence[tuple[int, float, float]] = ()
+    evaluation_curve: Sequence[tuple[int, float]] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what changed, on how many rows, and how sure that is."""
+        return verdict(self.comparison)
+
+    def summary(self) -> str:
+        """The verdict and the before/after table as plain text."""
+        head = ("", "base", "tuned", "change", "95 % interval")
+        rows = [head, *map(_text_cells, lines_of(self.comparison))]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        table = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]
+            )
+            for row in rows
+        ]
+        table.insert(1, "-" * len(table[0]))
+        return "\n".join(
+            [self.verdict, "", *(line.rstrip() for line in table), "", *self._footnotes()]
+        ).rstrip()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a strict JSON parser: no NaN, no secrets, shares from 0 to 1."""
+        comparison = self.comparison
+        facts = {name: getattr(self, name) for name in ("environment", "data", "model", "adapter")}
+        return {
+            "title": self.title,
+            "verdict": self.verdict,
+            "base": _side_json(comparison.base),
+            "tuned": _side_json(comparison.tuned),
+            "num_rows": {name: comparison.num_rows(name) for name in figures(comparison.base)},
+            "intervals": {name: _plain(asdict(interval)) for name, interval in comparison.intervals.items()},
+            "decided_by": comparison.decided_by,
+            "flips": {
+                kind: [_plain(asdict(flip)) for flip in flips] for kind, flips in comparison.flips.items()
+            },
+            "config": _redacted(self.config),
+            "config_origins": dict(self.origins),
+            **_redacted(facts),
+            "timing": _plain(self.timing),
+            "peak_bytes": self.peak_bytes,
+            "training_curve": _points(("step", "loss", "learning_rate"), self.training_curve),
+            "evaluation_curve": _points(("step", "loss"), self.evaluation_curve),
+            "notes": list(self.notes),
+        }
+
+    def to_html(self) -> str:
+        """The report as one page without outside parts."""
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return environment.get_template("report.html.jinja").render(self._page())
+
+    def write(self, folder: str | Path) -> Path:
+        """Write report.json and report.html into the folder, each whole or not at all; returns the page's path.
+
+        Raises:
+            NoRoomError: the disk is full.
+            RunError: the folder cannot be written to.
+        """
+        folder, page = Path(folder), self.to_html()
+        text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False, indent=2) + "\n"
+        # Half of a surrogate pair is no UTF-8; as an escape it is still the same JSON.
+        _write_whole(folder / JSON_FILE, text.encode("utf-8", errors="backslashreplace"))
+        _write_whole(folder / HTML_FILE, page.encode("utf-8", errors="replace"))
+        return folder / HTML_FILE
+
+    def _footnotes(self) -> list[str]:
+        improved, worsened = (len(self.comparison.flips[kind]) for kind in ("improved", "worsened"))
+        footnotes = []
+        if self.comparison.decided_by:
+            footnotes.append(f"{improved} {row_word(improved)} turned right, {worsened} turned wrong.")
+        if self.timing:
+            footnotes.append(", ".join(f"{name} {duration(s)}" for name, s in self.timing.items()) + ".")
+        if self.peak_bytes:
+            footnotes.append(f"Peak memory {_gibibytes(self.peak_bytes)}.")
+        return [*footnotes, *self.notes]
+
+    def _page(self) -> dict[str, Any]:
+        """What the template shows."""
+        lines, flips = lines_of(self.comparison), self.comparison.flips
+        head = headline(self.comparison)
+        rates = [(step, rate) for step, _, rate in self.training_curve]
+        return {
+            "title": self.title,
+            "verdict": self.verdict,
+            "head": head,
+            "lines": lines,
+            "bars": [_bar(line) for line in lines if line.is_share and line.change is not None],
+            "curve": loss_curve(
+                [(step, loss) for step, loss, _ in self.training_curve], self.evaluation_curve
+            ),
+            "rate_line": sparkline(rates),
+            "peak_rate": f"{max((rate for _, rate in rates), default=0.0):.3g}",
+            "flips": {kind: [_shown_flip(flip) for flip in flips[kind][:_SHOWN_FLIPS]] for kind in flips},
+            "num_flips": {kind: len(flips[kind]) for kind in flips},
+            "decided_by": label_of(self.comparison.decided_by) if self.comparison.decided_by else None,
+            "facts": self._fact_tables(),
+            "config": _config_rows(self.config, self.origins),
+            "notes": list(self.notes),
+        }
+
+    def _fact_tables(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        effort = {name: duration(seconds) for name, seconds in self.timing.items()}
+        if self.peak_bytes:
+            effort["peak memory"] = _gibibytes(self.peak_bytes)
+        tables = {
+            "Model": self.model,
+            "Adapter": self.adapter,
+            "Data": self.data,
+            "Time and memory": effort,
+            "Environment": self.environment,
+        }
+        return [
+            (name, [(key, _grouped(value)) for key, value in _leaves(_redacted(facts))])
+            for name, facts in tables.items()
+            if facts
+        ]
+
+
+def marked_words(answer: str, reference: str) -> list[tuple[str, bool]]:
+    """The answer in stretches, each with whether it differs from the reference, word by word."""
+    pieces, wanted = _pieces(answer), _pieces(reference)
+    if max(len(pieces), len(wanted)) > _MAX_DIFF_PIECES:
+        return [(answer, answer != reference)]
+    differs = [True] * len(pieces)
+    matcher = difflib.SequenceMatcher(None, pieces, wanted, autojunk=False)
+    for start, _, size in matcher.get_matching_blocks():
+        differs[start : start + size] = [False] * size
+    marked = zip(pieces, differs, strict=True)
+    return [
+        ("".join(piece for piece, _ in run), bad) for bad, run in groupby(marked, key=lambda pair: pair[1])
+    ]
+
+
+def _pieces(text: str) -> list[str]:
+    """Words, white space, and every other character alone; joined they are the text."""
+    pieces: list[str] = []
+    for kind, run in groupby(unicodedata.normalize("NFC", text), key=_kind_of):
+        characters = list(run)
+        pieces += characters if kind == "other" else ["".join(characters)]
+    return pieces
+
+
+def _kind_of(character: str) -> str:
+    if is_word_part(character):
+        return "word"
+    return "space" if character.isspace() else "other"
+
+
+def _text_cells(line: Line) -> tuple[str, ...]:
+    return (line.label, line.base_text, line.tuned_text, line.change_text, line.interval_text)
+
+
+def _side_json(side: Side) -> dict[str, Any]:
+    return {**dict.fromkeys(_ALWAYS), **figures(side), "num_tokens": side.loss.num_tokens}
+
+
+def _points(names: tuple[str, ...], points: Iterable[Sequence[float]]) -> list[dict[str, Any]]:
+    return [_plain(dict(zip(names, point, strict=True))) for point in points]
+
+
+def _bar(line: Line) -> Bar:
+    base, tuned = line.base or 0.0, line.tuned or 0.0
+    whisker = None
+    if line.low is not None and line.high is not None:
+        low, high = (100 * min(1.0, max(0.0, base + change)) for change in (line.low, line.high))
+        whisker = (low, high)
+    return Bar(line=line, base=100 * base, tuned=100 * tuned, whisker=whisker)
+
+
+def _shown_flip(flip: Flip) -> dict[str, Any]:
+    messages = [(str(message.get("role", "")), _content(message.get("content"))) for message in flip.messages]
+    return {
+        "origin": flip.origin,
+        "earlier": messages[:-1],
+        "question": messages[-1] if messages else None,
+        "reference": flip.reference,
+        "base": marked_words(flip.base_answer, flip.reference),
+        "tuned": marked_words(flip.tuned_answer, flip.reference),
+    }
+
+
+def _content(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return json.dumps(content, ensure_ascii=False, default=str)
+
+
+def _config_rows(config: Mapping[str, Any], origins: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    return [(key, _shown(value), _origin_of(key, origins)) for key, value in _leaves(_redacted(config))]
+
+
+def _origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """The origin of the key or of the nearest section around it."""
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return "default"
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == {} or value == []:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list) and all(isinstance(entry, str | int | float) for entry in value):
+        return ", ".join(map(str, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
+
+
+def _grouped(value: Any) -> str:
+    """A fact as text, its thousands set apart."""
+    is_count = isinstance(value, int) and abs(value) >= 10_000
+    return f"{value:,}".replace(",", "\u202f") if is_count else _shown(value)
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _plain(value: Any) -> Any:
+    """Values that strict JSON knows; numbers that are none become null."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return [_plain(entry) for entry in sorted(value, key=str)]
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _redacted(value: Any, key: str = "") -> Any:
+    """Plain values without secrets, known by the key that they stand under or by their look."""
+    value = _plain(value)
+    if value is not None and _SECRET_KEY.search(key):
+        return _NOT_SHOWN
+    if isinstance(value, dict):
+        return {name: _redacted(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_redacted(entry) for entry in value]
+    return _SECRET_VALUE.sub(_NOT_SHOWN, value) if isinstance(value, str) else value
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Readers see the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoomError("The disk is full", where=str(path), fix="free some room and repeat") from None
+        raise RunError(f"The report cannot be written: {error.strerror}", where=str(path)) from None
