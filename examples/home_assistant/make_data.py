@@ -204,7 +204,7 @@ def intents() -> list[Intent]:
             call("shop", "item", "count"),
         ),
         Intent(
-            0.03,
+            0.04,
             grid(
                 door=DOORS,
                 how=[
@@ -212,13 +212,14 @@ def intents() -> list[Intent]:
                     "Please lock the {}.",
                     "Can you lock the {}?",
                     "The {} should be locked.",
+                    "Make sure the {} is locked.",
                 ],
             ),
             ["{request}"],
             call("lock", "door"),
         ),
         Intent(
-            0.03,
+            0.06,
             grid(
                 door=DOORS,
                 how=[
@@ -226,13 +227,16 @@ def intents() -> list[Intent]:
                     "Please unlock the {}.",
                     "Can you unlock the {}?",
                     "Open the {} for me.",
+                    "Could you unlock the {}?",
+                    "I want the {} unlocked.",
+                    "Unlock the {}, please.",
                 ],
             ),
             ["{request}"],
             lambda slots: f"I never unlock a door. Please open the {slots['door']} yourself.",
         ),
         Intent(
-            0.03,
+            0.07,
             grid(
                 wish=[
                     "Turn on the light",
@@ -244,6 +248,13 @@ def intents() -> list[Intent]:
                     "Open the blinds",
                     "Play jazz",
                     "Play the news",
+                    "Close the blinds",
+                    "Set it to 18 degrees",
+                    "Put on some blues",
+                    "The light should be off",
+                    "Dim the lights to 70 percent",
+                    "I want the blinds open",
+                    "Heat to 23 degrees",
                 ],
                 how=["{}.", "{}, please.", "Hello! {}."],
             ),
@@ -251,7 +262,7 @@ def intents() -> list[Intent]:
             lambda slots: WHICH_ROOM,
         ),
         Intent(
-            0.02,
+            0.05,
             grid(
                 wish=[
                     "What is the capital of Norway",
@@ -261,6 +272,13 @@ def intents() -> list[Intent]:
                     "Can you book a flight to Rome",
                     "What should I wear today",
                     "How tall is Mount Everest",
+                    "Who won the football match",
+                    "What is the weather in Paris",
+                    "How do I cook lentils",
+                    "Which language is spoken in Peru",
+                    "When was the telephone invented",
+                    "Can you tell me a joke",
+                    "What does a llama eat",
                 ],
                 how=["{}?", "Hey, {}?", "Tell me: {}?"],
             ),

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from phlora.adapters.attach import attach, lora_settings
 from phlora.config import RunConfig
 from phlora.display import Display
+from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.models.load import choose_device, load_model, load_tokenizer
 from phlora.train import proof, record
@@ -80,6 +83,7 @@ def finetune(
     device = choose_device(config.model.device)
     settings = training_settings(config.training_config, output_dir=folder.checkpoints, device=device.type)
     lora = lora_settings(config.peft_config)
+    resolve_metrics(config.evaluation.metrics)
 
     display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
     tokenizer = load_tokenizer(config.model.name, **record.source_of(config))
@@ -88,6 +92,7 @@ def finetune(
 
     display.stage(f"Loading {config.model.name}")
     loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
+    set_seed(settings.args.seed)  # the adapter's first weights are drawn here, before the trainer seeds itself
     attached = attach(loaded.model, lora)
     plan = make_plan(prepared, attached.summary, settings)
     record.tell_choices(display, loaded, settings, attached)

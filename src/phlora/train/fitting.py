@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import set_seed
+from transformers import PrinterCallback
 
 from phlora.data.collate import Collator, PackedCollator
 from phlora.data.tokenize import TokenizedRow
@@ -76,6 +76,7 @@ def fit(
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
     trainer = _trainer(model, loaded, data, settings)
+    trainer.remove_callback(PrinterCallback)
     for callback in (
         EventLog(folder.events),
         progress,
@@ -133,7 +134,6 @@ def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")
-    set_seed(args.seed)
     sequences = [*data.train, *([row] for row in data.held_out)]
     numbers = _numbers(sequences)
     return SFTTrainer(
