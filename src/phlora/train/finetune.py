@@ -92,7 +92,9 @@ def finetune(
 
     display.stage(f"Loading {config.model.name}")
     loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
-    set_seed(settings.args.seed)  # the adapter's first weights are drawn here, before the trainer seeds itself
+    set_seed(
+        settings.args.seed
+    )  # the adapter's first weights are drawn here, before the trainer seeds itself
     attached = attach(loaded.model, lora)
     plan = make_plan(prepared, attached.summary, settings)
     record.tell_choices(display, loaded, settings, attached)
@@ -104,7 +106,9 @@ def finetune(
     require_room(folder.path, plan.disk_bytes)
     facts = record.run_facts(config, prepared, loaded, settings, lora, plan)
     checkpoint = record.open_run(folder, facts, config, settings, prepared, resume=resume)
-    display.stage(f"Training {plan.num_optimizer_steps} steps")
+    display.stage(
+        f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
+    )
     with recorded_status(folder):
         fit(attached.model, loaded, prepared, settings, folder, checkpoint=checkpoint, display=display)
     clock.lap("training")

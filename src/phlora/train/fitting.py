@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,8 +128,7 @@ def adapter_norm(model: PeftModel) -> float:
 
 
 def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings: Settings) -> SFTTrainer:
-    args = settings.args
-    packed = args.packing
+    args, packed = copy.copy(settings.args), settings.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
     args.packing, args.padding_free, args.max_length = False, False, None
     args.dataset_kwargs = {"skip_prepare_dataset": True}
