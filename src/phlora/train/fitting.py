@@ -71,6 +71,8 @@ def fit(
     def save(path: Path, **facts: Any) -> None:
         save_adapter(model, loaded, path, facts=facts)
 
+    # The name that the user knows, rather than the place in this machine's cache that it was loaded from.
+    model.peft_config["default"].base_model_name_or_path = loaded.source.name
     best_before = _best_before(folder)
     best = BestAdapter(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
@@ -108,12 +110,13 @@ def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: di
         model.save_pretrained(part, save_embedding_layers=False)
         loaded.tokenizer.tokenizer.save_pretrained(part)
         base = {
-            "base_model": model.peft_config["default"].base_model_name_or_path,
+            "base_model": loaded.source.name,
             "base_fingerprint": loaded.fingerprint,
             "stop_token_ids": list(loaded.tokenizer.stop_token_ids),
         }
         write_json(part / ADAPTER_FACTS, {**base, **facts})
-        write_text(part / "README.md", model_card(model.peft_config["default"], {**base, **facts}))
+        card = model_card(model.peft_config["default"], {**base, **facts}, kind=loaded.source.kind)
+        write_text(part / "README.md", card)
 
 
 def load_weights(model: PeftModel, path: Path) -> None:
