@@ -137,6 +137,8 @@ def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings
     # The rows are tokenised, cut and packed already, and say so themselves.
     args.packing, args.padding_free, args.max_length = False, False, None
     args.assistant_only_loss, args.completion_only_loss = False, None
+    # With several GPUs in sight transformers would wrap the model in DataParallel, which TRL refuses.
+    args._n_gpu = min(args.n_gpu, 1)
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")
