@@ -92,7 +92,9 @@ def finetune(
 
     display.stage(f"Loading {config.model.name}")
     loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
-    set_seed(settings.args.seed)  # the adapter's first weights are drawn here, before the trainer seeds itself
+    set_seed(
+        settings.args.seed
+    )  # the adapter's first weights are drawn here, before the trainer seeds itself
     attached = attach(loaded.model, lora)
     plan = make_plan(prepared, attached.summary, settings)
     record.tell_choices(display, loaded, settings, attached)
