@@ -1,26 +1,39 @@
-"""From an adapter to a model folder of its own, with the proof that it answers like base and adapter.
+"""An adapter in other forms: converted, or merged into its base with the proof that nothing was lost.
 
-The base is loaded in fp32, whatever it was trained in (also in 4 bits), so both sides of the proof compute alike and
-all that differs is the rounding of the weights that were saved. Both see the same real rows, and are compared where it
-matters: at the tokens of the answers.
+For a merge the base is loaded in fp32, whatever it was trained in (also in 4 bits), so that both sides of the proof
+compute alike and differ only by the rounding of the weights that were saved. Both see the same real rows, and are
+compared where it matters: at the tokens of the answers.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from phlora.adapters.convert import (
+    Adapter,
+    BlockSizes,
+    read_loralib,
+    read_peft,
+    read_peft_config,
+    read_peft_tensors,
+    write_loralib,
+    write_peft,
+    write_peft_tensors,
+)
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
 from phlora.config import ModelConfig, TrainOn, build_config
 from phlora.data.formats import Row, load_rows
@@ -44,7 +57,7 @@ from phlora.models.load import (
     load_model,
     prepare_tokenizer,
 )
-from phlora.models.phi3 import context_lengths
+from phlora.models.phi3 import context_lengths, fused_row_blocks
 from phlora.models.sources import locate, read_json, reading, resolve_source
 from phlora.train.checkpoints import RUN_FILE, RunFolder, replaced_folder, write_json
 from phlora.train.planning import HELD_OUT_FILE
@@ -52,6 +65,11 @@ from phlora.train.planning import HELD_OUT_FILE
 MERGE_FILE = "merge.json"
 # Reference logits that are kept while the base makes room for the merged model.
 _LOGITS_BYTES = 512 << 20
+_LORALIB_SUFFIXES = (".pt", ".pth", ".bin")
+# Configuration, tokenizer, chat template and card of an adapter; no optimizer states.
+_SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".md")
+# A block-diagonal B of q, k and v is three times as wide.
+_LARGEST_GROWTH = 3
 # Tokenizer, configuration and report, which do not grow with the model.
 _SMALL_FILES_BYTES = 50_000_000
 
@@ -166,7 +184,7 @@ def merge_run(
     adapted = load_adapter(loaded.model, found.adapter)
     for note in (*loaded.notes, *adapted.report.notes):
         display.note(note)
-    _require_room(output, loaded.model, DTYPES[saved_dtype])
+    _require_room(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
     tokenizer = _tokenizer_of(found.adapter, loaded)
     compared = _tokenize(chosen, found, tokenizer, loaded.model)
 
@@ -191,15 +209,146 @@ def merge_run(
     return report
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """What was converted.
+
+    Attributes:
+        output: the folder or file that was written.
+        format: `peft` or `loralib`.
+        num_tensors: tensors of the input; every one was used.
+        layers: how the layers of each kind have to be built in loralib to take the weights; empty for a copy.
+    """
+
+    output: str
+    format: str
+    num_tensors: int
+    layers: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        head = f"{self.num_tensors} tensors converted to {self.format}: {self.output}"
+        return "\n".join([head, *(f"  {line}" for line in self.layers)])
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    to: Literal["peft", "loralib"],
+    lora_alpha: float | None = None,
+    enable: Sequence[str] = (),
+    blocks: BlockSizes | None = None,
+    model: str | None = None,
+    offline: bool = False,
+) -> ConvertReport:
+    """Convert an adapter between loralib's state dict and PEFT's folder without losing a bit.
+
+    Args:
+        source: a loralib file (`.pt`), a PEFT adapter folder, or a run folder (its best adapter is taken).
+        output: a new folder (`peft`), or a new file (`loralib`).
+        lora_alpha: that of the layers of a loralib file, which does not know it.
+        enable: the row blocks that are adapted, such as `q` and `v`, where shapes leave several possibilities.
+        blocks: last part of a layer's name -> rows of its blocks by name; by default those of `model`.
+        model: the base model; its configuration gives the blocks, and its name is written down.
+
+    Raises:
+        ModelError: the source is no adapter, cannot be opened safely, or has tensors without a place.
+        ConfigError: `lora_alpha` or the blocks are missing, not needed, or do not fit.
+        RunError: the output exists.
+        NoRoomError: the disk has no room.
+    """
+    source, output = Path(source).expanduser(), Path(output).expanduser()
+    require_new(output)
+    if blocks is None and model is not None:
+        blocks = fused_row_blocks(_config_of(ModelConfig(name=model, offline=offline)))
+    if source.is_file() or source.suffix in _LORALIB_SUFFIXES:
+        adapter = _read_loralib(source, lora_alpha, enable, blocks)
+    elif lora_alpha is not None:
+        raise ConfigError(
+            "An adapter folder knows its own lora_alpha", where="--lora-alpha", fix="leave it out"
+        )
+    else:
+        source = _find(source, model=model, offline=offline, needs_base=False).adapter
+        if to == "peft":
+            return _copy_peft(source, output)
+        adapter = read_peft(source, enable=enable, blocks=blocks)
+    _require_room(output, _LARGEST_GROWTH * sum(t.nbytes for t in adapter.tensors()))
+    if to == "peft":
+        with replaced_folder(output) as part:
+            write_peft(adapter, part, base_model=model)
+    else:
+        with replaced_file(output) as part:
+            write_loralib(adapter, part)
+    return ConvertReport(
+        output=str(output), format=to, num_tensors=len(adapter.tensors()), layers=tuple(adapter.describe())
+    )
+
+
+def merge_loralib(
+    source: str | Path,
+    output: str | Path,
+    *,
+    model: str,
+    lora_alpha: float | None,
+    enable: Sequence[str] = (),
+    blocks: BlockSizes | None = None,
+    **how: Any,
+) -> MergeReport:
+    """`convert` a loralib file, and `merge_run` it (which takes `how`) into its base."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "adapter"
+        convert(
+            source,
+            folder,
+            to="peft",
+            lora_alpha=lora_alpha,
+            enable=enable,
+            blocks=blocks,
+            model=model,
+            offline=how.get("offline", False),
+        )
+        return merge_run(folder, output, model=model, **how)
+
+
+def _read_loralib(
+    file: Path, lora_alpha: float | None, enable: Sequence[str], blocks: BlockSizes | None
+) -> Adapter:
+    if lora_alpha is None:
+        raise ConfigError(
+            "A loralib file does not say with which lora_alpha its layers were built",
+            where=str(file),
+            fix="name it: --lora-alpha 32",
+        )
+    return read_loralib(file, lora_alpha=lora_alpha, enable=enable, blocks=blocks)
+
+
+def _copy_peft(source: Path, output: Path) -> ConvertReport:
+    """What is saved is plain PEFT already; a pickle becomes safetensors."""
+    read_peft_config(source)
+    tensors = read_peft_tensors(source)
+    _require_room(output, sum(t.nbytes for t in tensors.values()))
+    with replaced_folder(output) as part:
+        for file in sorted(source.iterdir()):
+            if file.suffix in _SIDE_FILES and file.is_file():
+                shutil.copy(file, part)
+        write_peft_tensors(tensors, part)
+    return ConvertReport(output=str(output), format="peft", num_tensors=len(tensors))
+
+
 # ---------------------------------------------------------------------------------------- what is merged
 
 
-def _find(source: Path, *, model: str | None, offline: bool) -> _Source:
+def _find(source: Path, *, model: str | None, offline: bool, needs_base: bool = True) -> _Source:
     found = _of_run(source) if (source / RUN_FILE).is_file() else _of_adapter(source)
     base = found.base
     if model is not None and model != base.name:
         base = ModelConfig(name=model)
-    if not base.name:
+    if needs_base and not base.name:
         raise ModelError(
             "The adapter does not say what its base model is",
             where=str(source / "adapter_config.json"),
@@ -280,6 +429,18 @@ def require_new(output: Path) -> None:
         raise RunError("The output exists already", where=str(output), fix="name another --output")
 
 
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Fill a file beside `path`, then put it in its place in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def _saved_dtype(base: ModelConfig, requested: str) -> str:
     """The key of `DTYPES` to save in; by default that of the base's own files."""
     if requested in DTYPES:
@@ -290,24 +451,27 @@ def _saved_dtype(base: ModelConfig, requested: str) -> str:
             where="--dtype",
             fix=did_you_mean(requested, ["auto", *DTYPES]),
         )
-    location = locate(resolve_source(base.name, revision=base.revision), offline=base.offline)
-    if location.source.kind == "gguf":
-        return "float32"
-    with reading(location, "The configuration"):
-        values, _ = PreTrainedConfig.get_config_dict(location.path, **location.kwargs)
-    stored = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    stored = str(_config_of(base).dtype).removeprefix("torch.")
     return stored if stored in DTYPES else "float32"
 
 
-def _require_room(output: Path, model: nn.Module, dtype: torch.dtype) -> None:
-    needed = sum(p.numel() for p in model.parameters()) * dtype.itemsize + _SMALL_FILES_BYTES
+def _config_of(base: ModelConfig) -> PreTrainedConfig:
+    location = locate(resolve_source(base.name, revision=base.revision), offline=base.offline)
+    with reading(location, "The configuration"):
+        return AutoConfig.from_pretrained(
+            location.path, trust_remote_code=base.trust_remote_code, **location.kwargs
+        )
+
+
+def _require_room(output: Path, tensor_bytes: int) -> None:
+    needed = tensor_bytes + _SMALL_FILES_BYTES
     existing = next(p for p in output.absolute().parents if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise NoRoomError(
-            f"The merged model takes {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free",
+            f"The output takes {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free",
             where=str(existing),
-            fix="make room, name an --output on another disk, or save in --dtype bfloat16",
+            fix="make room, or name an --output on another disk",
         )
 
 
