@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from phlora.adapters.convert import (
+    BLOCK_NAMES,
     Adapter,
     BlockSizes,
     read_loralib,
@@ -266,13 +267,10 @@ def convert(
     require_new(output)
     if blocks is None and model is not None:
         blocks = fused_row_blocks(_config_of(ModelConfig(name=model, offline=offline)))
-    if source.is_file() or source.suffix in _LORALIB_SUFFIXES:
+    if _is_loralib(source):
         adapter = _read_loralib(source, lora_alpha, enable, blocks)
-    elif lora_alpha is not None:
-        raise ConfigError(
-            "An adapter folder knows its own lora_alpha", where="--lora-alpha", fix="leave it out"
-        )
     else:
+        _refuse_alpha(lora_alpha)
         source = _find(source, model=model, offline=offline, needs_base=False).adapter
         if to == "peft":
             return _copy_peft(source, output)
@@ -289,30 +287,66 @@ def convert(
     )
 
 
-def merge_loralib(
+def convert_to_model(
     source: str | Path,
     output: str | Path,
     *,
-    model: str,
-    lora_alpha: float | None,
+    lora_alpha: float | None = None,
     enable: Sequence[str] = (),
     blocks: BlockSizes | None = None,
+    model: str | None = None,
     **how: Any,
 ) -> MergeReport:
-    """`convert` a loralib file, and `merge_run` it (which takes `how`) into its base."""
+    """`merge_run` (which takes `how`) for a loralib file too; the other arguments are those of `convert`."""
+    if not _is_loralib(Path(source)):
+        _refuse_alpha(lora_alpha)
+        return merge_run(source, output, model=model, **how)
+    if model is None:
+        raise ConfigError(
+            "A loralib file does not say what its base model is",
+            where=str(source),
+            fix="name it: --model BASE",
+        )
+    options = {"lora_alpha": lora_alpha, "enable": enable, "blocks": blocks}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
-        convert(
-            source,
-            folder,
-            to="peft",
-            lora_alpha=lora_alpha,
-            enable=enable,
-            blocks=blocks,
-            model=model,
-            offline=how.get("offline", False),
-        )
+        convert(source, folder, to="peft", model=model, offline=how.get("offline", False), **options)
         return merge_run(folder, output, model=model, **how)
+
+
+def parse_blocks(texts: Sequence[str]) -> dict[str, dict[str, int]] | None:
+    """`qkv_proj=64,32,32` -> {"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}; None for no text.
+
+    Blocks of a layer whose blocks have no known names are called 0, 1, 2 ...
+
+    Raises:
+        ConfigError: a text of another form, or another number of blocks than the layer has.
+    """
+    parsed = {}
+    for text in texts:
+        layer, _, listed = text.partition("=")
+        sizes = [int(size) if size.strip().isdecimal() else 0 for size in listed.split(",")]
+        names = BLOCK_NAMES.get(layer) or tuple(str(i) for i in range(len(sizes)))
+        if not layer or min(sizes) < 1 or len(names) != len(sizes):
+            raise ConfigError(
+                f"`{text}` was given",
+                where="--blocks",
+                expected=f"a layer and the rows of its blocks ({', '.join(names)}), "
+                "such as qkv_proj=3072,1024,1024",
+            )
+        parsed[layer] = dict(zip(names, sizes, strict=True))
+    return parsed or None
+
+
+def _refuse_alpha(lora_alpha: float | None) -> None:
+    if lora_alpha is not None:
+        raise ConfigError(
+            "An adapter folder knows its own lora_alpha", where="--lora-alpha", fix="leave it out"
+        )
+
+
+def _is_loralib(source: Path) -> bool:
+    return source.expanduser().is_file() or source.suffix in _LORALIB_SUFFIXES
 
 
 def _read_loralib(
