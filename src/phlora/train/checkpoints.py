@@ -29,10 +29,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from phlora.errors import NoRoomError, RunError
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "complete.json"
+_ALMOST_NOTHING_BYTES = 10_000_000
 _OWN = (
     RUN_FILE,
     "config.yaml",
@@ -209,8 +212,8 @@ def recorded_status(folder: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt:
         status = "interrupted"
         raise
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _says_disk_full(error, folder.path):
             raise
         raise NoRoomError(
             "The disk is full; the checkpoints written before are intact",
@@ -221,6 +224,16 @@ def recorded_status(folder: RunFolder) -> Iterator[None]:
         # On a full disk this line cannot be written either, and must not hide the message above.
         with suppress(OSError):
             folder.update_facts(status=status)
+
+
+def _says_disk_full(error: Exception, folder: Path) -> bool:
+    """Each library has its own words for a full disk: an errno, safetensors' text, torch's broken file writer."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    if "No space left" in text:
+        return True
+    return "PytorchStreamWriter" in text and shutil.disk_usage(folder).free < _ALMOST_NOTHING_BYTES
 
 
 def require_room(folder: Path, needed_bytes: int) -> None:

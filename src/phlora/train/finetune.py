@@ -31,12 +31,14 @@ class Run:
         report: base against tuned model; None for a dry run and with `evaluation.enabled: false`.
         model: the PEFT model; its adapter is the best one.
         tokenizer: its tokenizer.
+        config_text: the resolved configuration as YAML, each value with where it came from.
     """
 
     folder: Path | None
     report: Report | None
     model: Any
     tokenizer: Any
+    config_text: str
 
 
 def finetune(
@@ -100,13 +102,16 @@ def finetune(
     record.tell_choices(display, loaded, settings, attached)
     display.show(plan.render())
     clock.lap("loading")
+    config_text = record.config_text(config, settings)
     if dry_run:
-        return Run(None, None, attached.model, tokenizer.tokenizer)
+        return Run(None, None, attached.model, tokenizer.tokenizer, config_text)
 
     require_room(folder.path, plan.disk_bytes)
     facts = record.run_facts(config, prepared, loaded, settings, lora, plan)
-    checkpoint = record.open_run(folder, facts, config, settings, prepared, resume=resume)
-    display.stage(f"Training {plan.num_optimizer_steps} steps")
+    checkpoint = record.open_run(folder, facts, config_text, prepared, resume=resume)
+    display.stage(
+        f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
+    )
     with recorded_status(folder):
         fit(attached.model, loaded, prepared, settings, folder, checkpoint=checkpoint, display=display)
     clock.lap("training")
@@ -126,4 +131,4 @@ def finetune(
         report = record.make_report(folder, comparison, config, clock)
         report.write(folder.path)
     folder.update_facts(status="finished", timing=clock.seconds)
-    return Run(folder.path, report, attached.model, tokenizer.tokenizer)
+    return Run(folder.path, report, attached.model, tokenizer.tokenizer, config_text)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
 from phlora.train import checkpoints
@@ -97,11 +98,26 @@ def test_the_status_tells_how_the_training_ended(run: RunFolder) -> None:
     assert run.facts()["status"] == "failed"
 
 
-def test_a_full_disk_is_said_in_one_message(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    "full",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError(
+            "[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/3"
+        ),
+    ],
+    ids=["system", "safetensors", "torch"],
+)
+def test_a_full_disk_is_said_in_one_message(
+    full: Exception, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = checkpoints.shutil.disk_usage(run.path)._replace(free=0)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(NoRoomError, match="disk is full"), checkpoints.recorded_status(run):
         # Nothing can be recorded either once the disk is full.
-        monkeypatch.setattr(checkpoints, "write_text", lambda *_: (_ for _ in ()).throw(full))
+        no_room = OSError(28, "No space left on device")
+        monkeypatch.setattr(checkpoints, "write_text", lambda *_: (_ for _ in ()).throw(no_room))
         raise full
 
 
