@@ -311,7 +311,8 @@ def write_peft_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
 def _peft_config(
     ranks: dict[str, int], alphas: dict[str, float], biases: Mapping[str, Tensor], base_model: str | None
 ) -> LoraConfig:
-    r, alpha = _commonest(ranks), _commonest(alphas)
+    # Together, so that a runtime that reads these two alone has the scaling of as many layers as possible.
+    (r, alpha), _ = Counter((rank, alphas[name]) for name, rank in ranks.items()).most_common(1)[0]
     owners = {name.removesuffix(".bias") for name in biases}
     return LoraConfig(
         r=r,
@@ -325,10 +326,6 @@ def _peft_config(
         task_type="CAUSAL_LM" if base_model else None,
         inference_mode=True,
     )
-
-
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
 
 
 def _plain_key(key: str) -> str:

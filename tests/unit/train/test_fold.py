@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phlora.lora as lora
+from phlora.adapters.merge import BOUNDS
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
 from phlora.models.embedded import tiny_phi3
@@ -338,3 +340,25 @@ def test_the_embedded_model_answers_alike_after_a_merge(smollm2_folder: Path, tm
     with tuned.disable_adapter():
         assert answers(tuned, tokenizer) != after
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------ the page about it
+
+
+def test_the_snippets_of_the_page_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[3] / "docs" / "export.md"
+    snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert len(snippets) == 4
+    shutil.copytree(run, tmp_path / "runs" / "support")
+    monkeypatch.chdir(tmp_path)
+    merge_run("runs/support", "models/support", display=QUIET)
+    namespace: dict[str, object] = {"__name__": "snippets"}
+    for snippet in snippets:
+        exec(compile(snippet, str(page), "exec"), namespace)
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "runs", "support.pt"}
+
+
+def test_the_page_names_the_bounds() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+    for dtype, bound in BOUNDS.items():
+        assert f"| {dtype} | {bound.largest:g} | {100 * bound.changed:g} % |" in page
