@@ -265,6 +265,8 @@ def convert(
     """
     source, output = Path(source).expanduser(), Path(output).expanduser()
     require_new(output)
+    if to == "loralib" and output.is_dir():
+        raise RunError("A folder stands where the file should be", where=str(output), fix="name a file")
     if blocks is None and model is not None:
         blocks = fused_row_blocks(_config_of(ModelConfig(name=model, offline=offline)))
     if _is_loralib(source):
@@ -346,7 +348,8 @@ def _refuse_alpha(lora_alpha: float | None) -> None:
 
 
 def _is_loralib(source: Path) -> bool:
-    return source.expanduser().is_file() or source.suffix in _LORALIB_SUFFIXES
+    source = source.expanduser()
+    return source.is_file() or (source.suffix in _LORALIB_SUFFIXES and not source.is_dir())
 
 
 def _read_loralib(

@@ -134,10 +134,16 @@ def test_the_saved_dtype_is_that_of_the_bases_files(base: Path, adapter: Path, t
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16).save_pretrained(half)
     AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    config = json.loads((half / "config.json").read_text())
+    # As in Phi-3's own folder; the code files that it names are not in a merged one.
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (half / "config.json").write_text(json.dumps(config))
     report = merge_run(adapter, tmp_path / "a", model=str(half), rows=ROWS, display=QUIET)
     assert report.dtype == "float16" and 1e-5 < report.largest_difference
     weights = load_file(tmp_path / "a" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
+    saved = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert saved["dtype"] == "float16" and "auto_map" not in saved
     with pytest.raises(ConfigError, match="did you mean `bfloat16`"):
         merge_run(adapter, tmp_path / "b", dtype="bfloat61", rows=ROWS, display=QUIET)
 
@@ -174,6 +180,10 @@ def test_nobodys_files_are_replaced(adapter: Path, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="exists already"):
             convert(adapter, output, to="loralib")
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="name a file"):
+        convert(adapter, tmp_path / "empty", to="loralib")
+    merge_run(adapter, tmp_path / "empty", rows=ROWS[:2], display=QUIET)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
