@@ -111,6 +111,10 @@ class MergeReport:
         """The fields as plain values."""
         return asdict(self)
 
+    def evidence(self) -> dict[str, Any]:
+        """The fields that say nothing about where things lie on this machine."""
+        return {name: value for name, value in self.to_json().items() if name not in ("folder", "adapter")}
+
     def summary(self) -> str:
         """A few lines for people."""
         share = self.largest_difference / self.largest_logit if self.largest_logit else 0.0
@@ -206,7 +210,7 @@ def merge_run(
             differences.add(before, after)
         report = _report(differences, found, output, saved_dtype, num_modules, len(reference))
         _require_kept(differences, report)
-        write_json(part / MERGE_FILE, report.to_json())
+        write_json(part / MERGE_FILE, report.evidence())
     return report
 
 
@@ -272,7 +276,7 @@ def convert(
     if _is_loralib(source):
         adapter = _read_loralib(source, lora_alpha, enable, blocks)
     else:
-        _refuse_alpha(lora_alpha)
+        _refuse_options(lora_alpha, () if to == "loralib" else enable)
         source = _find(source, model=model, offline=offline, needs_base=False).adapter
         if to == "peft":
             return _copy_peft(source, output)
@@ -301,7 +305,7 @@ def convert_to_model(
 ) -> MergeReport:
     """`merge_run` (which takes `how`) for a loralib file too; the other arguments are those of `convert`."""
     if not _is_loralib(Path(source)):
-        _refuse_alpha(lora_alpha)
+        _refuse_options(lora_alpha, enable)
         return merge_run(source, output, model=model, **how)
     if model is None:
         raise ConfigError(
@@ -340,10 +344,14 @@ def parse_blocks(texts: Sequence[str]) -> dict[str, dict[str, int]] | None:
     return parsed or None
 
 
-def _refuse_alpha(lora_alpha: float | None) -> None:
+def _refuse_options(lora_alpha: float | None, enable: Sequence[str]) -> None:
     if lora_alpha is not None:
         raise ConfigError(
             "An adapter folder knows its own lora_alpha", where="--lora-alpha", fix="leave it out"
+        )
+    if enable:
+        raise ConfigError(
+            "An adapter folder is plain PEFT, which knows no blocks", where="--enable", fix="leave it out"
         )
 
 

@@ -110,7 +110,9 @@ def test_a_merged_run_is_a_model_that_stock_transformers_loads_and_that_answers_
     assert merged.generation_config.pad_token_id == tokenizer.pad_token_id not in stops
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run / "adapter" / "best").chat_template
     assert merged.config.use_cache and merged.dtype == torch.float32
-    assert json.loads((tmp_path / "model" / "merge.json").read_text()) == report.to_json()
+    evidence = json.loads((tmp_path / "model" / "merge.json").read_text())
+    assert report.to_json() == {**evidence, "folder": str(tmp_path / "model"), "adapter": report.adapter}
+    assert str(run) not in json.dumps(evidence)
     assert "changed greedy tokens   0 of" in report.summary()
 
 
@@ -310,6 +312,9 @@ def test_lora_alpha_is_asked_for_where_it_is_unknown_and_nowhere_else(
         convert(file, tmp_path / "x", to="peft")
     with pytest.raises(ConfigError, match="leave it out"):
         convert(adapter, tmp_path / "x", to="peft", lora_alpha=8)
+    for to in (convert_to_model, lambda *paths, **options: convert(*paths, to="peft", **options)):
+        with pytest.raises(ConfigError, match="knows no blocks"):
+            to(adapter, tmp_path / "x", enable=["q"])
     with pytest.raises(ConfigError, match="--model BASE"):
         convert_to_model(file, tmp_path / "x", lora_alpha=8)
     assert not (tmp_path / "x").exists()
