@@ -34,8 +34,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phlora.adapters.blockform import from_block_diagonal, to_block_diagonal
 from phlora.adapters.targets import FUSED
 from phlora.errors import ConfigError, ModelError, did_you_mean
+from phlora.lora.blocks import RowBlock, row_blocks, split_rows
 
 # Row blocks by the last part of a layer's name: Phi-3's, and GPT-2's, on which loralib is used most.
 BLOCK_NAMES = {**FUSED, "c_attn": FUSED["qkv_proj"]}
@@ -59,11 +61,9 @@ class Layout:
     sizes: dict[str, int]
     enabled: tuple[str, ...]
 
-    @property
-    def rows(self) -> list[slice]:
-        """The rows of each enabled block."""
-        ends = dict(zip(self.sizes, itertools.accumulate(self.sizes.values()), strict=True))
-        return [slice(ends[name] - self.sizes[name], ends[name]) for name in self.enabled]
+    def blocks(self, r: int, lora_alpha: float) -> tuple[RowBlock, ...]:
+        """The adapted blocks, each of rank `r`."""
+        return row_blocks(self.sizes, self.enabled, r=r, scaling=lora_alpha / r)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +246,7 @@ def read_peft(folder: str | Path, *, enable: Sequence[str] = (), blocks: BlockSi
     layers = []
     for name, (A, B) in pairs.items():
         layout = layouts.get(name) or _named_layout(name, enable, blocks or {})
-        layers.append(_from_block_diagonal(name, A, B, _alpha(config, name, A.shape[0]), layout))
+        layers.append(_layer_of(name, A, B, _alpha(config, name, A.shape[0]), layout))
     return Adapter(layers=tuple(layers), biases=biases)
 
 
@@ -256,7 +256,7 @@ def write_peft(adapter: Adapter, folder: str | Path, *, base_model: str | None =
     tensors, ranks, alphas, layouts = {}, {}, {}, {}
     for layer in adapter.layers:
         kind = ("lora_embedding_{}" if layer.is_embedding else "lora_{}.weight").format
-        A, B, alpha = _to_block_diagonal(layer)
+        A, B, alpha = _plain_form(layer)
         tensors |= {f"{_PREFIX}{layer.name}.{kind(part)}": value for part, value in (("A", A), ("B", B))}
         ranks[layer.name] = A.shape[0]
         alphas[layer.name] = int(alpha) if alpha == int(alpha) else alpha
@@ -382,39 +382,40 @@ def _named_layout(name: str, enable: Sequence[str], blocks: BlockSizes) -> Layou
     return Layout(sizes=dict(blocks[leaf]), enabled=enabled) if enabled else None
 
 
-# ------------------------------------------------------------------------------------------ block-diagonal
+# ------------------------------------------------------------------------------------- the block-diagonal form
 
 
-def _to_block_diagonal(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
+def _plain_form(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
+    """A, B and lora_alpha of a layer as PEFT has them."""
     if layer.layout is None:
         return layer.lora_A, layer.lora_B, layer.lora_alpha
-    B = layer.lora_B.new_zeros(sum(layer.layout.sizes.values()), layer.lora_A.shape[0])
-    stacked = layer.lora_B.split([layer.layout.sizes[name] for name in layer.layout.enabled])
-    for number, (rows, own) in enumerate(zip(layer.layout.rows, stacked, strict=True)):
-        B[rows, number * layer.r : (number + 1) * layer.r] = own
-    return layer.lora_A, B, layer.lora_alpha * len(layer.layout.enabled)
+    blocks = layer.layout.blocks(layer.r, layer.lora_alpha)
+    out_features = sum(layer.layout.sizes.values())
+    B = to_block_diagonal(split_rows(layer.lora_B, blocks), blocks, out_features=out_features)
+    return layer.lora_A, B, layer.lora_alpha * len(blocks)
 
 
-def _from_block_diagonal(
-    name: str, A: Tensor, B: Tensor, lora_alpha: float, layout: Layout | None
-) -> AdaptedLayer:
+def _layer_of(name: str, A: Tensor, B: Tensor, lora_alpha: float, layout: Layout | None) -> AdaptedLayer:
+    """A layer as loralib has it, from PEFT's A, B and lora_alpha."""
     if layout is None:
         return AdaptedLayer(name=name, lora_A=A, lora_B=B, r=A.shape[0], lora_alpha=lora_alpha)
     count, rows = len(layout.enabled), sum(layout.sizes.values())
     r, rest = divmod(A.shape[0], count)
     if rest or B.shape != (rows, A.shape[0]):
         raise ModelError(
-            f"lora_B {tuple(B.shape)} is not that of {count} adapted blocks of {rows} rows", where=name
-        )
-    own = [B[rows, i * r : (i + 1) * r] for i, rows in enumerate(layout.rows)]
-    if sum(int(part.count_nonzero()) for part in own) != int(B.count_nonzero()):
-        raise ModelError(
-            f"lora_B is not zero outside of the blocks {', '.join(layout.enabled)}",
+            f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are not those of {count} blocks of {rows} rows",
             where=name,
-            expected="an adapter that was trained, or converted, block by block",
-            fix="convert it without --enable: as one linear layer",
         )
     alpha = lora_alpha / count
+    try:
+        own = from_block_diagonal(B, layout.blocks(r, alpha))
+    except ModelError as error:
+        raise ModelError(
+            error.found,
+            where=name,
+            expected=error.expected,
+            fix="convert it as one linear layer, without --enable",
+        ) from None
     return AdaptedLayer(name=name, lora_A=A, lora_B=torch.cat(own), r=r, lora_alpha=alpha, layout=layout)
 
 
