@@ -130,8 +130,15 @@ def _best_runs(common: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _common_start(left: Sequence[int], right: Sequence[int]) -> int:
-    most = min(len(left), len(right))
-    return next((i for i in range(most) if left[i] != right[i]), most)
+    """How many first tokens are equal. Halving compares slices, which is much faster than token by token."""
+    least, most = 0, min(len(left), len(right))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if left[least:middle] == right[least:middle]:
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 def _group(start: int, shared: int, members: Sequence[int], rows: Sequence[Sequence[int]]) -> Group:

@@ -76,7 +76,7 @@ def trained_weight(batch: Mapping[str, Any]) -> Tensor:
 def token_losses(
     model: nn.Module, batch: Mapping[str, Any], *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of each trained token: `-log softmax(head(h_t))[labels_(t+1)]`, in float32.
+    """Cross-entropy of each trained token: `-log softmax(head(h_t))[target_t]`, in float32 or wider.
 
     Differentiable when gradients are enabled. A frozen plain head then runs once per chunk and keeps `(S, D)` for
     backward; any other head is recomputed in backward.
@@ -88,7 +88,7 @@ def token_losses(
         chunk: trained tokens whose logits exist at once; None: as many as fit into 64 MiB of float32.
 
     Returns:
-        losses (S,) float32, correct (S,) bool: whether the token is the most likely one, weights (S,) float32,
+        losses (S,), correct (S,) bool: whether the token is the most likely one, weights (S,),
         1 without `loss_weights`. In the order of the batch's rows, and of the positions within one.
     """
     trunk, head = trunk_and_head(model)
@@ -122,12 +122,17 @@ def _in_chunks(
 
 
 def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
+    logits = _wide(head(hidden))
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
 def _recomputed_chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return checkpoint(_chunk_losses, head, hidden, targets, use_reentrant=False)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
@@ -142,12 +147,12 @@ class _FrozenHeadLosses(torch.autograd.Function):
         ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, chunk: int
     ) -> tuple[Tensor, Tensor]:
         slopes = torch.empty_like(hidden)
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = head(hidden[part])
-            dtype, logits, target = logits.dtype, logits.float(), targets[part]
+            dtype, logits, target = logits.dtype, _wide(logits), targets[part]
             losses[part] = F.cross_entropy(logits, target, reduction="none")
             correct[part] = logits.argmax(-1) == target
             slope = torch.softmax(logits, -1)

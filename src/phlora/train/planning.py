@@ -31,8 +31,8 @@ _MOST_DROPPED = 0.5
 _CHECKPOINT_COPIES = 3
 # Sharing is worth its layout from this share of saved positions on.
 _WORTHWHILE_SHARING = 0.1
-# Batches that a forecast looks at: enough for a share to within a few percent, a moment for any data set.
-_FORECAST_BATCHES = 64
+# Rows that a forecast looks at: enough for a share to within a few percent, a moment for any data set.
+_FORECAST_ROWS = 1024
 # Room for tokenizer, configuration, events and report, which do not grow with the model.
 _SMALL_FILES_BYTES = 50_000_000
 
@@ -294,10 +294,13 @@ def _forecast(
     """Positions of the plain and of the sharing layout, in batches as a shuffled epoch has them."""
     order = list(range(len(sequences)))
     random.Random(seed).shuffle(order)
-    plain = shared = 0
-    for start in range(0, len(order), batch_size)[:_FORECAST_BATCHES]:
+    plain = shared = seen = 0
+    for start in range(0, len(order), batch_size):
+        if seen >= _FORECAST_ROWS:
+            break
         rows = [row.input_ids for index in order[start : start + batch_size] for row in sequences[index]]
         lengths = [len(ids) for ids in rows]
+        seen += len(rows)
         plain += sum(lengths) if packed else max(lengths) * len(lengths)
         shared += share_prefixes(rows).num_positions
     return plain, shared
