@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,10 @@ def test_held_out_loss_is_that_of_all_its_tokens_in_any_layout(tmp_path: Path) -
     with torch.no_grad():
         losses, _, weights = token_losses(model, Collator(PAD)(rows[:7]))
     assert plain["eval_loss"] == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-5)
+
+
+def test_the_snippet_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(compile(snippet, "performance.md", "exec"), {})
+    assert "torch.Size([1, 7]) 7" in capsys.readouterr().out
