@@ -28,7 +28,7 @@ import trl
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 
-from phlora.errors import NonFiniteError
+from phlora.errors import ConfigError, NonFiniteError
 from phlora.models.head import token_losses as _token_losses
 from phlora.models.head import trained_weight
 
@@ -70,7 +70,11 @@ class SFTTrainer(trl.SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         if return_outputs or self._needs_logits:
-            inputs = {key: value for key, value in inputs.items() if key != _LOSS_WEIGHTS}
+            if _LOSS_WEIGHTS in inputs:
+                raise ConfigError(
+                    "The rows carry loss weights, which TRL's own loss would ignore",
+                    fix="leave out the weights, or label smoothing, loss_type, compute_metrics and loss functions",
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses, correct, weights = model(**inputs, token_losses=True)
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
@@ -157,6 +161,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the library's, with the loss of all trained tokens in the place of the mean over batches."""
+        self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, name = self._sums["eval"], f"{metric_key_prefix}_loss"
         if sums["trained"] > 0 and name in output.metrics:
