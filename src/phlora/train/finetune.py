@@ -127,6 +127,7 @@ def finetune(
             prepared.held_out,
             config.evaluation,
             display=display,
+            speed=config.speed,
         )
         clock.lap("evaluation")
         report = record.make_report(folder, comparison, config, clock)
