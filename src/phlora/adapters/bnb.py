@@ -17,24 +17,16 @@ Legend: `N` out, `K` in; leading dimensions are any.
 from __future__ import annotations
 
 import copy
-import logging
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from phlora.lora.operands import FrozenWeight
-
-_logger = logging.getLogger("bitsandbytes")
-_level = _logger.level
-# While it is imported it advises to install kernels that would not be used.
-_logger.setLevel(logging.ERROR)
-import bitsandbytes  # noqa: E402
-
-_logger.setLevel(_level)
 
 
 class _Dequantized:
