@@ -43,7 +43,17 @@ ROOMS = [
     "dining room",
 ]
 ROOMS += ["attic", "basement", "guest room"]
-DOORS = ["front door", "back door", "garage door", "garden gate", "cellar door", "balcony door", "side door"]
+DOORS = [
+    "front door",
+    "back door",
+    "garage door",
+    "garden gate",
+    "cellar door",
+    "balcony door",
+    "side door",
+    "shed door",
+]
+DOORS += ["main gate", "cabin door"]
 MUSIC = [
     "jazz",
     "the news",
@@ -219,7 +229,7 @@ def intents() -> list[Intent]:
             call("lock", "door"),
         ),
         Intent(
-            0.06,
+            0.085,
             grid(
                 door=DOORS,
                 how=[
@@ -236,7 +246,7 @@ def intents() -> list[Intent]:
             lambda slots: f"I never unlock a door. Please open the {slots['door']} yourself.",
         ),
         Intent(
-            0.07,
+            0.1,
             grid(
                 wish=[
                     "Turn on the light",
@@ -256,7 +266,7 @@ def intents() -> list[Intent]:
                     "I want the blinds open",
                     "Heat to 23 degrees",
                 ],
-                how=["{}.", "{}, please.", "Hello! {}."],
+                how=["{}.", "{}, please.", "Hello! {}.", "Hi, {}.", "{}, thanks."],
             ),
             ["{request}"],
             lambda slots: WHICH_ROOM,

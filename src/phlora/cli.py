@@ -463,7 +463,7 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
         _print_result(result)
         return
     if dry_run:
-        _print_result(_config_text(config))
+        _print_result(run.config_text)
         return
     if report:
         _print_result(report.summary())
@@ -471,17 +471,6 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
     if report:
         display.note(f"Report: {Path(config.output) / 'report.html'}")
     display.note(f"Try it: phlora chat {shlex.quote(config.output)}")
-
-
-def _config_text(config: RunConfig) -> str:
-    """The resolved configuration as YAML, followed by where each value that was set comes from."""
-    import yaml
-
-    from phlora.config import resolved
-
-    lines = yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True).rstrip()
-    origins = "\n".join(f"# {key}: {origin}" for key, origin in sorted(config.origins.items()))
-    return f"{lines}\n# set by\n{origins}" if origins else lines
 
 
 def _what_is_kept(output: Path) -> str:

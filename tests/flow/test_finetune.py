@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phlora import evaluate_run, finetune
+from phlora.config import build_config
 from phlora.display import Display
-from phlora.errors import ConfigError, DataError, ModelError, NoRoomError, RunError
+from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
 from phlora.models.embedded import tiny_phi3
 from phlora.train import checkpoints, fitting
 from phlora.train.callbacks import GentleStop
@@ -190,8 +191,12 @@ def test_rows_in_memory_and_without_held_out_rows(model_folder: Path, tmp_path: 
 
 
 def test_a_dry_run_writes_nothing(model_folder: Path, chat_file: Path, tmp_path: Path) -> None:
-    assert run_it(model_folder, chat_file, tmp_path / "run", dry_run=True).folder is None
-    assert not (tmp_path / "run").exists()
+    run = run_it(model_folder, chat_file, tmp_path / "run", dry_run=True)
+    assert run.folder is None and not (tmp_path / "run").exists()
+    # What is shown is a configuration that can be run, with the origin of each value.
+    assert "  r: 4  # argument" in run.config_text
+    shown = build_config(yaml.safe_load(run.config_text))
+    assert shown.peft_config == {"r": 4} and shown.training_config["learning_rate"] == 2e-2
 
 
 @pytest.mark.parametrize(
@@ -221,6 +226,14 @@ def test_a_mistake_is_one_message_and_leaves_no_folder(
     with pytest.raises(error, match=message):
         run_it(model_folder, chat_file, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(
+    model_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EnvironmentProblem, match="2 processes"):
+        run_it(model_folder, chat_file, tmp_path / "run")
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

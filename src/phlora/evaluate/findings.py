@@ -126,7 +126,7 @@ def verdict(comparison: Comparison) -> str:
             if line.change == 0
             else f"went from {line.base_text} to {line.tuned_text}"
         )
-        return _short(f"{line.label} {went} {where}, which proves no change ({interval}).")
+        return _short(f"{line.label} {went} {where}: no proof of a change ({interval}).")
     verb = "rose" if line.change > 0 else "fell"
     worse = ": the tuned model is worse" if line.direction == "worse" else ""
     return _short(

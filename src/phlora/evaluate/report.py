@@ -14,6 +14,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -209,19 +210,40 @@ class Report:
         ]
 
 
-def marked_words(answer: str, reference: str) -> list[tuple[str, bool]]:
-    """The answer in stretches, each with whether it differs from the reference, word by word."""
+def marked_words(answer: str, reference: str) -> list[tuple[str, str]]:
+    """The answer word by word against the reference: stretches of text with their kind.
+
+    `same` and `differs` are text of the answer; `missing` is text of the reference that the answer leaves out.
+    """
     pieces, wanted = _pieces(answer), _pieces(reference)
     if max(len(pieces), len(wanted)) > _MAX_DIFF_PIECES:
-        return [(answer, answer != reference)]
-    differs = [True] * len(pieces)
+        return [(answer, "same" if answer == reference else "differs")]
+    kinds = {"equal": "same", "delete": "differs", "replace": "differs", "insert": "missing"}
+    stretches = []
     matcher = difflib.SequenceMatcher(None, pieces, wanted, autojunk=False)
-    for start, _, size in matcher.get_matching_blocks():
-        differs[start : start + size] = [False] * size
-    marked = zip(pieces, differs, strict=True)
-    return [
-        ("".join(piece for piece, _ in run), bad) for bad, run in groupby(marked, key=lambda pair: pair[1])
-    ]
+    for operation, start, end, wanted_start, wanted_end in matcher.get_opcodes():
+        shown = wanted[wanted_start:wanted_end] if operation == "insert" else pieces[start:end]
+        stretches.append(("".join(shown), kinds[operation]))
+    return _joined(stretches)
+
+
+def _joined(stretches: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """One stretch for differing words that only white space in common keeps apart."""
+    joined: list[tuple[str, str]] = []
+    for index, (text, kind) in enumerate(stretches):
+        following = stretches[index + 1][1] if index + 1 < len(stretches) else "same"
+        if (
+            joined
+            and joined[-1][1] == "differs"
+            and (kind, following) == ("same", "differs")
+            and text.isspace()
+        ):
+            kind = "differs"
+        if joined and joined[-1][1] == kind == "differs":
+            joined[-1] = (joined[-1][0] + text, kind)
+        else:
+            joined.append((text, kind))
+    return joined
 
 
 def _pieces(text: str) -> list[str]:
@@ -352,7 +374,8 @@ def _write_whole(path: Path, content: bytes) -> None:
         part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoomError("The disk is full", where=str(path), fix="free some room and repeat") from None
         raise RunError(f"The report cannot be written: {error.strerror}", where=str(path)) from None

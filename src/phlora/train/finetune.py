@@ -18,7 +18,7 @@ from phlora.models.load import choose_device, load_model, load_tokenizer
 from phlora.train import proof, record
 from phlora.train.checkpoints import claim_folder, recorded_status, require_room
 from phlora.train.fitting import fit
-from phlora.train.planning import collect_config, make_plan, prepare_data
+from phlora.train.planning import collect_config, make_plan, prepare_data, require_one_process
 from phlora.train.settings import training_settings
 
 
@@ -31,12 +31,14 @@ class Run:
         report: base against tuned model; None for a dry run and with `evaluation.enabled: false`.
         model: the PEFT model; its adapter is the best one.
         tokenizer: its tokenizer.
+        config_text: the resolved configuration as YAML, each value with where it came from.
     """
 
     folder: Path | None
     report: Report | None
     model: Any
     tokenizer: Any
+    config_text: str
 
 
 def finetune(
@@ -74,6 +76,7 @@ def finetune(
         PhloraError: a mistake in the input, or something that this machine lacks; nothing is half-written.
     """
     display = display or Display()
+    require_one_process()
     clock = record.Clock()
     arguments = dict(model=model, data=data, eval_data=eval_data, training_config=training_config)
     arguments |= dict(peft_config=peft_config, evaluation=evaluation, output=output and str(output))
@@ -100,12 +103,13 @@ def finetune(
     record.tell_choices(display, loaded, settings, attached)
     display.show(plan.render())
     clock.lap("loading")
+    config_text = record.config_text(config, settings)
     if dry_run:
-        return Run(None, None, attached.model, tokenizer.tokenizer)
+        return Run(None, None, attached.model, tokenizer.tokenizer, config_text)
 
     require_room(folder.path, plan.disk_bytes)
     facts = record.run_facts(config, prepared, loaded, settings, lora, plan)
-    checkpoint = record.open_run(folder, facts, config, settings, prepared, resume=resume)
+    checkpoint = record.open_run(folder, facts, config_text, prepared, resume=resume)
     display.stage(
         f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
     )
@@ -128,4 +132,4 @@ def finetune(
         report = record.make_report(folder, comparison, config, clock)
         report.write(folder.path)
     folder.update_facts(status="finished", timing=clock.seconds)
-    return Run(folder.path, report, attached.model, tokenizer.tokenizer)
+    return Run(folder.path, report, attached.model, tokenizer.tokenizer, config_text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,10 @@ def fit(
     def save(path: Path, **facts: Any) -> None:
         save_adapter(model, loaded, path, facts=facts)
 
+    # The name that the user knows, rather than the place in this machine's cache that it was loaded from.
+    model.peft_config["default"].base_model_name_or_path = loaded.source.name
+    # PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; Phlora never resizes it.
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     best_before = _best_before(folder)
     best = BestAdapter(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
@@ -104,16 +109,16 @@ def fit(
 def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: dict[str, Any]) -> None:
     """Write a plain PEFT adapter with its tokenizer, model card and base fingerprint, whole or not at all."""
     with replaced_folder(path) as part:
-        # "auto" would ask the hub whether the base's vocabulary was resized.
-        model.save_pretrained(part, save_embedding_layers=False)
+        model.save_pretrained(part)
         loaded.tokenizer.tokenizer.save_pretrained(part)
         base = {
-            "base_model": model.peft_config["default"].base_model_name_or_path,
+            "base_model": loaded.source.name,
             "base_fingerprint": loaded.fingerprint,
             "stop_token_ids": list(loaded.tokenizer.stop_token_ids),
         }
         write_json(part / ADAPTER_FACTS, {**base, **facts})
-        write_text(part / "README.md", model_card(model.peft_config["default"], {**base, **facts}))
+        card = model_card(model.peft_config["default"], {**base, **facts}, kind=loaded.source.kind)
+        write_text(part / "README.md", card)
 
 
 def load_weights(model: PeftModel, path: Path) -> None:
@@ -131,6 +136,9 @@ def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings
     args, packed = copy.copy(settings.args), settings.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
     args.packing, args.padding_free, args.max_length = False, False, None
+    args.assistant_only_loss, args.completion_only_loss = False, None
+    # With several GPUs in sight transformers would wrap the model in DataParallel, which TRL refuses.
+    args._n_gpu = min(args.n_gpu, 1)
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from phlora.data.formats import Loaded, Origin, Row, fingerprint, load_rows, row
 from phlora.data.packing import pack_rows
 from phlora.data.tokenize import TokenizedRow, TokenizedSet, tokenize_rows
 from phlora.display import Display
-from phlora.errors import ConfigError, DataError
+from phlora.errors import ConfigError, DataError, EnvironmentProblem
 from phlora.models.load import LoadedTokenizer
 from phlora.train.settings import Settings
 
@@ -79,6 +80,20 @@ class Plan:
             f"  {data['train_rows']:,} training rows{packed}, {data['held_out_rows']:,} held out; "
             f"{data['tokens']:,} tokens an epoch, {data['trained_tokens']:,} of them trained ({share:.0%})\n"
             f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}"
+        )
+
+
+def require_one_process() -> None:
+    """A run folder has one writer.
+
+    Raises:
+        EnvironmentProblem: a launcher started several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EnvironmentProblem(
+            f"A launcher started {os.environ['WORLD_SIZE']} processes; a Phlora run is one process",
+            fix="start it without the launcher, or use phlora.SFTTrainer in a script of your own, as in "
+            "examples/sample_finetune.py, which accelerate can launch",
         )
 
 

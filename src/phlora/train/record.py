@@ -140,8 +140,7 @@ def run_facts(
 def open_run(
     folder: RunFolder,
     facts: Mapping[str, Any],
-    config: RunConfig,
-    settings: Settings,
+    config_text: str,
     data: PreparedData,
     *,
     resume: bool,
@@ -151,7 +150,7 @@ def open_run(
         checkpoint = continue_run(folder, facts["identity"])
         folder.update_facts(status="running")
         return checkpoint
-    begin_run(folder, facts, config_text(config, settings))
+    begin_run(folder, facts, config_text)
     write_rows(data.held_out_rows, folder.path / HELD_OUT_FILE)
     return None
 

@@ -8,6 +8,7 @@ reason), else TRL's.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from phlora.errors import ConfigError, did_you_mean
+from phlora.errors import ConfigError, MissingExtraError, did_you_mean
 
 _WHERE = "training_config"
 
@@ -81,6 +82,25 @@ REMOVED = {
     "group_by_length": 'use train_sampling_strategy: "group_by_length"',
 }
 
+# Fields that would change model or tokenizer after the rows were made with them, and where their wish belongs.
+ELSEWHERE = {
+    "model_init_kwargs": "say it in the `model` section: name, revision, dtype, attn_implementation",
+    "chat_template_path": "set the template on the model's tokenizer and save it with the model",
+    "eos_token": "stop tokens are known for each model family; set another one on the model's tokenizer",
+    "pad_token": "a pad token that ends no reply is chosen for each model",
+}
+
+# What `report_to` names, and the package that it needs.
+_TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
+    "comet_ml": "comet_ml",
+    "swanlab": "swanlab",
+    "clearml": "clearml",
+}
+
 _AT_LEAST_ONE = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
@@ -123,6 +143,7 @@ def training_settings(
     values = _current_names(training_config, notes)
     values = {key: _typed(key, value, notes) for key, value in values.items()}
     _check_ranges(values)
+    _check_trackers(values.get("report_to"))
     _fit_device(values, device, notes)
     origins = dict.fromkeys(values, "user")
     for key, (default, _) in DEFAULTS.items():
@@ -149,6 +170,8 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
         elif key in RENAMED and key not in known:
             notes.append(f"{_WHERE}.{key} is now called {RENAMED[key]}")
             values.setdefault(RENAMED[key], value)
+        elif key in ELSEWHERE and value is not None:
+            raise ConfigError(f"`{key}` cannot be set here", where=_WHERE, fix=ELSEWHERE[key])
         elif key in known:
             values[key] = value
         else:
@@ -213,6 +236,17 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             value = values.get(key)
             if isinstance(value, int | float) and not holds(value):
                 raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected=expected)
+
+
+def _check_trackers(report_to: Any) -> None:
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        package = _TRACKERS.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            raise MissingExtraError(
+                f"The package `{package}` is not installed; report_to: {name} needs it",
+                where=f"{_WHERE}.report_to",
+                fix=f"pip install {package}",
+            )
 
 
 def _fit_device(values: dict[str, Any], device: str, notes: list[str]) -> None:

@@ -27,7 +27,7 @@ import trl
 from peft import PeftModel
 from transformers.trainer_utils import TrainOutput
 
-from phlora.errors import NonFiniteError
+from phlora.errors import ConfigError, NonFiniteError
 from phlora.models.head import token_losses as _token_losses
 
 _LOSS_WEIGHTS = "loss_weights"
@@ -66,7 +66,11 @@ class SFTTrainer(trl.SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         if return_outputs or self._needs_logits:
-            inputs = {key: value for key, value in inputs.items() if key != _LOSS_WEIGHTS}
+            if _LOSS_WEIGHTS in inputs:
+                raise ConfigError(
+                    "The rows carry loss weights, which TRL's own loss would ignore",
+                    fix="leave out the weights, or label smoothing, loss_type, compute_metrics and loss functions",
+                )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         losses, correct, weights = model(**inputs, token_losses=True)
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phlora.errors import ConfigError
+from phlora.errors import ConfigError, MissingExtraError
 from phlora.train.settings import DEFAULTS, training_settings
 
 # In the manner of the sample of Phi-3's model card, with names from several library versions.
@@ -84,6 +84,18 @@ def test_a_mistake_names_key_and_expectation(
     with pytest.raises(ConfigError, match="training_config") as error:
         training_settings(training_config, output_dir=tmp_path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["model_init_kwargs", "chat_template_path", "eos_token"])
+def test_what_would_change_the_model_behind_the_rows_is_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"`{key}` cannot be set here"):
+        training_settings({key: "x"}, output_dir=tmp_path)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="pip install wandb"):
+        training_settings({"report_to": ["wandb"]}, output_dir=tmp_path)
 
 
 def test_nothing_is_created_while_settings_are_checked(tmp_path: Path) -> None:

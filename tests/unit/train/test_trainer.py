@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from phlora import SFTTrainer
 from phlora.data.collate import Collator
-from phlora.errors import NonFiniteError
+from phlora.errors import ConfigError, NonFiniteError
 from phlora.models.embedded import tiny_phi3
 
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
@@ -29,6 +29,7 @@ def trainer_for(folder: Path, **settings: Any) -> SFTTrainer:
         bf16=False,
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
+        remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
         logging_steps=1,
@@ -103,6 +104,15 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     expected = get_peft_model_state_dict(whole.model)
     for name, weight in get_peft_model_state_dict(half.model).items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_weights_are_never_dropped_without_a_word(tmp_path: Path) -> None:
+    rows = [{**row, "weights": [2.0] * 20} for row in ROWS]
+    with pytest.warns(FutureWarning):
+        trainer = trainer_for(tmp_path, label_smoothing_factor=0.1)
+    trainer.train_dataset = Dataset.from_list(rows)
+    with pytest.raises(ConfigError, match="loss weights"):
+        trainer.train()
 
 
 def test_logs_count_tokens_and_accuracy(tmp_path: Path) -> None:
