@@ -5,8 +5,8 @@ forward and backward multiply by the same `W`, in training and in evaluation, an
 quantised weight. bitsandbytes 0.50 itself does otherwise, which is why its layers are only the storage here:
 
 - `Linear8bitLt` rounds the activations to 8 bits too, on a CPU in evaluation mode only;
-- `Linear4bit` on a CPU with AVX512-BF16 repacks its weight in place at the first evaluation, rounds its scales,
-  and computes in bfloat16 from then on, in training too;
+- `Linear4bit` on a CPU with AVX512-BF16 repacks its weight in place at the first evaluation and rounds its scales;
+  from then on it computes in bfloat16 and its input gets no gradient, in training too;
 - its CPU kernels read wrong scales where `K` is no multiple of the block size.
 
 Leaves out: gradients of the quantised weight, and merging into it.

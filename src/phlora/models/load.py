@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,10 +275,12 @@ def load_model(
     _check_vocabulary(model, tokenizer, where=location.source.location)
     _agree_on_tokens(model, tokenizer)
     model.config.use_cache = use_cache
-    if storage:
-        model_notes += (str(quantize(model, storage, device=chosen_device)),)
+    with _needing_room(model, chosen_device):
+        if storage:
+            model_notes += (str(quantize(model, storage, device=chosen_device)),)
+        model = model.to(chosen_device)
     return LoadedModel(
-        model=_move(model, chosen_device),
+        model=model,
         tokenizer=tokenizer,
         source=location.source,
         device=chosen_device,
@@ -321,13 +324,14 @@ def _load_weights(
     return model.eval(), notes
 
 
-def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+@contextlib.contextmanager
+def _needing_room(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     try:
-        return model.to(device)
+        yield
     except torch.OutOfMemoryError as error:
         raise NoRoomError(
             f"The weights take {model.get_memory_footprint() / 1e9:.1f} GB, more than {device} has free",
-            fix="choose a smaller model, dtype: bfloat16, or device: cpu",
+            fix="choose a smaller model, dtype: bfloat16, quantization: nf4, or device: cpu",
         ) from error
 
 
