@@ -56,6 +56,7 @@ _OPTION_KEYS = {
     "--model": "model.name",
     "--data": "data.files",
     "--eval-data": "data.eval",
+    "--quantization": "model.quantization",
     "--output": "output",
     "--offline": "model.offline",
 }
@@ -171,6 +172,10 @@ def train(
         str | None,
         typer.Option("--output", "-o", metavar="DIR", help="Run folder  [default: runs/<name of the data>]"),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", metavar="TYPE", help="nf4 or int8: the base in 4 or 8 bits (QLoRA)."),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -197,6 +202,7 @@ def train(
             "--model": model,
             "--data": data,
             "--eval-data": eval_data,
+            "--quantization": quantization,
             "--output": output,
             "--offline": offline,
         },
