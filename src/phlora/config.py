@@ -24,6 +24,7 @@ from phlora.errors import ConfigError, did_you_mean
 Origins = dict[str, str]
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["truncate_history", "drop", "error"]
+Speed = Literal["auto", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,10 @@ class RunConfig:
     peft_config: Mapping[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "runs/run"
+    speed: Speed = field(
+        default="auto",
+        metadata={"help": "auto: the fastest exact way for the data; reference: plain padded rows or packs"},
+    )
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
