@@ -3,8 +3,8 @@
     python benchmarks/train_step.py [--steps 3] [--rows 8]
 
 The rows are those of the demo (a long shared system prompt, a short answer). Both trainers are built once; in each
-round each takes one step, in turn. TRL runs at its best for this machine: fp32, no gradient checkpointing. Peak memory is
-that of one step in a process of its own. The last line is JSON.
+round each takes one step, in turn. TRL runs at its best for this machine: fp32, no gradient checkpointing. Peak
+memory is that of one step in a process of its own. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -110,6 +110,21 @@ def test_loss_and_every_gradient_are_those_of_padded_rows(layout: str, name: str
     assert_close(loss_and_gradients(model, COLLATORS[layout](rows)), expected, 1e-12)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", ["padded", *COLLATORS])
+def test_a_row_that_changes_moves_no_loss_of_another(layout: str, training: bool) -> None:
+    model, collate = lora_model().train(training), {"padded": Collator(PAD), **COLLATORS}[layout]
+    rows = [chat(START + tail, [(41, 99)]) for tail in sorted(TAILS, key=len, reverse=True)]
+    counts = [len(row["input_ids"]) - 41 for row in rows]
+    before = token_losses(model, collate(rows))[0].split(counts)
+    for changed, row in enumerate(rows):
+        other = chat([*row["input_ids"][:-2], 251, 252], [(41, 99)])
+        batch = collate([*rows[:changed], other, *rows[changed + 1 :]])
+        for number, losses in enumerate(token_losses(model, batch)[0].split(counts)):
+            same = torch.allclose(losses, before[number], rtol=1e-12, atol=1e-12)
+            assert same == (number != changed)
+
+
 @pytest.mark.parametrize("window", [8, 45])
 def test_a_sliding_window_is_the_same_window(window: int) -> None:
     model, rows = lora_model(sliding_window=window), ROWS["everything"]

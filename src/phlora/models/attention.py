@@ -43,8 +43,9 @@ _WIDEST_BLOCK = 2
 _PLAIN_ATTENTION = ("llama", "mistral", "phi3", "qwen2")
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Private in torch, and the only ones on CPU that give the log-sum-exp; None where a version lacks them.
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def sharing_obstacle(model: nn.Module, *, longest: int, shortest: int, training: bool) -> str | None:
@@ -125,7 +126,9 @@ def segment_attention(
     window = settings.get("sliding_window")
     if window is not None and segments.longest <= window:
         window = None
-    if query.device.type == "cpu" and window is None:
+    # Under autocast q and k can be wider than v; torch's public attention casts them, the merge does not.
+    alike = query.dtype == key.dtype == value.dtype
+    if query.device.type == "cpu" and window is None and alike and _flash and _flash_backward:
         output = attend_merged(query, key, value, segments, scaling=scaling)
     else:
         output = attend_padded(query, key, value, segments, scaling=scaling, window=window)
