@@ -361,10 +361,17 @@ def _recorded_layouts(folder: Path) -> dict[str, Layout]:
     if not file.is_file():
         return {}
     recorded = _read_json(file).get("blocks") or {}
-    return {
-        name: Layout(sizes=entry["sizes"], enabled=tuple(entry["enabled"]))
-        for name, entry in recorded.items()
-    }
+    try:
+        return {
+            name: Layout(sizes=dict(entry["sizes"]), enabled=tuple(entry["enabled"]))
+            for name, entry in recorded.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelError(
+            "The row blocks cannot be read",
+            where=str(file),
+            expected='"blocks": {layer: {"sizes": {block: rows}, "enabled": [block]}}',
+        ) from None
 
 
 def _named_layout(name: str, enable: Sequence[str], blocks: BlockSizes) -> Layout | None:

@@ -317,7 +317,7 @@ def convert_to_model(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         convert(source, folder, to="peft", model=model, offline=how.get("offline", False), **options)
-        return merge_run(folder, output, model=model, **how)
+        return replace(merge_run(folder, output, model=model, **how), adapter=str(source))
 
 
 def parse_blocks(texts: Sequence[str]) -> dict[str, dict[str, int]] | None:

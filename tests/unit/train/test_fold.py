@@ -253,7 +253,7 @@ def test_a_run_becomes_a_loralib_file_and_a_loralib_file_becomes_the_same_model(
         rows=run / "heldout.jsonl",
         display=QUIET,
     )
-    assert again.num_tokens == merged.num_tokens
+    assert again.num_tokens == merged.num_tokens and again.adapter == str(tmp_path / "adapter.pt")
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(left[name], right[name]) for name in left)
 
