@@ -116,7 +116,7 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     return Attached(adapted, summarize(adapted), targets.notes)
 
 
-def summarize(model: nn.Module) -> AdapterSummary:
+def summarize(model: PeftModel) -> AdapterSummary:
     """Count what trains, by kind of module."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -129,7 +129,8 @@ def summarize(model: nn.Module) -> AdapterSummary:
     return AdapterSummary(
         modules={kind: (count, sizes[kind]) for kind, count in counts.items()},
         num_trainable=sum(p.numel() for p in trainable),
-        num_total=sum(p.numel() for p in model.parameters()),
+        # PEFT knows how many parameters a packed 4-bit tensor stands for.
+        num_total=model.get_nb_trainable_parameters()[1],
         adapter_bytes=sum(p.numel() * p.element_size() for p in trainable),
     )
 
