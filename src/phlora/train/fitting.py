@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 
@@ -137,12 +137,6 @@ def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: di
 def load_weights(model: PeftModel, path: Path) -> None:
     """Put the weights of a saved adapter into the model's active one."""
     set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
-
-
-def adapter_norm(model: PeftModel) -> float:
-    """Length of all lora_B weights; 0 means that the adapter changes nothing."""
-    weights = [w for name, w in get_peft_model_state_dict(model).items() if "lora_B" in name]
-    return float(torch.sqrt(sum(w.float().square().sum() for w in weights))) if weights else 0.0
 
 
 def _trainer(

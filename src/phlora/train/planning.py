@@ -225,21 +225,17 @@ def prepare_data(
     )
 
 
-def make_plan(
-    data: PreparedData, adapter: AdapterSummary, settings: Settings, *, num_processes: int = 1
-) -> Plan:
+def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings) -> Plan:
     """Count the steps and the room that a run takes."""
     args = settings.args
-    batches = math.ceil(len(data.train) / (args.per_device_train_batch_size * num_processes))
+    batches = math.ceil(len(data.train) / args.per_device_train_batch_size)
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     kept = (args.save_total_limit or 10) + 1
     return Plan(
         adapter=adapter,
         data=data.facts,
-        sequences_per_step=args.per_device_train_batch_size
-        * num_processes
-        * args.gradient_accumulation_steps,
+        sequences_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
         num_optimizer_steps=steps,
         disk_bytes=(kept * _CHECKPOINT_COPIES + 2) * adapter.adapter_bytes + _SMALL_FILES_BYTES,
     )
