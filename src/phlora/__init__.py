@@ -17,10 +17,12 @@ _HOMES = {
     "SFTTrainer": "phlora.train.trainer",
     "load_model": "phlora.models.load",
     "load_tokenizer": "phlora.models.load",
+    "speed_up": "phlora.adapters.peft_layer",
     "PhloraError": "phlora.errors",
 }
 
 if TYPE_CHECKING:
+    from phlora.adapters.peft_layer import speed_up
     from phlora.errors import PhloraError
     from phlora.models.load import load_model, load_tokenizer
     from phlora.train.finetune import Run, finetune
@@ -36,6 +38,7 @@ __all__ = [
     "finetune",
     "load_model",
     "load_tokenizer",
+    "speed_up",
 ]
 
 
