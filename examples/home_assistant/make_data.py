@@ -214,7 +214,7 @@ def intents() -> list[Intent]:
             call("shop", "item", "count"),
         ),
         Intent(
-            0.04,
+            0.075,
             grid(
                 door=DOORS,
                 how=[
@@ -229,7 +229,7 @@ def intents() -> list[Intent]:
             call("lock", "door"),
         ),
         Intent(
-            0.085,
+            0.075,
             grid(
                 door=DOORS,
                 how=[

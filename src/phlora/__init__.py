@@ -15,6 +15,8 @@ _HOMES = {
     "evaluate_run": "phlora.train.proof",
     "Run": "phlora.train.finetune",
     "SFTTrainer": "phlora.train.trainer",
+    "convert": "phlora.train.fold",
+    "merge_run": "phlora.train.fold",
     "load_model": "phlora.models.load",
     "load_tokenizer": "phlora.models.load",
     "speed_up": "phlora.adapters.peft_layer",
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from phlora.errors import PhloraError
     from phlora.models.load import load_model, load_tokenizer
     from phlora.train.finetune import Run, finetune
+    from phlora.train.fold import convert, merge_run
     from phlora.train.proof import evaluate_run
     from phlora.train.trainer import SFTTrainer
 
@@ -34,10 +37,12 @@ __all__ = [
     "Run",
     "SFTTrainer",
     "__version__",
+    "convert",
     "evaluate_run",
     "finetune",
     "load_model",
     "load_tokenizer",
+    "merge_run",
     "speed_up",
 ]
 

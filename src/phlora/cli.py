@@ -56,9 +56,18 @@ _OPTION_KEYS = {
     "--model": "model.name",
     "--data": "data.files",
     "--eval-data": "data.eval",
+    "--quantization": "model.quantization",
     "--output": "output",
     "--offline": "model.offline",
 }
+
+
+class AdapterFormat(StrEnum):
+    """What an adapter is converted to."""
+
+    peft = "peft"
+    loralib = "loralib"
+    merged = "merged"
 
 
 class TrainOn(StrEnum):
@@ -100,6 +109,21 @@ Format = Annotated[
     ),
 ]
 MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Longest row in tokens.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="The base model, if not the one that the adapter names.")
+]
+SavedDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Of the merged model: auto (as the base's files), float32, bfloat16, float16.",
+        show_default=True,
+    ),
+]
+ProofRows = Annotated[
+    list[str] | None,
+    typer.Option("--rows", metavar="FILE", help="Chats for the proof, if not the run's held-out ones."),
+]
 Trained = Annotated[TrainOn, typer.Option("--train-on", help="The turns whose tokens are trained.")]
 
 
@@ -148,6 +172,10 @@ def train(
         str | None,
         typer.Option("--output", "-o", metavar="DIR", help="Run folder  [default: runs/<name of the data>]"),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option("--quantization", metavar="TYPE", help="nf4 or int8: the base in 4 or 8 bits (QLoRA)."),
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option(
@@ -174,6 +202,7 @@ def train(
             "--model": model,
             "--data": data,
             "--eval-data": eval_data,
+            "--quantization": quantization,
             "--output": output,
             "--offline": offline,
         },
@@ -291,6 +320,116 @@ def chat(
             display=display,
         )
     converse(session, display=display)
+
+
+@app.command(
+    short_help="Merge an adapter into its base, and prove it.",
+    epilog="\b\nExamples:\n"
+    "  phlora merge runs/support -o models/support\n"
+    "  phlora merge some/adapter -o models/support --rows chats.jsonl --dtype bfloat16",
+)
+def merge(
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run folder or adapter folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="New model folder.")],
+    model: BaseModel = None,
+    dtype: SavedDtype = "auto",
+    rows: ProofRows = None,
+    max_rows: Annotated[
+        int, typer.Option("--max-rows", min=1, help="Rows of the proof at most.", show_default=True)
+    ] = 64,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
+    ] = "auto",
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fold an adapter into its 16- or 32-bit base and save the whole model, which stock transformers loads.
+
+    What was saved is loaded again and compared with base and adapter on the run's held-out rows: largest and
+    mean difference of the logits, changed greedy tokens. Beyond the bound nothing is kept and the exit code is 1.
+    """
+    if offline:
+        _forbid_network()
+    from phlora.train.fold import merge_run
+
+    with _standard_output_kept():
+        report = merge_run(
+            source,
+            output,
+            model=model,
+            dtype=dtype,
+            rows=rows or None,
+            max_rows=max_rows,
+            device=device,
+            offline=offline,
+            display=_display(quiet),
+        )
+    _print_result(report.to_json() if as_json else report.summary())
+
+
+@app.command(
+    short_help="Convert an adapter: PEFT, loralib, merged model.",
+    epilog="\b\nExamples:\n"
+    "  phlora convert runs/support --to loralib -o support.pt\n"
+    "  phlora convert gpt2.pt --to peft -o adapter --lora-alpha 32 --enable q,v\n"
+    "  phlora convert phi3.pt --to merged -o model --lora-alpha 32 --model PHI3 --rows chats.jsonl",
+)
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="loralib file (.pt), PEFT adapter folder or run folder.")
+    ],
+    to: Annotated[AdapterFormat, typer.Option("--to", help="What to convert to.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="OUT", help="New folder; for loralib a new file.")
+    ],
+    model: BaseModel = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option("--lora-alpha", help="Of the layers of a loralib file, which does not know it."),
+    ] = None,
+    enable: Annotated[
+        str | None,
+        typer.Option("--enable", metavar="q,v", help="Adapted row blocks, where shapes do not tell."),
+    ] = None,
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--blocks",
+            metavar="LAYER=ROWS,...",
+            help="Rows of each block, such as qkv_proj=3072,1024,1024; by default those of --model; repeatable.",
+        ),
+    ] = None,
+    dtype: SavedDtype = "auto",
+    rows: ProofRows = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Convert an adapter between loralib's file and PEFT's folder without losing a bit, or merge it.
+
+    Every tensor is used or nothing is written. Pickles that hold more than tensors are not opened.
+    `--to merged` is `phlora merge`, also for a loralib file; --dtype and --rows are for it.
+    """
+    if to is not AdapterFormat.merged and (rows or dtype != "auto"):
+        raise ConfigError(
+            "--rows and --dtype are for --to merged", where="phlora convert", fix="leave them out"
+        )
+    if offline:
+        _forbid_network()
+    from phlora.train import fold
+
+    names = [name.strip() for name in (enable or "").split(",") if name.strip()]
+    how: dict[str, Any] = {"model": model, "offline": offline}
+    with _standard_output_kept():
+        loralib = {"lora_alpha": lora_alpha, "enable": names, "blocks": fold.parse_blocks(blocks or [])}
+        report: Any
+        if to is AdapterFormat.merged:
+            proof = {"dtype": dtype, "rows": rows or None, "display": _display(quiet)}
+            report = fold.convert_to_model(source, output, **loralib, **how, **proof)
+        else:
+            report = fold.convert(source, output, to=to.value, **loralib, **how)
+    _print_result(report.to_json() if as_json else report.summary())
 
 
 @data_app.command(

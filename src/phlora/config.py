@@ -24,6 +24,9 @@ from phlora.errors import ConfigError, did_you_mean
 Origins = dict[str, str]
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["truncate_history", "drop", "error"]
+Speed = Literal["auto", "reference"]
+QuantizationType = Literal["nf4", "int8"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,17 @@ class DataFile:
 
     path: str = field(metadata={"help": "a file, a folder of the `datasets` library, or a hub data set"})
     weight: float = field(default=1.0, metadata={"help": "loss weight of each of its trained tokens"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How the base model's linear layers are stored while an adapter trains on them; `nf4` alone means its type."""
+
+    type: QuantizationType = field(metadata={"help": "nf4 (4 bits) or int8"})
+    double_quant: bool = field(default=True, metadata={"help": "nf4: store the scales in 8 bits too"})
+    compute_dtype: ComputeDtype = field(
+        default="auto", metadata={"help": "of the products; auto: that of the activations"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +60,9 @@ class ModelConfig:
     )
     use_cache: bool = field(default=False, metadata={"help": "key/value cache while training; never needed"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps"})
+    quantization: QuantizationConfig | None = field(
+        default=None, metadata={"help": "nf4 or int8: the base in 4 or 8 bits (QLoRA); none: as it is"}
+    )
     offline: bool = field(default=False, metadata={"help": "never ask a hub; use what is on this machine"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code shipped with a model"})
 
@@ -96,6 +113,10 @@ class RunConfig:
     peft_config: Mapping[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: str = "runs/run"
+    speed: Speed = field(
+        default="auto",
+        metadata={"help": "auto: the fastest exact way for the data; reference: plain padded rows or packs"},
+    )
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -184,7 +205,7 @@ def set_value(
     result = copy.deepcopy(_shorthands(values))
     _assign(result, key.split("."), value, where=origin)
     if not isinstance(value, Mapping):
-        key = {"model": "model.name", "data": "data.files"}.get(key, key)
+        key = _SHORT_KEYS.get(key, key)
     return result, {**origins, key: origin}
 
 
@@ -208,6 +229,19 @@ def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = 
     return config
 
 
+def quantization_config(value: str | Mapping[str, Any] | None) -> QuantizationConfig | None:
+    """`nf4`, or a mapping of `QuantizationConfig` fields, checked.
+
+    Raises:
+        ConfigError: an unknown type or key, with the nearest valid name.
+    """
+    if value is None:
+        return None
+    values = {"type": value} if isinstance(value, str) else value
+    config: QuantizationConfig = _convert(values, QuantizationConfig, where="model.quantization")
+    return config
+
+
 def resolved(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain values, without the origins."""
     return {name: value for name, value in _plain(config).items() if name != "origins"}
@@ -227,11 +261,18 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+# What a value that is no mapping means where a section belongs.
+_SHORT_KEYS = {"model": "model.name", "data": "data.files", "model.quantization": "model.quantization.type"}
+
+
 def _shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`model: NAME` and `data: FILE` mean the sections with just that name or file."""
+    """`model: NAME`, `data: FILE` and `quantization: TYPE` mean the sections with just that name, file or type."""
     values = dict(values)
-    if isinstance(values.get("model"), str):
-        values["model"] = {"name": values["model"]}
+    model = {"name": values["model"]} if isinstance(values.get("model"), str) else values.get("model")
+    if isinstance(model, Mapping):
+        values["model"] = dict(model)
+        if isinstance(model.get("quantization"), str):
+            values["model"]["quantization"] = {"type": model["quantization"]}
     data = values.get("data")
     if isinstance(data, str | list | tuple):
         data = {"files": data}

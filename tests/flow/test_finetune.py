@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from phlora import evaluate_run, finetune
 from phlora.config import build_config
 from phlora.display import Display
-from phlora.errors import ConfigError, DataError, ModelError, NoRoomError, RunError
+from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
 from phlora.models.embedded import tiny_phi3
 from phlora.train import checkpoints, fitting
 from phlora.train.callbacks import GentleStop
@@ -226,6 +226,14 @@ def test_a_mistake_is_one_message_and_leaves_no_folder(
     with pytest.raises(error, match=message):
         run_it(model_folder, chat_file, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(
+    model_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EnvironmentProblem, match="2 processes"):
+        run_it(model_folder, chat_file, tmp_path / "run")
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

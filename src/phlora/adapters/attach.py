@@ -212,7 +212,7 @@ def recorded_blocks(model: PeftModel, adapter_name: str = "default") -> dict[str
     return dict(getattr(model.peft_config[adapter_name], "blocks", {}))
 
 
-def summarize(model: nn.Module) -> AdapterSummary:
+def summarize(model: PeftModel) -> AdapterSummary:
     """Count what trains, by kind of module."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -225,7 +225,8 @@ def summarize(model: nn.Module) -> AdapterSummary:
     return AdapterSummary(
         modules={kind: (count, sizes[kind]) for kind, count in counts.items()},
         num_trainable=sum(p.numel() for p in trainable),
-        num_total=sum(p.numel() for p in model.parameters()),
+        # PEFT knows how many parameters a packed 4-bit tensor stands for.
+        num_total=model.get_nb_trainable_parameters()[1],
         adapter_bytes=sum(p.numel() * p.element_size() for p in trainable),
     )
 

@@ -1,4 +1,4 @@
-"""Token rows to tensors, padded or packed.
+"""Token rows to tensors: padded, packed, or with shared starts standing once.
 
 Legend: `B` rows, `T` tokens. What is padding follows from the lengths, never from an id: the pad token may
 be a token that is trained elsewhere.
@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 import torch
 
+from phlora.data.packing import share_prefixes
 from phlora.data.tokenize import IGNORED, TokenizedRow
 
 Feature: TypeAlias = TokenizedRow | Mapping[str, Any]
-Batch: TypeAlias = dict[str, torch.Tensor]
+Batch: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,68 @@ class PackedCollator:
             flat = [weight for _, labels, weights in rows for weight in (0.0, *_weights(labels, weights)[1:])]
             batch["loss_weights"] = torch.tensor([flat], dtype=torch.float32)
         return batch
+
+
+@dataclass(frozen=True)
+class SharedPrefixCollator:
+    """Lays rows out as one stream of groups, in which a common start of several rows stands once.
+
+    Returns `segments` (`phlora.data.packing.Segments`) and, each (1, T), `input_ids` and `position_ids` int64,
+    `shift_labels` int64: the token that each position is trained to predict, -100 where none, and
+    `loss_weights` float32: the weight of that prediction, summed over the rows that share it. Labels are
+    shifted here because a shared token is followed by a tail, not by its successor.
+    """
+
+    def __call__(self, features: Sequence[Feature]) -> Batch:
+        rows = [_Row.of(feature) for feature in features]
+        segments = share_prefixes([row.keys for row in rows])
+        ids: list[int] = []
+        places: list[int] = []
+        targets: list[int] = []
+        weights: list[float] = []
+        for group in segments.groups:
+            members = [rows[number] for number in group.rows]
+            shared = range(group.num_shared)
+            ids += members[0].ids[: group.num_shared]
+            places += shared
+            targets += [max(row.targets[place] for row in members) for place in shared]
+            weights += [sum(row.weights[place] for row in members) for place in shared]
+            for row in members:
+                ids += row.ids[group.num_shared :]
+                places += range(group.num_shared, len(row.ids))
+                targets += row.targets[group.num_shared :]
+                weights += row.weights[group.num_shared :]
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([places]),
+            "shift_labels": torch.tensor([targets]),
+            "loss_weights": torch.tensor([weights], dtype=torch.float32),
+            "segments": segments,
+        }
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row with what each token predicts and with what weight, and keys that are equal where rows can share."""
+
+    ids: list[int]
+    targets: list[int]
+    weights: list[float]
+    keys: list[int]
+
+    @classmethod
+    def of(cls, feature: Feature) -> _Row:
+        ids, labels, weights = _parts(feature)
+        weights = [
+            float(w) if label != IGNORED else 0.0
+            for w, label in zip(_weights(labels, weights), labels, strict=True)
+        ]
+        # A label that is not the token itself: such positions are shared only with the same label.
+        keys = [
+            token if label in (IGNORED, token) else -1 - (token << 32 | label)
+            for token, label in zip(ids, labels, strict=True)
+        ]
+        return cls(list(ids), [*labels[1:], IGNORED], [*weights[1:], 0.0], keys)
 
 
 def _parts(feature: Feature) -> tuple[Sequence[int], Sequence[int], Sequence[float] | None]:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from phlora.data.collate import SharedPrefixCollator
 from phlora.errors import DataError
 from phlora.evaluate.metrics import PASSING_SCORE, Interval, Metric, paired_bootstrap
-from phlora.models.head import IGNORED, token_losses
+from phlora.models.head import IGNORED, targets_and_weights, token_losses
 
 Generate = Callable[[nn.Module, list[list[int]]], list[list[int]]]
 Decode = Callable[[list[int]], str]
-Collate = Callable[[Sequence[Any]], dict[str, torch.Tensor]]
+Collate = Callable[[Sequence[Any]], dict[str, Any]]
 Advance = Callable[[int], None]
 RowLoss = tuple[float, int, int]
 
@@ -128,21 +129,29 @@ def score_loss(
     Args:
         model: a causal language model of transformers, plain or as a PeftModel.
         rows: objects or mappings with `input_ids` and `labels` (-100 where nothing is learned).
-        collate: pads rows into a batch; one batch row for each.
-        batch_size: rows at once; the longest rows come first.
+        collate: pads rows into a batch, one batch row for each, or shares their common starts
+            (`SharedPrefixCollator`), which scores many answers to one prompt at little more than one prompt's cost.
+        batch_size: rows at once; the longest rows come first, with sharing rows that begin alike come together.
         progress: called with the number of rows done.
 
     Raises:
         DataError: no row has a trained token.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(_input_ids(rows[index])))
+    shared = isinstance(collate, SharedPrefixCollator)
+    order = sorted(
+        range(len(rows)),
+        key=lambda index: (
+            list(_field(rows[index], "input_ids")) if shared else -len(_field(rows[index], "input_ids"))
+        ),
+    )
     per_row: list[RowLoss] = [(0.0, 0, 0)] * len(rows)
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
-            batch = collate([rows[index] for index in indices])
-            for index, row in zip(indices, _row_losses(model, batch), strict=True):
-                per_row[index] = row
+            members = [rows[index] for index in indices]
+            losses = _row_losses(model, collate(members), [_field(row, "labels") for row in members])
+            for index, row_loss in zip(indices, losses, strict=True):
+                per_row[index] = row_loss
             if progress:
                 progress(len(indices))
     return _summed(per_row)
@@ -217,23 +226,38 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _input_ids(row: Any) -> Sequence[int]:
-    ids: Sequence[int] = row["input_ids"] if isinstance(row, Mapping) else row.input_ids
-    return ids
+def _field(row: Any, name: str) -> Sequence[int]:
+    values: Sequence[int] = row[name] if isinstance(row, Mapping) else getattr(row, name)
+    return values
 
 
-def _row_losses(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[RowLoss]:
+def _row_losses(model: nn.Module, batch: dict[str, Any], labels: Sequence[Sequence[int]]) -> list[RowLoss]:
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
     losses, correct, _ = token_losses(model, batch)
-    counts = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
-    return [
-        # A long row's sum would lose digits in float32.
-        (row_losses.double().sum().item(), count, int(row_correct.sum()))
-        for row_losses, row_correct, count in zip(
-            losses.split(counts), correct.split(counts), counts, strict=True
-        )
-    ]
+    targets, _ = targets_and_weights(batch)
+    # A long row's sum would lose digits in float32.
+    losses_at = torch.zeros(targets.shape, dtype=torch.float64)
+    correct_at = torch.zeros(targets.shape, dtype=torch.bool)
+    trained = (targets != IGNORED).cpu()
+    losses_at[trained], correct_at[trained] = losses.double().cpu(), correct.cpu()
+    sums = []
+    for positions in _predictors(batch, labels):
+        sums.append((losses_at[positions].sum().item(), len(positions[1]), int(correct_at[positions].sum())))
+    return sums
+
+
+def _predictors(batch: Mapping[str, Any], labels: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    """Where each row's trained tokens are predicted: (row of the batch, positions in it)."""
+    for number, row in enumerate(labels):
+        trained = [place - 1 for place, label in enumerate(row) if place and label != IGNORED]
+        if "segments" in batch:
+            path = batch["segments"].paths[number]
+            yield 0, [path[place] for place in trained]
+        else:
+            yield number, trained
 
 
 def _summed(per_row: list[RowLoss]) -> LossScores:

@@ -21,11 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from phlora.errors import ModelError
+from phlora.models.attention import segment_inputs
 
 IGNORED = -100
 # fp32 logits that may exist at once when the caller names no chunk.
 _CHUNK_BYTES = 64 << 20
-_NOT_FOR_THE_TRUNK = ("labels", "loss_weights")
+_NOT_FOR_THE_TRUNK = ("labels", "shift_labels", "loss_weights")
 # What some families do to logits after the head; none of it happens here.
 _AFTER_THE_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -52,36 +53,56 @@ def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model.get_decoder(), head
 
 
+def targets_and_weights(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What each position is trained to predict: (B, T), -100 where nothing; and the weight of each, or None.
+
+    A batch holds either `shift_labels` (B, T), with `loss_weights` aligned to them, or `labels` (B, T) aligned with
+    the ids, with `loss_weights` aligned to those. Each row's first label is predicted by nothing.
+    """
+    weights = batch.get("loss_weights")
+    if batch.get("shift_labels") is not None:
+        return batch["shift_labels"], weights
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    return targets, None if weights is None else F.pad(weights[:, 1:], (0, 1))
+
+
+def trained_weight(batch: Mapping[str, Any]) -> Tensor:
+    """The weight of all tokens that a batch trains, the divisor of its loss: ()."""
+    targets, weights = targets_and_weights(batch)
+    trained = targets != IGNORED
+    return trained.sum() if weights is None else (weights * trained).sum()
+
+
 def token_losses(
     model: nn.Module, batch: Mapping[str, Any], *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of each trained token: `-log softmax(head(h_t))[labels_(t+1)]`, in float32.
+    """Cross-entropy of each trained token: `-log softmax(head(h_t))[target_t]`, in float32 or wider.
 
     Differentiable when gradients are enabled. A frozen plain head then runs once per chunk and keeps `(S, D)` for
     backward; any other head is recomputed in backward.
 
     Args:
         model: a causal language model of transformers, plain or as a PeftModel.
-        batch: `input_ids` and `labels` (B, T), labels aligned with the ids and -100 where nothing is learned;
-            optionally `loss_weights` (B, T). The rest (`attention_mask`, `position_ids`, ...) goes to the trunk.
+        batch: `input_ids`, and targets as `targets_and_weights` reads them; `segments` where rows share their first
+            tokens. The rest (`attention_mask`, `position_ids`, ...) goes to the trunk.
         chunk: trained tokens whose logits exist at once; None: as many as fit into 64 MiB of float32.
 
     Returns:
-        losses (S,) float32, correct (S,) bool: whether the token is the most likely one, weights (S,) float32,
-        1 without `loss_weights`. In the order of the rows, and of the tokens within a row.
+        losses (S,), correct (S,) bool: whether the token is the most likely one, weights (S,),
+        1 without `loss_weights`. In the order of the batch's rows, and of the positions within one.
     """
     trunk, head = trunk_and_head(model)
     inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_TRUNK}
+    if inputs.get("segments") is not None:
+        inputs = segment_inputs(trunk, inputs)
     # A cache would hide from transformers that packed rows are several.
     hidden = trunk(**inputs, use_cache=False).last_hidden_state
-    targets = batch["labels"][:, 1:]
+    targets, weights = targets_and_weights(batch)
     trained = targets != IGNORED
-    selected, targets = hidden[:, :-1][trained.to(hidden.device)], targets[trained].to(hidden.device)
+    selected, targets = hidden[trained.to(hidden.device)], targets[trained].to(hidden.device)
     chunk = chunk or max(1, _CHUNK_BYTES // (4 * model.config.vocab_size))
     losses, correct = _head_losses(head, selected, targets, chunk=chunk)
-    if "loss_weights" not in batch:
-        return losses, correct, torch.ones_like(losses)
-    return losses, correct, batch["loss_weights"][:, 1:][trained].to(losses)
+    return losses, correct, torch.ones_like(losses) if weights is None else weights[trained].to(losses)
 
 
 def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: int) -> tuple[Tensor, Tensor]:
@@ -101,12 +122,17 @@ def _in_chunks(
 
 
 def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
+    logits = _wide(head(hidden))
     return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
 def _recomputed_chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return checkpoint(_chunk_losses, head, hidden, targets, use_reentrant=False)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
@@ -121,12 +147,12 @@ class _FrozenHeadLosses(torch.autograd.Function):
         ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, chunk: int
     ) -> tuple[Tensor, Tensor]:
         slopes = torch.empty_like(hidden)
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(hidden), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = head(hidden[part])
-            dtype, logits, target = logits.dtype, logits.float(), targets[part]
+            dtype, logits, target = logits.dtype, _wide(logits), targets[part]
             losses[part] = F.cross_entropy(logits, target, reduction="none")
             correct[part] = logits.argmax(-1) == target
             slope = torch.softmax(logits, -1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from phlora.config import quantization_config
 from phlora.errors import ModelError, NoRoomError
 from phlora.models import phi3
 from phlora.models.choices import (
@@ -31,6 +33,8 @@ from phlora.models.choices import (
     choose_device,
     choose_dtype,
 )
+from phlora.models.fingerprint import fingerprint, split_fingerprint
+from phlora.models.quantized import quantize, require_bitsandbytes
 from phlora.models.sources import (
     Location,
     ModelSource,
@@ -234,6 +238,7 @@ def load_model(
     offline: bool = False,
     trust_remote_code: bool = False,
     device: str = "auto",
+    quantization: str | Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a causal language model for training or generation.
 
@@ -246,13 +251,18 @@ def load_model(
         offline: never ask a network.
         trust_remote_code: run code that comes with a hub model; never done for Phi-3, which transformers has.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+        quantization: `nf4`, `int8` or a mapping of `QuantizationConfig` fields: the linear layers of the blocks
+            in 4 or 8 bits, everything else in `dtype`; None leaves the model as it is.
 
     Raises:
         ModelError: there is no such model, or its files cannot be read or are incomplete.
-        ConfigError: an unknown dtype, attention or device.
+        ConfigError: an unknown dtype, attention, device or quantization, or a model that is quantised already.
         EnvironmentProblem: a device or package that this machine lacks.
         NetworkError: the model is not on this machine and no hub may or can be asked.
     """
+    storage = quantization_config(quantization)
+    if storage:
+        require_bitsandbytes()
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
     attention = choose_attention(attn_implementation, device=chosen_device, dtype=chosen_dtype.value)
@@ -265,8 +275,12 @@ def load_model(
     _check_vocabulary(model, tokenizer, where=location.source.location)
     _agree_on_tokens(model, tokenizer)
     model.config.use_cache = use_cache
+    with _needing_room(model, chosen_device):
+        if storage:
+            model_notes += (str(quantize(model, storage, device=chosen_device)),)
+        model = model.to(chosen_device)
     return LoadedModel(
-        model=_move(model, chosen_device),
+        model=model,
         tokenizer=tokenizer,
         source=location.source,
         device=chosen_device,
@@ -310,13 +324,14 @@ def _load_weights(
     return model.eval(), notes
 
 
-def _move(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+@contextlib.contextmanager
+def _needing_room(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     try:
-        return model.to(device)
+        yield
     except torch.OutOfMemoryError as error:
         raise NoRoomError(
             f"The weights take {model.get_memory_footprint() / 1e9:.1f} GB, more than {device} has free",
-            fix="choose a smaller model, dtype: bfloat16, or device: cpu",
+            fix="choose a smaller model, dtype: bfloat16, quantization: nf4, or device: cpu",
         ) from error
 
 
@@ -337,33 +352,6 @@ def _agree_on_tokens(model: PreTrainedModel, tokenizer: LoadedTokenizer) -> None
     model.config.pad_token_id = pad
     model.generation_config.pad_token_id = pad
     model.generation_config.eos_token_id = list(tokenizer.stop_token_ids)
-
-
-def fingerprint(model: nn.Module, *, precision: str | None = None) -> str:
-    """A cheap name for a base model's weights: `<precision>:<hash>` over names, shapes and sampled values.
-
-    256 evenly spaced values of each tensor are rounded to `precision` before they are hashed, so that float32
-    and bfloat16 loads of one checkpoint agree. A float16 load cannot be told in bfloat16 and says `float16:`.
-    LoRA tensors are left out, so the base alone and under an adapter agree too.
-
-    Args:
-        model: a transformers model, bare or under PEFT.
-        precision: `bfloat16` or `float16`; by the model's own dtype when None.
-    """
-    parameters = [(_base_name(key), p) for key, p in model.named_parameters() if "lora_" not in key]
-    if precision is None:
-        precision = "float16" if any(p.dtype == torch.float16 for _, p in parameters) else "bfloat16"
-    digest = hashlib.sha256()
-    for key, parameter in sorted(parameters, key=lambda named: named[0]):
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256].to(DTYPES[precision]).float().cpu()
-        digest.update(f"{key} {tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return f"{precision}:{digest.hexdigest()[:16]}"
-
-
-def _base_name(key: str) -> str:
-    return key.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def load_adapter(
@@ -450,8 +438,12 @@ def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     if not recorded:
         return ("The adapter does not say which weights it was trained on, so they are not compared",)
     precision = recorded.partition(":")[0]
-    if recorded == fingerprint(model, precision=precision if precision in DTYPES else None):
-        return ()
+    trained_on, trained_storage = split_fingerprint(recorded)
+    base, storage = split_fingerprint(
+        fingerprint(model, precision=precision if precision in DTYPES else None)
+    )
+    if trained_on == base:
+        return () if trained_storage == storage else (_other_storage(trained_storage, storage),)
     if {DTYPES.get(precision), model.dtype} == {torch.float16, torch.bfloat16}:
         return ("Whether the adapter was trained on these weights cannot be told across float16",)
     raise ModelError(
@@ -460,6 +452,11 @@ def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
         expected=f"a base with the fingerprint {recorded}, not {fingerprint(model)}",
         fix="load the adapter's own base model, in the revision that it was trained on",
     )
+
+
+def _other_storage(trained: str, here: str) -> str:
+    names = [f"the {storage} form" if storage else "the unquantised form" for storage in (trained, here)]
+    return f"The adapter was trained on {names[0]} of these weights and sits on {names[1]}: compare its loss on both"
 
 
 def _require_all_used(result: Any, num_tensors: int, *, where: str) -> None:

@@ -29,6 +29,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
@@ -203,7 +204,7 @@ def recorded_status(folder: RunFolder) -> Iterator[None]:
     """Record in run.json how the training ended, whatever ended it.
 
     Raises:
-        NoRoomError: the disk became full; the checkpoints written before are intact.
+        NoRoomError: disk or device memory became full; the checkpoints written before are intact.
     """
     status = "failed"
     try:
@@ -213,6 +214,13 @@ def recorded_status(folder: RunFolder) -> Iterator[None]:
         status = "interrupted"
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise NoRoomError(
+                "The device ran out of memory; the checkpoints written before are intact",
+                where=str(folder.path),
+                fix="halve per_device_train_batch_size and double gradient_accumulation_steps, "
+                "set gradient_checkpointing: true, or lower max_length; then start anew with --overwrite",
+            ) from error
         if not _says_disk_full(error, folder.path):
             raise
         raise NoRoomError(

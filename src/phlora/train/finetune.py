@@ -18,7 +18,7 @@ from phlora.models.load import choose_device, load_model, load_tokenizer
 from phlora.train import proof, record
 from phlora.train.checkpoints import claim_folder, recorded_status, require_room
 from phlora.train.fitting import fit
-from phlora.train.planning import collect_config, make_plan, prepare_data
+from phlora.train.planning import collect_config, make_plan, prepare_data, require_one_process
 from phlora.train.settings import training_settings
 
 
@@ -76,6 +76,7 @@ def finetune(
         PhloraError: a mistake in the input, or something that this machine lacks; nothing is half-written.
     """
     display = display or Display()
+    require_one_process()
     clock = record.Clock()
     arguments = dict(model=model, data=data, eval_data=eval_data, training_config=training_config)
     arguments |= dict(peft_config=peft_config, evaluation=evaluation, output=output and str(output))
@@ -126,6 +127,7 @@ def finetune(
             prepared.held_out,
             config.evaluation,
             display=display,
+            speed=config.speed,
         )
         clock.lap("evaluation")
         report = record.make_report(folder, comparison, config, clock)

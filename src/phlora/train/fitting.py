@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 
-from phlora.data.collate import Collator, PackedCollator
+from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
 from phlora.data.tokenize import TokenizedRow
 from phlora.display import Display
 from phlora.models.load import ADAPTER_FACTS, LoadedModel
@@ -29,14 +28,14 @@ from phlora.train.callbacks import (
 )
 from phlora.train.card import model_card
 from phlora.train.checkpoints import RunFolder, replaced_folder, write_json, write_text
-from phlora.train.planning import PreparedData
+from phlora.train.planning import PreparedData, decide_sharing
 from phlora.train.settings import Settings
 from phlora.train.trainer import SFTTrainer
 
 
 @dataclass(frozen=True)
 class SequenceCollator:
-    """Batches of sequences by their number: rows padded side by side, or packs end to end.
+    """Batches of sequences by their number: rows padded side by side, packs end to end, or common starts shared.
 
     The trainer's data set holds numbers and lengths only, so the rows exist once.
     """
@@ -44,9 +43,12 @@ class SequenceCollator:
     sequences: Sequence[Sequence[TokenizedRow]]
     pad_token_id: int
     packed: bool
+    shared: bool = False
 
-    def __call__(self, features: Sequence[dict[str, int]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
         rows = [row for feature in features for row in self.sequences[feature["sequence"]]]
+        if self.shared:
+            return SharedPrefixCollator()(rows)
         return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
 
 
@@ -81,7 +83,15 @@ def fit(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
-    trainer = _trainer(model, loaded, data, settings)
+    sharing = decide_sharing(
+        model,
+        [*data.train, *([row] for row in data.held_out)],
+        speed=data.speed,
+        batch_size=settings.args.per_device_train_batch_size,
+        settings=settings,
+    )
+    display.note(f"shared prefixes {'on' if sharing.on else 'off'}: {sharing.reason}")
+    trainer = _trainer(model, loaded, data, settings, shared=sharing.on)
     trainer.remove_callback(PrinterCallback)
     for callback in (
         EventLog(folder.events),
@@ -98,6 +108,8 @@ def fit(
         stop.restore()
     if stop.signal is not None:
         raise KeyboardInterrupt
+    if sharing.on:
+        display.note(f"{trainer.num_tokens:,} tokens computed as {trainer.num_positions:,}")
     save(folder.last_adapter, step=trainer.state.global_step)
     if not best.step:
         save(folder.best_adapter, step=trainer.state.global_step)
@@ -126,17 +138,15 @@ def load_weights(model: PeftModel, path: Path) -> None:
     set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
 
 
-def adapter_norm(model: PeftModel) -> float:
-    """Length of all lora_B weights; 0 means that the adapter changes nothing."""
-    weights = [w for name, w in get_peft_model_state_dict(model).items() if "lora_B" in name]
-    return float(torch.sqrt(sum(w.float().square().sum() for w in weights))) if weights else 0.0
-
-
-def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings: Settings) -> SFTTrainer:
+def _trainer(
+    model: PeftModel, loaded: LoadedModel, data: PreparedData, settings: Settings, *, shared: bool
+) -> SFTTrainer:
     args, packed = copy.copy(settings.args), settings.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
     args.packing, args.padding_free, args.max_length = False, False, None
     args.assistant_only_loss, args.completion_only_loss = False, None
+    # With several GPUs in sight transformers would wrap the model in DataParallel, which TRL refuses.
+    args._n_gpu = min(args.n_gpu, 1)
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")
@@ -148,7 +158,9 @@ def _trainer(model: PeftModel, loaded: LoadedModel, data: PreparedData, settings
         train_dataset=numbers.select(range(len(data.train))),
         eval_dataset=numbers.select(range(len(data.train), len(sequences))) if data.held_out else None,
         processing_class=loaded.tokenizer.tokenizer,
-        data_collator=SequenceCollator(sequences, loaded.tokenizer.tokenizer.pad_token_id, packed=packed),
+        data_collator=SequenceCollator(
+            sequences, loaded.tokenizer.tokenizer.pad_token_id, packed=packed, shared=shared
+        ),
     )
 
 

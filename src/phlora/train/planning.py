@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phlora.adapters.attach import AdapterSummary
-from phlora.config import DataFile, RunConfig, build_config
+from phlora.config import DataFile, RunConfig, Speed, build_config
 from phlora.data.formats import Loaded, Origin, Row, fingerprint, load_rows, row_key, split_rows
-from phlora.data.packing import pack_rows
+from phlora.data.packing import pack_rows, share_prefixes
 from phlora.data.tokenize import TokenizedRow, TokenizedSet, tokenize_rows
 from phlora.display import Display
-from phlora.errors import ConfigError, DataError
+from phlora.errors import ConfigError, DataError, EnvironmentProblem
+from phlora.models.attention import sharing_obstacle
 from phlora.models.load import LoadedTokenizer
 from phlora.train.settings import Settings
 
@@ -27,6 +30,10 @@ HELD_OUT_FILE = "heldout.jsonl"
 _MOST_DROPPED = 0.5
 # A checkpoint is the adapter and AdamW's two moments of it.
 _CHECKPOINT_COPIES = 3
+# Sharing is worth its layout from this share of saved positions on.
+_WORTHWHILE_SHARING = 0.1
+# Rows that a forecast looks at: enough for a share to within a few percent, a moment for any data set.
+_FORECAST_ROWS = 1024
 # Room for tokenizer, configuration, events and report, which do not grow with the model.
 _SMALL_FILES_BYTES = 50_000_000
 
@@ -49,6 +56,7 @@ class PreparedData:
         held_out_rows: the same rows before tokenisation.
         facts: counts for people, the run folder and the report.
         fingerprint: of all rows and their order.
+        speed: whether rows may share the computation of their common starts.
     """
 
     train: list[list[TokenizedRow]]
@@ -56,6 +64,7 @@ class PreparedData:
     held_out_rows: list[Row]
     facts: dict[str, Any]
     fingerprint: str
+    speed: Speed = "auto"
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,20 @@ class Plan:
             f"  {data['train_rows']:,} training rows{packed}, {data['held_out_rows']:,} held out; "
             f"{data['tokens']:,} tokens an epoch, {data['trained_tokens']:,} of them trained ({share:.0%})\n"
             f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}"
+        )
+
+
+def require_one_process() -> None:
+    """A run folder has one writer.
+
+    Raises:
+        EnvironmentProblem: a launcher started several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EnvironmentProblem(
+            f"A launcher started {os.environ['WORLD_SIZE']} processes; a Phlora run is one process",
+            fix="start it without the launcher, or use phlora.SFTTrainer in a script of your own, as in "
+            "examples/sample_finetune.py, which accelerate can launch",
         )
 
 
@@ -198,27 +221,100 @@ def prepare_data(
             "cut": [str(origin) for origin in (*train.cut, *held_out_set.cut)],
         },
         fingerprint=fingerprint([*train_rows, *held_out_rows]),
+        speed=config.speed,
     )
 
 
-def make_plan(
-    data: PreparedData, adapter: AdapterSummary, settings: Settings, *, num_processes: int = 1
-) -> Plan:
+def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings) -> Plan:
     """Count the steps and the room that a run takes."""
     args = settings.args
-    batches = math.ceil(len(data.train) / (args.per_device_train_batch_size * num_processes))
+    batches = math.ceil(len(data.train) / args.per_device_train_batch_size)
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     kept = (args.save_total_limit or 10) + 1
     return Plan(
         adapter=adapter,
         data=data.facts,
-        sequences_per_step=args.per_device_train_batch_size
-        * num_processes
-        * args.gradient_accumulation_steps,
+        sequences_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
         num_optimizer_steps=steps,
         disk_bytes=(kept * _CHECKPOINT_COPIES + 2) * adapter.adapter_bytes + _SMALL_FILES_BYTES,
     )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether rows of a batch share the computation of their common starts, and why (not)."""
+
+    on: bool
+    reason: str
+
+
+def decide_sharing(
+    model: Any,
+    sequences: Sequence[Sequence[TokenizedRow]],
+    *,
+    speed: Speed,
+    batch_size: int,
+    settings: Settings | None = None,
+) -> Sharing:
+    """Share where it is exact and computes at least a tenth fewer positions than the plain layout.
+
+    Args:
+        model: of transformers, plain or as a PeftModel.
+        sequences: rows or packs of rows, `batch_size` of which meet in a forward pass.
+        speed: the run's setting.
+        settings: of the training; None for an evaluation.
+    """
+    if speed == "reference":
+        return Sharing(False, "speed is reference")
+    lengths = [len(row.input_ids) for rows in sequences for row in rows]
+    if not lengths:
+        return Sharing(False, "there are no rows")
+    obstacle = (settings and _training_obstacle(settings.args)) or sharing_obstacle(
+        model, longest=max(lengths), shortest=min(lengths), training=settings is not None
+    )
+    if obstacle:
+        return Sharing(False, obstacle)
+    packed = settings is not None and bool(settings.args.packing)
+    seed = settings.args.seed if settings else 0
+    plain, shared = _forecast(sequences, batch_size, packed=packed, seed=seed)
+    saved = 1 - shared / plain
+    # Packs lie in one stream either way, and this one's attention does no work between rows.
+    if packed or saved >= _WORTHWHILE_SHARING:
+        return Sharing(True, f"{saved:.0%} fewer positions to compute")
+    return Sharing(False, f"it would save {saved:.0%} of the positions, too few to pay")
+
+
+def _training_obstacle(args: Any) -> str | None:
+    """What, of the trainer's settings, needs the plain layout."""
+    obstacles = {
+        "neftune_noise_alpha is set: rows would share one noise": args.neftune_noise_alpha,
+        "label_smoothing_factor needs the logits of whole rows": args.label_smoothing_factor,
+        f"loss_type {args.loss_type} needs the logits of whole rows": args.loss_type != "nll",
+        "torch_compile would compile each new layout": args.torch_compile,
+        "several devices in one process would cut the stream apart": args.n_gpu > 1,
+        "split_batches would cut the stream apart": args.accelerator_config.split_batches,
+        "dispatch_batches would cut the stream apart": args.accelerator_config.dispatch_batches,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+def _forecast(
+    sequences: Sequence[Sequence[TokenizedRow]], batch_size: int, *, packed: bool, seed: int
+) -> tuple[int, int]:
+    """Positions of the plain and of the sharing layout, in batches as a shuffled epoch has them."""
+    order = list(range(len(sequences)))
+    random.Random(seed).shuffle(order)
+    plain = shared = seen = 0
+    for start in range(0, len(order), batch_size):
+        if seen >= _FORECAST_ROWS:
+            break
+        rows = [row.input_ids for index in order[start : start + batch_size] for row in sequences[index]]
+        lengths = [len(ids) for ids in rows]
+        seen += len(rows)
+        plain += sum(lengths) if packed else max(lengths) * len(lengths)
+        shared += share_prefixes(rows).num_positions
+    return plain, shared
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:

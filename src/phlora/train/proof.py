@@ -9,8 +9,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from phlora.config import EvaluationConfig, build_config
-from phlora.data.collate import Collator
+from phlora.config import EvaluationConfig, Speed, build_config
+from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.data.formats import Row, load_rows
 from phlora.data.tokenize import TokenizedRow, encode_prompt, tokenize_rows
 from phlora.display import Display
@@ -22,7 +22,7 @@ from phlora.models.generate import generate
 from phlora.models.load import LoadedTokenizer, load_adapter, load_model
 from phlora.train import record
 from phlora.train.checkpoints import RunFolder
-from phlora.train.planning import HELD_OUT_FILE
+from phlora.train.planning import HELD_OUT_FILE, decide_sharing
 
 _BATCH_ROWS = 8
 
@@ -36,6 +36,7 @@ def compare_on(
     *,
     display: Display,
     batch_size: int = _BATCH_ROWS,
+    speed: Speed = "auto",
 ) -> Comparison:
     """Loss on all rows and generated answers to the first `max_answers` of them, without and with the adapter.
 
@@ -44,6 +45,8 @@ def compare_on(
     """
     metrics = resolve_metrics(evaluation.metrics)
     items = _items(rows, tokenizer, evaluation.max_answers)
+    sharing = decide_sharing(model, [[row] for row in tokenized], speed=speed, batch_size=batch_size)
+    collate = SharedPrefixCollator() if sharing.on else Collator(tokenizer.tokenizer.pad_token_id)
 
     def side(name: str) -> Any:
         with (
@@ -64,7 +67,7 @@ def compare_on(
                     progress=_steps(answered),
                 ),
                 decode=lambda ids: tokenizer.tokenizer.decode(ids, skip_special_tokens=True),
-                collate=Collator(tokenizer.tokenizer.pad_token_id),
+                collate=collate,
                 batch_size=batch_size,
                 progress=scored,
             )
@@ -134,6 +137,7 @@ def evaluate_run(
         tokenized.rows,
         evaluation,
         display=display,
+        speed=config.speed,
     )
     clock.lap("evaluation")
     report = record.make_report(folder, comparison, dataclasses.replace(config, evaluation=evaluation), clock)

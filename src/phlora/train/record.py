@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +70,7 @@ def loading_of(config: RunConfig) -> dict[str, Any]:
         "attn_implementation": model.attn_implementation,
         "use_cache": model.use_cache,
         "device": model.device,
+        "quantization": dataclasses.asdict(model.quantization) if model.quantization else None,
     }
 
 

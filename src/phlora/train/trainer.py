@@ -5,6 +5,7 @@ What is overridden, and why:
 - `compute_loss`: the head runs on the positions that predict a trained token, never on all of them; tokens may carry
   weights (`loss_weights`); nothing waits for the device between two logs.
 - `_get_num_items_in_batch`: the divisor of the loss is the trained weight of the whole optimizer step.
+- `evaluation_loop`: the held-out loss is that of all trained tokens, however they fall into batches.
 - `_get_grad_norm`: training stops at the first loss or gradient that is no number, before the optimizer step, so that
   no weight is ever written with one. The library's own default logs 0.0 and trains on.
 - `train`: resuming a finished run takes no further step.
@@ -29,6 +30,7 @@ from transformers.trainer_utils import TrainOutput
 
 from phlora.errors import ConfigError, NonFiniteError
 from phlora.models.head import token_losses as _token_losses
+from phlora.models.head import trained_weight
 
 _LOSS_WEIGHTS = "loss_weights"
 
@@ -37,7 +39,8 @@ class SFTTrainer(trl.SFTTrainer):
     """A drop-in for `trl.SFTTrainer`: same arguments, same results to rounding, less work.
 
     Batches hold `input_ids`, `labels` (-100 where not trained) and optionally `attention_mask`, `position_ids` and
-    `loss_weights` (float, the shape of `labels`). The loss of an optimizer step is
+    `loss_weights` (float, the shape of `labels`), or what `SharedPrefixCollator` returns. The loss of an optimizer
+    step is
 
         sum over its trained tokens of weight * cross-entropy / sum over its trained tokens of weight,
 
@@ -57,6 +60,7 @@ class SFTTrainer(trl.SFTTrainer):
             "eval": defaultdict(int),
         }
         self._tokens_seen: torch.Tensor | int = 0
+        self.num_positions = 0
 
     def compute_loss(
         self,
@@ -75,8 +79,9 @@ class SFTTrainer(trl.SFTTrainer):
         losses, correct, weights = model(**inputs, token_losses=True)
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
         # Clamped so that a batch without trained tokens is a finite zero.
-        loss = (losses * weights).sum() / torch.as_tensor(divisor, device=losses.device).clamp(min=1e-12)
-        self._count(inputs, correct, loss)
+        total = (losses * weights).sum()
+        loss = total / torch.as_tensor(divisor, device=losses.device).clamp(min=1e-12)
+        self._count(inputs, correct, weights, total, loss)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every process, and DDP averages the gradients over them.
             loss = loss * self.accelerator.num_processes
@@ -91,10 +96,15 @@ class SFTTrainer(trl.SFTTrainer):
             or getattr(self, "aux_loss_enabled", False)
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the rows trained on so far, by this process; `num_positions` were computed for them."""
+        return int(self._tokens_seen)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not any(_LOSS_WEIGHTS in batch for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
-        total = sum(_trained_weight(batch) for batch in batch_samples)
+        total = sum(trained_weight(batch) for batch in batch_samples)
         total = torch.as_tensor(total, device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             total = self.accelerator.gather(total).sum()
@@ -130,21 +140,38 @@ class SFTTrainer(trl.SFTTrainer):
         per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
         return math.ceil(self.args.num_train_epochs * per_epoch)
 
-    def _count(self, inputs: dict[str, Any], correct: torch.Tensor, loss: torch.Tensor) -> None:
+    def _count(
+        self, inputs: dict[str, Any], correct: torch.Tensor, weights: torch.Tensor, total: Any, loss: Any
+    ) -> None:
         """Sums for the next log, kept on the device."""
         mode = "train" if self.model.training else "eval"
         sums = self._sums[mode]
-        sums["correct"] += correct.sum()
-        sums["trained"] += correct.numel()
+        sums["correct"] += (correct * weights).sum()
+        sums["trained"] += weights.sum()
+        sums["loss"] += total.detach()
         if mode == "train":
             self._step_losses.append(loss.detach())
-            mask = inputs.get("attention_mask")
-            self._tokens_seen += inputs["input_ids"].numel() if mask is None else mask.sum()
+            mask, segments = inputs.get("attention_mask"), inputs.get("segments")
+            positions = inputs["input_ids"].numel()
+            self.num_positions += positions
+            if segments is not None:
+                self._tokens_seen += segments.num_tokens
+            else:
+                self._tokens_seen += positions if mask is None else mask.sum()
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the library's, with the loss of all trained tokens in the place of the mean over batches."""
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums, name = self._sums["eval"], f"{metric_key_prefix}_loss"
+        if sums["trained"] > 0 and name in output.metrics:
+            output.metrics[name] = self._across(sums["loss"]) / self._across(sums["trained"])
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         sums = self._sums[mode]
-        if sums["trained"]:
+        if sums["trained"] > 0:
             self._metrics[mode]["mean_token_accuracy"] = [
                 self._across(sums["correct"]) / self._across(sums["trained"])
             ]
@@ -170,14 +197,6 @@ def _offer_token_losses(model: torch.nn.Module) -> None:
         return _token_losses(model, kwargs) if token_losses else original(*args, **kwargs)
 
     model.forward = forward
-
-
-def _trained_weight(batch: dict[str, Any]) -> torch.Tensor:
-    """The weight of the tokens that a batch trains: () of float32. The first position of a row is never predicted."""
-    trained = batch["labels"][..., 1:] != -100
-    if _LOSS_WEIGHTS not in batch:
-        return trained.sum()
-    return (batch[_LOSS_WEIGHTS][..., 1:] * trained).sum()
 
 
 def _finished_step(checkpoint: str | bool | None, planned: Any) -> int | None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from datasets import Dataset
 
-from phlora.data.collate import Collator, PackedCollator
+from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator
 from phlora.data.formats import Origin
 from phlora.data.tokenize import TokenizedRow
 
@@ -46,3 +46,28 @@ def test_rows_of_a_datasets_object_collate_alike():
     for collate in (Collator(pad_token_id=0), PackedCollator()):
         ours, theirs = collate([SHORT, LONG]), collate([table[0], table[1]])
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_shared_start_stands_once_with_its_targets_and_weights():
+    start = list(range(30, 60))
+    rows = [
+        TokenizedRow([*start, 5, 6], [-100] * 20 + [*start[20:], 5, 6], None, ORIGIN),
+        TokenizedRow([*start, 7], [-100] * 25 + [*start[25:], 7], [0.0] * 25 + [0.5] * 6, ORIGIN),
+    ]
+    batch = SharedPrefixCollator()(rows)
+    # The last common token stands in each tail, since each row goes on differently after it.
+    assert batch["input_ids"].tolist() == [[*start[:29], 59, 5, 6, 59, 7]]
+    assert batch["position_ids"].tolist() == [[*range(29), 29, 30, 31, 29, 30]]
+    assert batch["shift_labels"].tolist() == [[-100] * 19 + [*range(50, 60)] + [5, 6, -100, 7, -100]]
+    assert batch["loss_weights"].tolist() == [[0] * 19 + [1] * 5 + [1.5] * 5 + [1, 1, 0, 0.5, 0]]
+    assert batch["segments"].num_tokens == 63 and batch["segments"].num_positions == 34
+
+
+def test_a_label_that_is_not_its_token_is_shared_only_with_the_same_label():
+    ids = list(range(30, 70))
+    plain = {"input_ids": ids, "labels": ids}
+    other = {"input_ids": ids, "labels": [*ids[:35], 9, *ids[36:]]}
+    (group,) = SharedPrefixCollator()([plain, other])["segments"].groups
+    assert group.num_shared == 34
+    (group,) = SharedPrefixCollator()([other, other])["segments"].groups
+    assert group.num_shared == 39

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from phlora.data.packing import pack_rows
+from phlora.data.packing import Segments, pack_rows, share_prefixes
 from phlora.errors import DataError
 
 
@@ -31,3 +31,60 @@ def test_no_rows_and_a_row_that_is_too_long():
     assert pack_rows([], max_length=8, seed=0) == []
     with pytest.raises(DataError, match="Row 1 has 9 tokens"):
         pack_rows([3, 9], max_length=8, seed=0)
+
+
+def checked(rows: list[list[int]]) -> Segments:
+    """The layout of the rows, after every row has been read back along its path."""
+    segments = share_prefixes(rows)
+    stream: dict[int, int] = {}
+    for number, row in enumerate(rows):
+        path = segments.paths[number]
+        assert len(path) == len(row)
+        for position, token in zip(path, row, strict=True):
+            assert stream.setdefault(position, token) == token
+    assert sorted(stream) == list(range(segments.num_positions))
+    assert segments.num_tokens == sum(map(len, rows))
+    return segments
+
+
+def test_a_common_start_stands_once_but_for_its_last_token():
+    start = list(range(100))
+    (group,) = checked([start + [200], start + [201, 202], start + [203]]).groups
+    assert (group.num_shared, group.tail_lengths) == (99, (3, 2, 2))
+
+
+def test_identical_rows_and_rows_that_begin_others_keep_a_tail_of_their_own():
+    start = list(range(50))
+    segments = checked([start, start, start + [7, 8]])
+    assert [(g.num_shared, g.tail_lengths) for g in segments.groups] == [(49, (3, 1, 1))]
+
+
+def test_rows_without_a_common_start_are_one_group_with_nothing_shared():
+    segments = checked([[1, 2, 3], [4, 5], [6]])
+    assert [(g.num_shared, g.rows) for g in segments.groups] == [(0, (0, 1, 2))]
+    assert checked([[1]]).num_positions == 1
+
+
+def test_starts_too_short_to_pay_are_not_shared():
+    assert [g.num_shared for g in checked([[1, 2, 3, 4], [1, 2, 3, 5]]).groups] == [0]
+
+
+def test_the_cut_into_groups_saves_the_most():
+    system, few_shot = list(range(30)), list(range(100, 300))
+    rows = [system + [400 + i] for i in range(4)] + [system + few_shot + [500 + i] for i in range(3)]
+    segments = checked(rows)
+    assert sorted((g.num_shared, len(g.rows)) for g in segments.groups) == [(29, 4), (229, 3)]
+    # A deeper start that too few rows have stays a part of their tails.
+    shallow = checked([system + [9] * 2 + [i] for i in range(2)] + [system + [400 + i] for i in range(6)])
+    assert [(g.num_shared, len(g.rows)) for g in shallow.groups] == [(29, 8)]
+
+
+def test_any_rows_can_be_read_back():
+    generator = random.Random(0)
+    for _ in range(50):
+        starts = [[generator.randrange(3) for _ in range(generator.randrange(60))] for _ in range(3)]
+        rows = [
+            generator.choice(starts) + [generator.randrange(3) for _ in range(generator.randrange(1, 9))]
+            for _ in range(generator.randrange(1, 12))
+        ]
+        assert checked(rows).num_positions <= sum(map(len, rows))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
@@ -119,6 +120,12 @@ def test_a_full_disk_is_said_in_one_message(
         no_room = OSError(28, "No space left on device")
         monkeypatch.setattr(checkpoints, "write_text", lambda *_: (_ for _ in ()).throw(no_room))
         raise full
+
+
+def test_a_device_without_memory_is_said_with_what_helps(run: RunFolder) -> None:
+    with pytest.raises(NoRoomError, match="gradient_checkpointing"), checkpoints.recorded_status(run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert run.facts()["status"] == "failed"
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:

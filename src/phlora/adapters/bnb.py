@@ -1,0 +1,187 @@
+"""Linear layers and operands that bitsandbytes stores in 4 or 8 bits: the one module that imports it.
+
+A quantised weight is read only: each product dequantises it into one matrix that lives as long as the product. So
+forward and backward multiply by the same `W`, in training and in evaluation, and autograd keeps nothing but the
+quantised weight. bitsandbytes 0.50 itself does otherwise, which is why its layers are only the storage here:
+
+- `Linear8bitLt` rounds the activations to 8 bits too, on a CPU in evaluation mode only;
+- `Linear4bit` on a CPU with AVX512-BF16 repacks its weight in place at the first evaluation and rounds its scales;
+  from then on it computes in bfloat16 and its input gets no gradient, in training too;
+- its CPU kernels read wrong scales where `K` is no multiple of the block size.
+
+Leaves out: gradients of the quantised weight, and merging into it.
+
+Legend: `N` out, `K` in; leading dimensions are any.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from phlora.lora.operands import FrozenWeight
+
+
+class _Dequantized:
+    """Both products of a frozen weight over `dense`, in `compute_dtype` where that is given."""
+
+    compute_dtype: torch.dtype | None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """`W (N, K)`, fresh."""
+        raise NotImplementedError
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        dtype = self.compute_dtype or x.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(x.to(dtype), self.dense(dtype), bias).to(x.dtype)
+
+    def matmul_t(self, dy: Tensor) -> Tensor:
+        dtype = self.compute_dtype or dy.dtype
+        return (dy.to(dtype) @ self.dense(dtype)).to(dy.dtype)
+
+
+@dataclass(frozen=True)
+class NF4Weight(_Dequantized):
+    """A weight in blocks of 4-bit codes with one scale each (NF4 or FP4), the scales in 8 bits where nested."""
+
+    weight: Any
+    compute_dtype: torch.dtype | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        state = self.weight.quant_state
+        dense = bitsandbytes.functional.dequantize_4bit(self.weight.data, _aligned(state))
+        return dense.view(state.shape).to(dtype)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.is_cuda and not torch.is_grad_enabled():
+            return self._fused_matmul(x, bias)
+        return super().matmul(x, bias)
+
+    def _fused_matmul(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """On a GPU few tokens cost less than the dense matrix; bitsandbytes picks by shape."""
+        dtype = self.compute_dtype or x.dtype
+        bias = None if bias is None else bias.to(dtype)
+        y = bitsandbytes.matmul_4bit(
+            x.to(dtype), self.weight.data.t(), bias=bias, quant_state=self.weight.quant_state
+        )
+        return y.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Int8Weight(_Dequantized):
+    """A weight in 8-bit integers, `codes (N, K)`, with the largest magnitude of each row, `scales (N,)`."""
+
+    codes: Tensor
+    scales: Tensor
+    compute_dtype: torch.dtype | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.codes.to(dtype).mul_(self.scales.to(self.codes.device).div(127).unsqueeze(1))
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x (..., K), bias (N,) -> (..., N); keeps the operand only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, operand: FrozenWeight) -> Tensor:
+        ctx.operand, ctx.bias_dtype = operand, None if bias is None else bias.dtype
+        return operand.matmul(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_bias, _ = ctx.needs_input_grad
+        dx = ctx.operand.matmul_t(dy) if need_x else None
+        dbias = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if need_bias else None
+        return dx, dbias, None
+
+
+class Linear4bit(bitsandbytes.nn.Linear4bit):
+    """bitsandbytes' 4-bit layer, multiplied by as an operand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _FrozenLinear.apply(x, self.bias, operand(self))
+        return y
+
+
+class Linear8bit(bitsandbytes.nn.Linear8bitLt):
+    """bitsandbytes' 8-bit layer, multiplied by as an operand: no activation is rounded to 8 bits."""
+
+    compute_dtype: torch.dtype | None = None
+    dense_dtype: torch.dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _FrozenLinear.apply(x, self.bias, operand(self))
+        return y
+
+
+def linear_nf4(
+    linear: nn.Linear, *, double_quant: bool, compute_dtype: torch.dtype | None, device: torch.device
+) -> Linear4bit:
+    """An NF4 copy of a dense layer on `device`; the bias is shared and stays as it is."""
+    with torch.device("meta"):
+        layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype)
+    weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach(), requires_grad=False, compress_statistics=double_quant, quant_type="nf4"
+    )
+    layer.weight, layer.bias = weight.to(device), linear.bias
+    return layer.train(linear.training)
+
+
+def linear_int8(linear: nn.Linear, *, compute_dtype: torch.dtype | None, device: torch.device) -> Linear8bit:
+    """An int8 copy of a dense layer on `device`; the bias is shared and stays as it is."""
+    with torch.device("meta"):
+        layer = Linear8bit(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+    weight = bitsandbytes.nn.Int8Params(linear.weight.detach().cpu(), requires_grad=False)
+    layer.weight, layer.bias = weight.to(device), linear.bias
+    # The codes twice would be twice the bytes after a move to another device.
+    layer.weight.CB = None
+    layer.compute_dtype, layer.dense_dtype = compute_dtype, linear.weight.dtype
+    return layer.train(linear.training)
+
+
+def operand(layer: nn.Module) -> NF4Weight | Int8Weight:
+    """The operand of a layer that bitsandbytes quantised, here or elsewhere."""
+    compute_dtype = getattr(layer, "compute_dtype", None)
+    if isinstance(layer, bitsandbytes.nn.Linear4bit):
+        _unpack(layer)
+        return NF4Weight(layer.weight, compute_dtype)
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return Int8Weight(layer.weight.data, scales, compute_dtype)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """`W (N, K)` of a quantised layer, in the dtype that it had before it was quantised."""
+    weight = operand(layer)
+    if isinstance(weight, NF4Weight):
+        return weight.dense(weight.weight.quant_state.dtype)
+    # bitsandbytes itself casts to float16 before it rounds to 8 bits.
+    return weight.dense(getattr(layer, "dense_dtype", torch.float16))
+
+
+def _aligned(state: Any) -> Any:
+    """The state with rows that are whole blocks, as the CPU kernels need them; the codes lie in one run anyway."""
+    if state.shape[-1] % state.blocksize == 0:
+        return state
+    size, aligned = state.shape.numel(), copy.copy(state)
+    whole = size % state.blocksize == 0
+    aligned.shape = torch.Size((size // state.blocksize, state.blocksize) if whole else (1, size))
+    return aligned
+
+
+def _unpack(layer: Any) -> None:
+    """Undo the CPU layout into which bitsandbytes' own forward repacks a weight, and keep it from doing so again."""
+    layer.support_avx512bf16_for_cpu = False
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        layer.weight.data, layer.weight.quant_state = (
+            bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+        )

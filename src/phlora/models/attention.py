@@ -1,0 +1,370 @@
+"""Attention over a stream of row groups that share their first tokens, exact and isolated.
+
+Legend: `T` stream positions, `H` query heads, `G` kv heads, `E` head width, `P` shared tokens of a group, `n` tails.
+
+A shared token sees the shared tokens before it. A token of a tail sees all shared tokens of its group and its own
+tail up to itself, and nothing of any other row: what every row would see on its own. A stream without shared tokens
+is plain packing.
+
+Three ways, the same values:
+
+- `attend_densely`: one (T, T) mask, T^2 work. The truth that the other two are tested against.
+- `attend_padded`: the tails as a padded batch behind copies of the shared keys. Public torch only, any device, and
+  sliding windows, which are counted in positions of the row and not of the stream.
+- `attend_merged`: on CPU. All tail queries meet the shared keys in one call without a mask and without a copy, the
+  tails themselves are a padded causal batch, and the two halves of each softmax are merged by their log-sum-exp.
+
+`segment_attention` is registered with transformers under `SEGMENTS`; the `segments` keyword of the model reaches it
+through transformers' own keywords. Without that keyword it is transformers' `sdpa`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from phlora.data.packing import Group, Segments
+from phlora.errors import ModelError
+
+SEGMENTS = "phlora_segments"
+# Tails of one padded batch are at most this many times as long as its shortest one.
+_WIDEST_BLOCK = 2
+# Layouts whose attention is causal softmax attention with an optional window, and nothing else.
+_PLAIN_ATTENTION = ("llama", "mistral", "phi3", "qwen2")
+_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
+
+# Private in torch, and the only ones on CPU that give the log-sum-exp; None where a version lacks them.
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def sharing_obstacle(model: nn.Module, *, longest: int, shortest: int, training: bool) -> str | None:
+    """Why rows of this model may not be laid out as `Segments`; None: they may, exactly.
+
+    Args:
+        model: of transformers, plain or as a PeftModel.
+        longest, shortest: lengths of the rows that would meet.
+        training: whether dropout would be at work.
+    """
+    config = model.config
+    if config.model_type not in _PLAIN_ATTENTION:
+        return f"the attention of {config.model_type} is not known to be plain"
+    if config._attn_implementation not in ("sdpa", SEGMENTS):
+        return f"attn_implementation is {config._attn_implementation}, not sdpa"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limit = getattr(config, "original_max_position_embeddings", None) or rope.get(
+            "original_max_position_embeddings"
+        )
+        if limit is None or shortest <= limit < longest:
+            return f"rows on both sides of {limit} tokens would be given the same longrope factors"
+    adapters = getattr(model, "peft_config", {})
+    for name, adapter in adapters.items():
+        if getattr(adapter, "alora_invocation_tokens", None):
+            return f"adapter {name} begins at a place that differs between rows"
+    return _dropout_at_work(config, adapters) if training else None
+
+
+def _dropout_at_work(config: Any, adapters: Mapping[str, Any]) -> str | None:
+    for adapter in adapters.values():
+        if getattr(adapter, "lora_dropout", 0.0):
+            return f"lora_dropout is {adapter.lora_dropout}: rows would share one random mask"
+    for name in _DROPOUTS:
+        if getattr(config, name, 0.0):
+            return f"{name} is {getattr(config, name)}: rows would share one random mask"
+    return None
+
+
+def segment_inputs(trunk: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a trunk for a batch with `segments`; the trunk's attention is set to `SEGMENTS`.
+
+    The setting stays: gradient checkpointing runs the layers again in backward, and batches without `segments` take
+    transformers' `sdpa` as before.
+
+    Raises:
+        ModelError: the model's attention is not sdpa.
+    """
+    current = trunk.config._attn_implementation
+    if current not in ("sdpa", SEGMENTS):
+        raise ModelError(
+            f"Rows that share their first tokens need sdpa attention, the model has {current}",
+            fix="load it with attn_implementation: sdpa, or set speed: reference",
+        )
+    if current != SEGMENTS:
+        trunk.set_attn_implementation(SEGMENTS)
+    # transformers passes a mask of four dimensions on unread; without one it would build its own of (T, T).
+    unread = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=inputs["input_ids"].device)
+    return {**inputs, "attention_mask": unread}
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: Segments | None = None,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query (1, H, T, E), key and value (1, G, T, E) -> (1, T, H, E)."""
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    if settings.get("dropout"):
+        raise ModelError("Attention dropout is at work", fix="set speed: reference, or attention_dropout: 0")
+    scaling = settings.get("scaling") or query.shape[-1] ** -0.5
+    window = settings.get("sliding_window")
+    if window is not None and segments.longest <= window:
+        window = None
+    # Under autocast q and k can be wider than v; torch's public attention casts them, the merge does not.
+    alike = query.dtype == key.dtype == value.dtype
+    if query.device.type == "cpu" and window is None and alike and _flash and _flash_backward:
+        output = attend_merged(query, key, value, segments, scaling=scaling)
+    else:
+        output = attend_padded(query, key, value, segments, scaling=scaling, window=window)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attend_densely(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
+    """softmax(scaling * Q K^T + mask) V with the (T, T) mask of the segments: (1, H, T, E)."""
+    mask = segment_mask(segments, window=window, device=query.device)
+    key, value = _for_all_heads(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+
+
+def segment_mask(segments: Segments, *, window: int | None = None, device: Any = None) -> Tensor:
+    """Which position sees which: (T, T) bool, rows are queries."""
+    group_of, tail_of, place_of = [], [], []
+    for number, group in enumerate(segments.groups):
+        lengths = [group.num_shared, *group.tail_lengths]
+        for tail, length in enumerate(lengths):
+            group_of += [number] * length
+            tail_of += [tail] * length
+            place_of += range(length) if tail == 0 else range(group.num_shared, group.num_shared + length)
+    groups, tails, places = (torch.tensor(x, device=device) for x in (group_of, tail_of, place_of))
+    seen = groups[:, None] == groups
+    seen &= (tails == 0) | (tails[:, None] == tails)
+    seen &= places[:, None] >= places
+    if window is not None:
+        seen &= places[:, None] - places < window
+    return seen
+
+
+def attend_padded(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
+    """As `attend_densely`, with the tails as padded batches behind copies of the shared keys and values."""
+    key, value = _for_all_heads(query, key, value)
+    outputs = []
+    for part in _parts(segments, query.device):
+        shared = slice(part.start, part.start + part.num_shared)
+        if part.num_shared:
+            mask = _causal_mask(part.num_shared, 0, window, query.device)
+            outputs.append(_sdpa(query[:, :, shared], key[:, :, shared], value[:, :, shared], mask, scaling))
+        for block in part.blocks:
+            keys, values = (
+                torch.cat([x[:, :, shared].expand(block.num_tails, -1, -1, -1), block.batch(x)], dim=2)
+                for x in (key, value)
+            )
+            mask = _causal_mask(block.width, part.num_shared, window, query.device)
+            outputs.append(block.stream(_sdpa(block.batch(query), keys, values, mask, scaling)))
+    return torch.cat(outputs, dim=2)
+
+
+def attend_merged(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scaling: float) -> Tensor:
+    """As `attend_densely` without a window, on CPU, with no mask and no copy of shared keys."""
+    output: Tensor = _MergedAttention.apply(query, key, value, _parts(segments, query.device), scaling)
+    return output
+
+
+class _MergedAttention(torch.autograd.Function):
+    """Softmax over two sets of keys, each with its own log-sum-exp l_i and output o_i:
+
+        l = log(e^l_1 + e^l_2),    o = o_1 e^(l_1 - l) + o_2 e^(l_2 - l).
+
+    In backward each set's kernel is given the merged o and l: the probabilities e^(s - l) and the row sums of
+    do * o are then those of the whole softmax, and the gradients of the sets add up. Kept: q, k, v, o and l.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: tuple[_Part, ...], scaling: float
+    ) -> Tensor:
+        output, norm = torch.empty_like(query), None
+        for part in parts:
+            pieces = []
+            if part.num_shared:
+                shared = slice(part.start, part.start + part.num_shared)
+                q, k, v = query[:, :, shared], key[:, :, shared], value[:, :, shared]
+                pieces.append((shared, *_flash(q, k, v, 0.0, True, scale=scaling)))
+            for block in part.blocks:
+                batch = (block.batch(x) for x in (query, key, value))
+                out, lse = (block.stream(x) for x in _flash(*batch, 0.0, True, scale=scaling))
+                if part.num_shared:
+                    rest = _flash(query[:, :, block.span], k, v, 0.0, False, scale=scaling)
+                    out, lse = _merge(out, lse, *rest)
+                pieces.append((block.span, out, lse))
+            for span, out, lse in pieces:
+                if norm is None:
+                    norm = lse.new_empty(query.shape[:3])
+                output[:, :, span], norm[:, :, span] = out, lse
+        ctx.save_for_backward(query, key, value, output, norm)
+        ctx.parts, ctx.scaling = parts, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, norm = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        for part in ctx.parts:
+            shared = slice(part.start, part.start + part.num_shared)
+            saved = (query[:, :, shared], key[:, :, shared], value[:, :, shared])
+            if part.num_shared:
+                rest = (output[:, :, shared], norm[:, :, shared])
+                ours = _flash_backward(
+                    grad[:, :, shared].contiguous(), *saved, *rest, 0.0, True, scale=ctx.scaling
+                )
+                for whole, x in zip(grads, ours, strict=True):
+                    whole[:, :, shared] = x
+            for block in part.blocks:
+                span = block.span
+                batch = (block.batch(x) for x in (query, key, value, output, norm))
+                ours = _flash_backward(block.batch(grad, padding=0), *batch, 0.0, True, scale=ctx.scaling)
+                for whole, x in zip(grads, ours, strict=True):
+                    whole[:, :, span] = block.stream(x)
+                if part.num_shared:
+                    theirs = _flash_backward(
+                        grad[:, :, span].contiguous(),
+                        query[:, :, span],
+                        *saved[1:],
+                        output[:, :, span],
+                        norm[:, :, span],
+                        0.0,
+                        False,
+                        scale=ctx.scaling,
+                    )
+                    for whole, where, x in zip(grads, (span, shared, shared), theirs, strict=True):
+                        whole[:, :, where] += x
+        return *grads, None, None
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    merged = torch.logaddexp(lse, other_lse)
+    ours, theirs = ((x - merged).exp().unsqueeze(-1).to(out.dtype) for x in (lse, other_lse))
+    return out * ours + other * theirs, merged
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Neighbouring tails of similar length as a padded batch of `num_tails` rows and `width` columns.
+
+    Padding repeats the last token of its tail: it comes after every real token, so no real token sees it.
+    """
+
+    span: slice
+    num_tails: int
+    width: int
+    padded: Tensor
+    is_real: Tensor
+    real: Tensor
+
+    def batch(self, x: Tensor, *, padding: float | None = None) -> Tensor:
+        """(1, H, T, ...) -> (num_tails, H, width, ...); with `padding`, that value where padding is."""
+        taken = x[0].index_select(1, self.padded).unflatten(1, (self.num_tails, self.width)).transpose(0, 1)
+        if padding is None:
+            return taken
+        real = self.is_real.view(self.num_tails, 1, self.width, *[1] * (x.dim() - 3))
+        return taken.masked_fill(~real, padding)
+
+    def stream(self, x: Tensor) -> Tensor:
+        """(num_tails, H, width, ...) -> (1, H, span, ...)."""
+        return x.transpose(0, 1).flatten(1, 2).index_select(1, self.real).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A group as attention needs it."""
+
+    start: int
+    num_shared: int
+    blocks: tuple[_Block, ...]
+
+
+@functools.lru_cache(maxsize=8)
+def _parts(segments: Segments, device: torch.device) -> tuple[_Part, ...]:
+    """The same for every layer, so made once for each batch."""
+    return tuple(
+        _Part(group.start, group.num_shared, tuple(_blocks(group, device))) for group in segments.groups
+    )
+
+
+def _blocks(group: Group, device: torch.device) -> list[_Block]:
+    """Tails, longest first, in batches that are at most half padding."""
+    blocks: list[list[tuple[int, int]]] = []
+    for _, start, length in group.tails():
+        if not blocks or blocks[-1][0][1] > _WIDEST_BLOCK * length:
+            blocks.append([])
+        blocks[-1].append((start, length))
+    return [_block(tails, device) for tails in blocks]
+
+
+def _block(tails: list[tuple[int, int]], device: torch.device) -> _Block:
+    starts, lengths = torch.tensor(tails, device=device).T
+    width = tails[0][1]
+    columns = torch.arange(width, device=device)
+    is_real = (columns < lengths[:, None]).flatten()
+    padded = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)
+    span = slice(tails[0][0], tails[-1][0] + tails[-1][1])
+    return _Block(span, len(tails), width, padded.flatten(), is_real, is_real.nonzero().squeeze(1))
+
+
+def _causal_mask(width: int, before: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(width, before + width): each of `width` queries after `before` others; None: plain causal."""
+    if not before and window is None:
+        return None
+    places = torch.arange(before + width, device=device)
+    distance = places[before:, None] - places
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
+    )
+
+
+def _for_all_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of G heads repeated for H."""
+    times = query.shape[1] // key.shape[1]
+    if times == 1:
+        return key, value
+    return key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+
+
+AttentionInterface.register(SEGMENTS, segment_attention)
+AttentionMaskInterface.register(SEGMENTS, sdpa_mask)

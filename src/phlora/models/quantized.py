@@ -1,0 +1,152 @@
+"""The base model in 4 or 8 bits, for adapters that train on top of it (QLoRA), and the way back to a dense one.
+
+Every linear layer of the blocks is quantised after the model has been loaded, one at a time and on the device
+where it will be used; head, embeddings and norms stay as they are. Whatever the model was loaded from, a `.gguf`
+file included, goes the same way, and the fingerprint is that of the weights before they were rounded.
+
+NF4: blocks of 64 values share one scale, each value is one of 16 quantiles of a normal distribution. With double
+quantisation the scales are stored in 8 bits themselves. Source: QLoRA (Dettmers et al. 2023), section 3.
+int8: each row of a weight has one scale and 255 steps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from phlora.adapters.operands import is_quantized
+from phlora.adapters.targets import block_linears
+from phlora.config import QuantizationConfig
+from phlora.errors import ConfigError, MissingExtraError, ModelError
+from phlora.models.choices import DTYPES
+from phlora.models.fingerprint import keep_fingerprint
+
+_WHERE = "model.quantization"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationReport:
+    """What quantising a model changed.
+
+    Attributes:
+        storage: `nf4` or `int8`.
+        num_layers: linear layers that were quantised.
+        layer_bytes: their weights before and after, scales included.
+        model_bytes: the whole model before and after.
+        dense_dtype: of everything that was left as it is.
+    """
+
+    storage: str
+    num_layers: int
+    layer_bytes: tuple[int, int]
+    model_bytes: tuple[int, int]
+    dense_dtype: torch.dtype
+
+    def __str__(self) -> str:
+        (layers_before, layers_after), (before, after) = self.layer_bytes, self.model_bytes
+        dtype = str(self.dense_dtype).removeprefix("torch.")
+        return (
+            f"{self.storage}: {self.num_layers} linear layers take {layers_after / 1e6:.1f} MB in place of "
+            f"{layers_before / 1e6:.1f} MB, the whole model {after / 1e6:.1f} MB in place of {before / 1e6:.1f} MB; "
+            f"head, embeddings and norms stay {dtype}"
+        )
+
+
+def require_bitsandbytes() -> None:
+    """Raises:
+    MissingExtraError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError.of("bitsandbytes", extra="qlora", purpose="a quantised base model")
+
+
+def quantize(
+    model: PreTrainedModel, quantization: QuantizationConfig, *, device: torch.device
+) -> QuantizationReport:
+    """Store every linear layer of the blocks in 4 or 8 bits, in place; the layers are on `device` afterwards.
+
+    Raises:
+        MissingExtraError: bitsandbytes is not installed.
+        ConfigError: the model is quantised already.
+        ModelError: it has no linear layers.
+    """
+    require_bitsandbytes()
+    if getattr(model, "is_quantized", False) or any(is_quantized(module) for module in model.modules()):
+        raise ConfigError(
+            "The model is quantised already",
+            where=_WHERE,
+            fix="leave `quantization` out, or name its 16-bit original",
+        )
+    names = block_linears(model)
+    if not names:
+        raise ModelError("The model has no linear layer that could be quantised", where=_WHERE)
+    keep_fingerprint(model, _storage_name(quantization))
+    model_before, layers_before = stored_bytes(model), _layer_bytes(model, names)
+    for name in names:
+        model.set_submodule(name, _quantized_linear(model.get_submodule(name), quantization, device))
+    return QuantizationReport(
+        storage=quantization.type,
+        num_layers=len(names),
+        layer_bytes=(layers_before, _layer_bytes(model, names)),
+        model_bytes=(model_before, stored_bytes(model)),
+        dense_dtype=model.get_input_embeddings().weight.dtype,
+    )
+
+
+def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """Give a quantised model dense linear layers again, in place, with the rounded weights that it computed with.
+
+    On this base an adapter that was trained on the quantised one can be merged without a further loss; the original
+    16-bit base is the other candidate. An adapter on the model stays where it is.
+
+    Args:
+        model: a transformers model, bare or under PEFT; one without quantised layers is left as it is.
+        dtype: of the dense layers; by default that of the weights before they were quantised.
+
+    Returns:
+        The same model.
+    """
+    for name, module in list(model.named_modules()):
+        if is_quantized(module):
+            model.set_submodule(name, _dense_linear(module, dtype))
+    return model
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that a model holds, quantisation scales included and shared tensors once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+
+
+def _storage_name(quantization: QuantizationConfig) -> str:
+    """By what an adapter knows the base again: other rounding, other name."""
+    single = quantization.type == "nf4" and not quantization.double_quant
+    return "nf4-single" if single else quantization.type
+
+
+def _quantized_linear(linear: nn.Module, quantization: QuantizationConfig, device: torch.device) -> nn.Module:
+    from phlora.adapters import bnb
+
+    compute_dtype = DTYPES.get(quantization.compute_dtype)
+    if quantization.type == "int8":
+        return bnb.linear_int8(linear, compute_dtype=compute_dtype, device=device)
+    return bnb.linear_nf4(
+        linear, double_quant=quantization.double_quant, compute_dtype=compute_dtype, device=device
+    )
+
+
+def _dense_linear(layer: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
+    from phlora.adapters import bnb
+
+    with torch.device("meta"):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    linear.weight = nn.Parameter(bnb.dense_weight(layer).to(dtype), requires_grad=False)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
+
+
+def _layer_bytes(model: nn.Module, names: list[str]) -> int:
+    return stored_bytes(nn.ModuleList(model.get_submodule(name) for name in names))

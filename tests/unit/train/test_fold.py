@@ -1,0 +1,379 @@
+"""Merging and converting folders: what is saved is whole, proven by loading it, or not there at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import phlora.lora as lora
+from phlora.adapters.merge import BOUNDS
+from phlora.display import Display
+from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
+from phlora.models.embedded import tiny_phi3
+from phlora.train import fold
+from phlora.train.finetune import finetune
+from phlora.train.fold import convert, convert_to_model, merge_run, parse_blocks
+
+TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"say {i} {TEXTS[i % 5]}"},
+            {"role": "assistant", "content": f"{TEXTS[i % 5]} {i}"},
+        ]
+    }
+    for i in range(20)
+]
+QUIET = Display(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = tiny_phi3()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, trained for two steps."""
+    done = finetune(
+        model={"name": str(base), "dtype": "float32", "device": "cpu"},
+        data=ROWS[:14],
+        eval_data=ROWS[14:],
+        training_config={"max_steps": 2, "learning_rate": 2e-2},
+        peft_config={"r": 4},
+        evaluation={"enabled": False},
+        output=tmp_path_factory.mktemp("runs") / "run",
+        display=QUIET,
+    )
+    assert done.folder is not None
+    return done.folder
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """A bare PEFT adapter, as another tool would have written it."""
+    return save_adapter(base, tmp_path / "adapter")
+
+
+def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
+    torch.manual_seed(0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name or "lora_embedding" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+def answers(model: Any, tokenizer: Any) -> list[list[int]]:
+    found = []
+    for text in TEXTS:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        found.append(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0].tolist())
+    return found
+
+
+def test_a_merged_run_is_a_model_that_stock_transformers_loads_and_that_answers_alike(
+    run: Path, base: Path, tmp_path: Path
+) -> None:
+    report = merge_run(run, tmp_path / "model", display=QUIET)
+    assert (report.dtype, report.num_modules, report.num_rows) == ("float32", 8, 6)
+    assert report.changed_tokens == 0 < report.num_tokens
+    assert 0 < report.mean_difference < report.largest_difference < 1e-5 * report.largest_logit
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter" / "best")
+    tuned.generation_config = merged.generation_config
+    assert answers(merged, tokenizer) == answers(tuned, tokenizer)
+    stops = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>", "<|assistant|>"])
+    assert sorted(merged.generation_config.eos_token_id) == sorted(stops)
+    assert merged.generation_config.pad_token_id == tokenizer.pad_token_id not in stops
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run / "adapter" / "best").chat_template
+    assert merged.config.use_cache and merged.dtype == torch.float32
+    evidence = json.loads((tmp_path / "model" / "merge.json").read_text())
+    assert report.to_json() == {**evidence, "folder": str(tmp_path / "model"), "adapter": report.adapter}
+    assert str(run) not in json.dumps(evidence)
+    assert "changed greedy tokens   0 of" in report.summary()
+
+
+def test_the_adapter_inside_a_run_has_the_runs_base_and_rows(run: Path, tmp_path: Path) -> None:
+    report = merge_run(run / "adapter" / "last", tmp_path / "model", max_rows=2, display=QUIET)
+    assert report.num_rows == 2 and report.adapter.endswith("last")
+
+
+def test_an_adapter_alone_needs_rows_and_its_own_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--rows"):
+        merge_run(adapter, tmp_path / "model", display=QUIET)
+    assert merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET).num_rows == 20
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ModelError, match="--model BASE"):
+        merge_run(adapter, tmp_path / "other", rows=ROWS, display=QUIET)
+    merge_run(adapter, tmp_path / "other", rows=ROWS, model=str(base), display=QUIET)
+
+
+def test_the_saved_dtype_is_that_of_the_bases_files(base: Path, adapter: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    config = json.loads((half / "config.json").read_text())
+    # As in Phi-3's own folder; the code files that it names are not in a merged one.
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (half / "config.json").write_text(json.dumps(config))
+    report = merge_run(adapter, tmp_path / "a", model=str(half), rows=ROWS, display=QUIET)
+    assert report.dtype == "float16" and 1e-5 < report.largest_difference
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    saved = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert saved["dtype"] == "float16" and "auto_map" not in saved
+    with pytest.raises(ConfigError, match="did you mean `bfloat16`"):
+        merge_run(adapter, tmp_path / "b", dtype="bfloat61", rows=ROWS, display=QUIET)
+
+
+def test_a_merge_that_changes_answers_is_refused_and_leaves_nothing(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fold.fold_adapter
+
+    def forgetful(model: Any) -> Any:
+        model.base_model.model.model.layers[1].mlp.down_proj.scaling["default"] *= 1.2
+        return honest(model)
+
+    monkeypatch.setattr(fold, "fold_adapter", forgetful)
+    with pytest.raises(Finding, match="changed greedy tokens") as refusal:
+        merge_run(adapter, tmp_path / "out" / "model", rows=ROWS, display=QUIET)
+    assert refusal.value.exit_code == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_rounding_that_turns_answers_is_refused_too(adapter: Path, tmp_path: Path) -> None:
+    """A random model's logits all but tie, so bfloat16 turns more than one token in a hundred."""
+    with pytest.raises(Finding, match="--dtype float32"):
+        merge_run(adapter, tmp_path / "model", dtype="bfloat16", rows=ROWS, display=QUIET)
+    assert not (tmp_path / "model").exists()
+
+
+def test_nobodys_files_are_replaced(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    for output in (tmp_path / "taken", tmp_path / "taken" / "thesis.txt"):
+        with pytest.raises(RunError, match="exists already"):
+            merge_run(adapter, output, rows=ROWS, display=QUIET)
+        with pytest.raises(RunError, match="exists already"):
+            convert(adapter, output, to="loralib")
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="name a file"):
+        convert(adapter, tmp_path / "empty", to="loralib")
+    merge_run(adapter, tmp_path / "empty", rows=ROWS[:2], display=QUIET)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(fold.shutil, "disk_usage", lambda path: usage)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(NoRoomError, match="are free"):
+        merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET)
+    for to in ("peft", "loralib"):
+        with pytest.raises(NoRoomError, match="are free"):
+            convert(adapter, tmp_path / "x", to=to)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*tie.*", "ignore:.*tied.*")
+def test_an_adapter_on_tied_embeddings_is_refused_before_anything_is_written(
+    base: Path, tmp_path: Path
+) -> None:
+    tied = tmp_path / "tied"
+    model, tokenizer = tiny_phi3()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tied)
+    tokenizer.save_pretrained(tied)
+    adapter = save_adapter(tied, tmp_path / "adapter", target_modules=["o_proj", "lm_head"])
+    with pytest.raises(ModelError, match="share"):
+        merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET)
+    assert not (tmp_path / "model").exists()
+    plain = save_adapter(tied, tmp_path / "plain", target_modules=["o_proj"])
+    merge_run(plain, tmp_path / "model", rows=ROWS, display=QUIET)
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("source", "error"), [("nowhere", RunError), ("empty", RunError), ("untrained", RunError)]
+)
+def test_a_source_without_an_adapter_is_one_message(
+    source: str, error: type[PhloraError], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "untrained").mkdir()
+    (tmp_path / "untrained" / "run.json").write_text('{"status": "failed"}')
+    for act in (merge_run, lambda *paths, display: convert(*paths, to="peft")):
+        with pytest.raises(error):
+            act(tmp_path / source, tmp_path / "out", display=QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- convert
+
+
+def test_a_run_becomes_a_loralib_file_and_a_loralib_file_becomes_the_same_model(
+    run: Path, base: Path, tmp_path: Path
+) -> None:
+    report = convert(run, tmp_path / "adapter.pt", to="loralib")
+    assert report.num_tensors == 16 and "2 × qkv_proj: Linear(r=4, lora_alpha=8)" in report.summary()
+    merged = merge_run(run, tmp_path / "a", display=QUIET)
+    again = convert_to_model(
+        tmp_path / "adapter.pt",
+        tmp_path / "b",
+        lora_alpha=8,
+        model=str(base),
+        rows=run / "heldout.jsonl",
+        display=QUIET,
+    )
+    assert again.num_tokens == merged.num_tokens and again.adapter == str(tmp_path / "adapter.pt")
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_blocks_come_from_the_base_model(base: Path, tmp_path: Path) -> None:
+    model, tokenizer = tiny_phi3()
+    lora.replace(
+        model,
+        ["qkv_proj"],
+        r=2,
+        lora_alpha=4,
+        enable_lora=[True, False, True],
+        out_features_per_block=(64, 32, 32),
+    )
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.qkv_proj.lora_B, std=0.1)
+    torch.save(lora.lora_state_dict(model), tmp_path / "in.pt")
+    report = convert(
+        tmp_path / "in.pt", tmp_path / "peft", to="peft", lora_alpha=4, enable=["q", "v"], model=str(base)
+    )
+    assert report.num_tensors == 4
+    convert(tmp_path / "peft", tmp_path / "out.pt", to="loralib")
+    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pt", "out.pt"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+    ids = tokenizer(TEXTS[3], return_tensors="pt").input_ids
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft")
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pickled_peft_adapter_becomes_safetensors_with_everything_beside_it(
+    adapter: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "chat_template.jinja").write_text("{{ messages }}")
+    (adapter / "optimizer.pt").write_bytes(b"large")
+    report = convert(adapter, tmp_path / "out", to="peft")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert report.num_tensors == len(tensors) == 16
+    assert all(torch.equal(after[name], value) for name, value in tensors.items())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"adapter_config.json", "chat_template.jinja"} <= names
+    assert not {"adapter_model.bin", "optimizer.pt"} & names
+
+
+def test_lora_alpha_is_asked_for_where_it_is_unknown_and_nowhere_else(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "adapter.pt"
+    convert(adapter, file, to="loralib")
+    with pytest.raises(ConfigError, match="--lora-alpha 32"):
+        convert(file, tmp_path / "x", to="peft")
+    with pytest.raises(ConfigError, match="leave it out"):
+        convert(adapter, tmp_path / "x", to="peft", lora_alpha=8)
+    for to in (convert_to_model, lambda *paths, **options: convert(*paths, to="peft", **options)):
+        with pytest.raises(ConfigError, match="knows no blocks"):
+            to(adapter, tmp_path / "x", enable=["q"])
+    with pytest.raises(ConfigError, match="--model BASE"):
+        convert_to_model(file, tmp_path / "x", lora_alpha=8)
+    assert not (tmp_path / "x").exists()
+
+
+def test_blocks_on_the_command_line() -> None:
+    assert parse_blocks([]) is None
+    assert parse_blocks(["qkv_proj=64,32,32", "mixer=4,8"]) == {
+        "qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32},
+        "mixer": {"0": 4, "1": 8},
+    }
+    for text in ("qkv_proj", "qkv_proj=64,32", "=3,4", "mixer=3,-4", "mixer=3,x"):
+        with pytest.raises(ConfigError, match="--blocks"):
+            parse_blocks([text])
+
+
+# ---------------------------------------------------------------------------------------- the real model
+
+
+@pytest.mark.slow
+def test_the_embedded_model_answers_alike_after_a_merge(smollm2_folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["qkv_proj", "down_proj"]))
+    torch.manual_seed(0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    tuned.save_pretrained(str(adapter), save_embedding_layers=False)
+    rows = ROWS[:5]
+    report = merge_run(adapter, tmp_path / "model", model="smollm2-135m", rows=rows, display=QUIET)
+    assert report.changed_tokens == 0 and report.largest_difference < 1e-4 * report.largest_logit
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tuned.generation_config = merged.generation_config
+    before, after = answers(tuned.eval(), tokenizer), answers(merged, tokenizer)
+    assert before == after
+    with tuned.disable_adapter():
+        assert answers(tuned, tokenizer) != after
+    assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------ the page about it
+
+
+def test_the_snippets_of_the_page_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[3] / "docs" / "export.md"
+    snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert len(snippets) == 4
+    shutil.copytree(run, tmp_path / "runs" / "support")
+    monkeypatch.chdir(tmp_path)
+    merge_run("runs/support", "models/support", display=QUIET)
+    namespace: dict[str, object] = {"__name__": "snippets"}
+    for snippet in snippets:
+        exec(compile(snippet, str(page), "exec"), namespace)
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "runs", "support.pt"}
+
+
+def test_the_page_names_the_bounds() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+    for dtype, bound in BOUNDS.items():
+        assert f"| {dtype} | {bound.largest:g} | {100 * bound.changed:g} % |" in page

@@ -1,0 +1,77 @@
+"""When rows share the computation of their common starts, and what is said where they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+
+from phlora.adapters.attach import attach
+from phlora.data.formats import Origin
+from phlora.data.tokenize import TokenizedRow
+from phlora.models.embedded import tiny_phi3
+from phlora.train.planning import decide_sharing
+from phlora.train.settings import training_settings
+
+START = list(range(5, 65))
+
+
+def row(ids: list[int]) -> TokenizedRow:
+    return TokenizedRow(ids, [-100, *ids[1:]], None, Origin("chats.jsonl", 1))
+
+
+ALIKE = [[row([*START, 70 + n, 80 + n])] for n in range(16)]
+UNLIKE = [[row([100 + n, *START])] for n in range(16)]
+UNEVEN = [[row([100 + n, *START[: 60 if n % 2 else 20]])] for n in range(16)]
+
+
+def decide(
+    sequences: Any, *, speed: str = "auto", lora: dict[str, Any] | None = None, **training: Any
+) -> Any:
+    model = attach(tiny_phi3()[0], {"r": 2, **(lora or {})}).model
+    settings = training_settings(training, output_dir="unused")
+    return decide_sharing(model, sequences, speed=speed, batch_size=8, settings=settings)
+
+
+def test_rows_with_a_common_start_share_it() -> None:
+    decision = decide(ALIKE)
+    # 8 rows of 62 tokens: 59 once, and 3 of each.
+    assert decision.on and decision.reason == f"{1 - (59 + 8 * 3) / (8 * 62):.0%} fewer positions to compute"
+
+
+def test_rows_of_one_length_without_a_common_start_stay_as_they_are() -> None:
+    decision = decide(UNLIKE)
+    assert not decision.on and "would save 0%" in decision.reason
+
+
+def test_rows_of_uneven_length_are_worth_a_stream_without_padding() -> None:
+    assert decide(UNEVEN).on
+
+
+def test_packs_always_lie_in_a_stream() -> None:
+    assert decide(UNLIKE, packing=True).on
+    assert not decide(UNLIKE, packing=True, speed="reference").on
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"speed": "reference"}, "speed is reference"),
+        ({"lora": {"lora_dropout": 0.1}}, "lora_dropout is 0.1"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"loss_type": "dft"}, "loss_type dft"),
+    ],
+)
+def test_whatever_would_not_be_exact_turns_it_off_and_is_named(settings: dict[str, Any], reason: str) -> None:
+    decision = decide(ALIKE, **settings)
+    assert not decision.on and reason in decision.reason
+
+
+def test_an_evaluation_has_no_dropout() -> None:
+    model = peft.get_peft_model(
+        tiny_phi3()[0], peft.LoraConfig(target_modules="all-linear", lora_dropout=0.5)
+    )
+    assert decide_sharing(model, ALIKE, speed="auto", batch_size=8).on
+    assert not decide_sharing(model, [], speed="auto", batch_size=8).on
