@@ -27,9 +27,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from phlora.adapters.blockform import block_factors, from_block_diagonal, plain_rank, to_block_diagonal
+from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.errors import ConfigError, ModelError
 from phlora.lora import fused
 from phlora.lora.blocks import RowBlock
+from phlora.lora.operands import FrozenWeight
 
 # PEFT's initialisations that leave the base weight as it is. The others need the changed base again at every load,
 # which PEFT rebuilds for a whole weight only.
@@ -50,7 +52,7 @@ class _Assembled(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-            part = func is Tensor.data.__get__ or func is Tensor.__getitem__
+            part = func in (Tensor.data.__get__, Tensor.__getitem__)
             return result.as_subclass(cls) if part else result
 
 
@@ -148,17 +150,18 @@ class LoraLinear(peft_lora.Linear):
         if special or self.disable_adapters or self.merged or len(adapters) != 1:
             return super().forward(x, *args, **kwargs)
         (name,) = adapters
-        if not self._is_plain(name) or not self._is_dense(x):
+        weight = self._weight_for(x) if self._is_plain(name) else None
+        if weight is None:
             return super().forward(x, *args, **kwargs)
-        base, dropout = self.base_layer, self.lora_dropout[name]
+        dropout = self.lora_dropout[name]
         lora_A, lora_B, blocks = self._pair(name)
         return fused.lora_blocks(
             x,
-            base.weight,
+            weight,
             lora_A,
             lora_B,
             blocks=blocks,
-            bias=base.bias,
+            bias=self.base_layer.bias,
             dropout=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
 
@@ -166,8 +169,14 @@ class LoraLinear(peft_lora.Linear):
         """Add the adapters to the base weight; see PEFT's `merge` for the arguments.
 
         Raises:
+            ModelError: the base weight is quantised.
             ValueError: `safe_merge` was asked for and a merged weight is not finite.
         """
+        if is_quantized(self.base_layer):
+            raise ModelError(
+                "An adapter cannot be added to a quantised weight without losing most of it",
+                fix="merge it into the base model in 16 or 32 bits",
+            )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not all(self._is_plain(name) for name in names):
             return super().merge(safe_merge, names)
@@ -215,19 +224,21 @@ class LoraLinear(peft_lora.Linear):
             and all(_is_untouched(module) for module in (down, up, dropout))
         )
 
-    def _is_dense(self, x: Tensor) -> bool:
-        """Whether the base layer does no more than multiply by a dense weight of x's dtype."""
+    def _weight_for(self, x: Tensor) -> Tensor | FrozenWeight | None:
+        """The base weight, if all that the base layer does is to multiply x by it."""
         base = self.base_layer
-        return (
-            type(base) is nn.Linear
-            and type(base.weight) in (nn.Parameter, Tensor)
-            and _is_untouched(base)
-            and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
-        )
+        if not _is_untouched(base):
+            return None
+        if is_quantized(base):
+            return frozen_weight(base)
+        dense = type(base) is nn.Linear and type(base.weight) in (nn.Parameter, Tensor)
+        if dense and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+            return base.weight
+        return None
 
 
 def speed_up(model: nn.Module) -> nn.Module:
-    """Let the plain LoRA layers that PEFT put on `nn.Linear` compute with the fused functions, in place.
+    """Let the plain LoRA layers that PEFT put on linear weights compute with the fused functions, in place.
 
     Parameters, their names and what is saved stay as they are, also for an optimizer that holds them. Layers with
     DoRA or another variant, and those on other kinds of weights, stay PEFT's.
@@ -299,7 +310,7 @@ def _initial_pair(
 
 def _fits(layer: peft_lora.Linear) -> bool:
     plain = not layer.lora_variant and not layer.fan_in_fan_out and not layer.merged
-    return plain and type(layer.get_base_layer()) is nn.Linear
+    return plain and (type(layer.base_layer) is nn.Linear or is_quantized(layer.base_layer))
 
 
 def _is_untouched(module: nn.Module) -> bool:
