@@ -19,10 +19,12 @@ _HOMES = {
     "merge_run": "phlora.train.fold",
     "load_model": "phlora.models.load",
     "load_tokenizer": "phlora.models.load",
+    "speed_up": "phlora.adapters.peft_layer",
     "PhloraError": "phlora.errors",
 }
 
 if TYPE_CHECKING:
+    from phlora.adapters.peft_layer import speed_up
     from phlora.errors import PhloraError
     from phlora.models.load import load_model, load_tokenizer
     from phlora.train.finetune import Run, finetune
@@ -41,6 +43,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "merge_run",
+    "speed_up",
 ]
 
 

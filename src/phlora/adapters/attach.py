@@ -1,21 +1,53 @@
-"""From `peft_config`, a dictionary of PEFT's `LoraConfig` fields, to a model whose adapter trains and nothing else."""
+"""From `peft_config`, a dictionary of PEFT's `LoraConfig` fields, to a model whose adapter trains and nothing else.
+
+Row blocks of a fused weight are known to Phlora alone. The configuration on the model, and so in adapter_config.json,
+is a plain one: it names the fused module with the rank and alpha of the block-diagonal form. Which blocks there are is
+written beside it, into phlora.json:
+
+    {"blocks": {"model.layers.0.self_attn.qkv_proj": {
+        "sizes": {"q_proj": 3072, "k_proj": 1024, "v_proj": 1024},
+        "enabled": ["q_proj", "v_proj"], "r": [16, 16], "scaling": [2.0, 2.0]}}}
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import layer as peft_lora
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from torch import nn
 
-from phlora.adapters.targets import ALL_LINEAR, resolve_targets
-from phlora.errors import ConfigError, did_you_mean
+from phlora.adapters.blockform import from_block_diagonal, plain_alpha, plain_rank
+from phlora.adapters.peft_layer import BLOCK_INITS, put_blocks, speed_up, start_blocks
+from phlora.adapters.targets import (
+    ALL_LINEAR,
+    Targets,
+    adaptable_modules,
+    block_name,
+    fused_row_blocks,
+    matching,
+    resolve_targets,
+    row_block_names,
+)
+from phlora.errors import ConfigError, ModelError, did_you_mean
+from phlora.lora.blocks import RowBlock, row_blocks
 
 _WHERE = "peft_config"
+_PREFIX = "base_model.model."
+FACTS_FILE = "phlora.json"
+
+_Value = TypeVar("_Value", int, float)
 
 # Phlora's default where it is not PEFT's, and why.
 DEFAULTS: dict[str, tuple[Any, str]] = {
@@ -61,6 +93,23 @@ class Attached:
     notes: tuple[str, ...]
 
 
+class BlockLoraConfig(LoraConfig):
+    """A plain `LoraConfig` that writes the adapter's row blocks beside itself.
+
+    Attributes:
+        blocks: what phlora.json says of them; PEFT's own copies of a configuration have none.
+    """
+
+    blocks: ClassVar[Mapping[str, Any]] = {}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory) / FACTS_FILE
+        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        text = json.dumps({**facts, "blocks": self.blocks}, indent=2, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
 def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
     """Check `peft_config` and build PEFT's configuration from it.
 
@@ -100,20 +149,67 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     `autocast_adapter_dtype`): AdamW's updates are smaller than bf16 can add.
 
     Raises:
-        ConfigError: a target that the model does not have, or settings that PEFT refuses.
+        ConfigError: a target that the model does not have, settings that PEFT refuses, or settings that row blocks
+            cannot have.
     """
     if not isinstance(lora, LoraConfig):
         lora = lora_settings(lora)
-    targets = resolve_targets(model, _as_names(lora.target_modules))
-    lora = dataclasses.replace(lora)
-    if not isinstance(lora.target_modules, str):
-        lora.target_modules = set(targets.names)
+    targets = resolve_targets(
+        model, _as_names(lora.target_modules), exclude_modules=_as_names(lora.exclude_modules)
+    )
+    lora = _with_plain_names(model, targets, lora)
+    targets = _narrowed(targets, lora)
+    _require_known_patterns(lora, targets)
+    blocks = _lay_out(model, targets, lora)
+    if blocks:
+        lora = _plain_config(lora, targets, blocks, fused_row_blocks(model.config))
     try:
         adapted = get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
         raise ConfigError(str(error), where=_WHERE) from None
-    _require_same(adapted, targets.modules, lora)
+    _require_same(adapted, targets.modules)
+    for module, rows in blocks.items():
+        layer = _plain_layer(adapted, module)
+        start_blocks(layer, "default", rows, config=lora)
+    speed_up(adapted)
     return Attached(adapted, summarize(adapted), targets.notes)
+
+
+def split_adapter(
+    model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default"
+) -> PeftModel:
+    """Turn an adapter that was loaded in its plain form into row blocks again, in place, and speed it up.
+
+    Values come from the file, so they are those that were saved, bit for bit.
+
+    Args:
+        model: with the adapter of `folder` on it.
+        folder: with the adapter, and phlora.json that names its row blocks.
+
+    Raises:
+        ModelError: no row blocks are named there, or a `lora_B` is not zero outside of them.
+    """
+    recorded = _recorded(Path(folder))
+    tensors = load_peft_weights(str(folder), device="cpu")
+    split = {}
+    for module, entry in recorded.items():
+        layer = _plain_layer(model, module)
+        rows = _recorded_rows(entry, rank=layer.r[adapter_name], scaling=layer.scaling[adapter_name])
+        key = f"{_PREFIX}{module}.lora_B.weight"
+        if key not in tensors:
+            raise ModelError(f"The adapter has no {key}", where=str(folder))
+        like = layer.lora_B[adapter_name].weight
+        split[module] = from_block_diagonal(tensors[key], rows, dtype=like.dtype), rows
+    for module, (lora_B, rows) in split.items():
+        put_blocks(_plain_layer(model, module), adapter_name, lora_B, rows)
+    model.peft_config[adapter_name] = _with_blocks(model.peft_config[adapter_name], recorded)
+    speed_up(model)
+    return model
+
+
+def recorded_blocks(model: PeftModel, adapter_name: str = "default") -> dict[str, Any]:
+    """What phlora.json says of an adapter's row blocks; empty for one without any."""
+    return dict(getattr(model.peft_config[adapter_name], "blocks", {}))
 
 
 def summarize(model: PeftModel) -> AdapterSummary:
@@ -135,20 +231,211 @@ def summarize(model: PeftModel) -> AdapterSummary:
     )
 
 
-def _require_same(model: PeftModel, wanted: tuple[str, ...], lora: LoraConfig) -> None:
-    """Every target got an adapter, except where the request itself narrows the targets further."""
-    narrowed = lora.layers_to_transform is not None or lora.exclude_modules or lora.target_parameters
+def _require_same(model: PeftModel, wanted: tuple[str, ...]) -> None:
+    """Every target got an adapter."""
     adapted = {
-        name.removeprefix("base_model.model.")
+        name.removeprefix(_PREFIX)
         for name, module in model.named_modules()
         if isinstance(module, BaseTunerLayer)
     }
     missing = [name for name in wanted if name not in adapted]
-    if missing and not narrowed:
+    if missing:
         raise ConfigError(
             f"{len(missing)} of {len(wanted)} requested modules got no adapter, {missing[0]} among them",
             where=f"{_WHERE}.target_modules",
         )
+
+
+def _with_plain_names(model: nn.Module, targets: Targets, lora: LoraConfig) -> LoraConfig:
+    """A copy whose `target_modules` and `exclude_modules` name modules only."""
+    lora, candidates = dataclasses.replace(lora), adaptable_modules(model)
+    parts = row_block_names(model)
+    if isinstance(lora.exclude_modules, str):
+        by_peft = matching(lora.exclude_modules, candidates, parts) - parts.keys()
+        lora.exclude_modules = lora.exclude_modules if by_peft else None
+    elif lora.exclude_modules:
+        names = [n for n in lora.exclude_modules if matching([n], candidates, parts) - parts.keys()]
+        lora.exclude_modules = names or None
+    if targets.blocks or not isinstance(lora.target_modules, str):
+        lora.target_modules = set(_short_names(targets.modules, candidates))
+    return lora
+
+
+def _narrowed(targets: Targets, lora: LoraConfig) -> Targets:
+    """The targets without those that `layers_to_transform` and `exclude_modules` take away."""
+    if lora.target_modules == ALL_LINEAR:
+        lora = dataclasses.replace(lora, target_modules=set(targets.modules))
+    modules = tuple(module for module in targets.modules if check_target_module_exists(lora, module))
+    blocks = {module: names for module, names in targets.blocks.items() if module in modules}
+    return Targets(modules, targets.notes, blocks)
+
+
+def _lay_out(model: nn.Module, targets: Targets, lora: LoraConfig) -> dict[str, tuple[RowBlock, ...]]:
+    """The row blocks of each module, with the rank and scaling that the patterns give them by name."""
+    _require_block_settings(lora, targets)
+    sizes = fused_row_blocks(getattr(model, "config", None))
+    laid_out = {}
+    for module, names in targets.blocks.items():
+        r = {name: _rank(lora, block_name(module, name)) for name in names}
+        alpha = {name: _alpha(lora, block_name(module, name)) for name in names}
+        scaling = {name: alpha[name] / (math.sqrt(r[name]) if lora.use_rslora else r[name]) for name in names}
+        laid_out[module] = row_blocks(sizes[module.rpartition(".")[2]], names, r=r, scaling=scaling)
+    return laid_out
+
+
+def _rank(lora: LoraConfig, name: str) -> int:
+    return lora.rank_pattern.get(get_pattern_key(list(lora.rank_pattern), name), lora.r)
+
+
+def _alpha(lora: LoraConfig, name: str) -> float:
+    return lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), name), lora.lora_alpha)
+
+
+def _require_block_settings(lora: LoraConfig, targets: Targets) -> None:
+    """Refuse what has no meaning on row blocks, or none that a plain adapter could carry."""
+    if not targets.blocks:
+        return
+    asked = ", ".join(dict.fromkeys(name for names in targets.blocks.values() for name in names))
+    fused = ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in targets.blocks))
+    whole = f"name {fused} as a whole"
+    if lora.init_lora_weights not in BLOCK_INITS:
+        raise ConfigError(
+            f"`{lora.init_lora_weights}` changes the base weight, which cannot be done for {asked} alone",
+            where=f"{_WHERE}.init_lora_weights",
+            expected=", ".join(str(choice).lower() for choice in BLOCK_INITS),
+            fix=whole,
+        )
+    fields = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+    for key in (*fields, "lora_bias", "layer_replication"):
+        if getattr(lora, key, None):
+            raise ConfigError(
+                f"It cannot be had for {asked}, which are rows of one weight",
+                where=f"{_WHERE}.{key}",
+                fix=f"{whole}, or leave `{key}` out",
+            )
+
+
+def _require_known_patterns(lora: LoraConfig, targets: Targets) -> None:
+    """Every key of the patterns is about something that is adapted."""
+    parts = {block_name(module, part): module for module, names in targets.blocks.items() for part in names}
+    adapted = [*(module for module in targets.modules if module not in targets.blocks), *parts]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key) or {}:
+            if any(get_pattern_key([pattern], name) == pattern for name in adapted):
+                continue
+            raise ConfigError(
+                f"`{pattern}` matches nothing that is adapted",
+                where=f"{_WHERE}.{key}",
+                fix=did_you_mean(pattern, {name.rpartition(".")[2] for name in adapted}),
+            )
+
+
+def _plain_config(
+    lora: LoraConfig,
+    targets: Targets,
+    blocks: Mapping[str, tuple[RowBlock, ...]],
+    sizes: Mapping[str, Mapping[str, int]],
+) -> LoraConfig:
+    """The configuration that stock PEFT needs for the same adapter, with the row blocks on it; a copy."""
+    ranks, alphas = {}, {}
+    for name in targets.modules:
+        rows = blocks.get(name)
+        ranks[name] = plain_rank(rows) if rows else _rank(lora, name)
+        alphas[name] = plain_alpha(rows, use_rslora=lora.use_rslora) if rows else _alpha(lora, name)
+    # Runtimes that read `r` alone size their buffers by it.
+    largest = max(ranks, key=lambda name: ranks[name])
+    r, alpha = ranks[largest], alphas[largest]
+    plain = dataclasses.replace(
+        lora,
+        r=r,
+        lora_alpha=alpha,
+        rank_pattern=_by_leaf(ranks, default=r),
+        alpha_pattern=_by_leaf(alphas, default=alpha),
+    )
+    return _with_blocks(
+        plain,
+        {
+            module: {
+                "sizes": dict(sizes[module.rpartition(".")[2]]),
+                "enabled": [row.name for row in rows],
+                "r": [row.r for row in rows],
+                "scaling": [row.scaling for row in rows],
+            }
+            for module, rows in blocks.items()
+        },
+    )
+
+
+def _with_blocks(lora: LoraConfig, recorded: Mapping[str, Any]) -> BlockLoraConfig:
+    fields = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    config = BlockLoraConfig(**{name: getattr(lora, name) for name in fields})
+    config.blocks = recorded  # type: ignore[misc]
+    return config
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The `blocks` of a folder's phlora.json."""
+    file = folder / FACTS_FILE
+    recorded = json.loads(file.read_text(encoding="utf-8")).get("blocks") if file.is_file() else None
+    if not recorded:
+        raise ModelError(
+            "The adapter names no row blocks",
+            where=str(file),
+            expected='"blocks": {module: {"sizes": {block: rows}, "enabled": [block]}}',
+            fix="use it in its plain form",
+        )
+    return recorded
+
+
+def _recorded_rows(entry: Mapping[str, Any], *, rank: int, scaling: float) -> tuple[RowBlock, ...]:
+    """The row blocks of one module; of equal rank and scaling where no others are written down."""
+    enabled = entry["enabled"]
+    ranks = entry.get("r") or [rank // len(enabled)] * len(enabled)
+    scalings = entry.get("scaling") or [scaling] * len(enabled)
+    return row_blocks(
+        entry["sizes"],
+        enabled,
+        r=dict(zip(enabled, ranks, strict=True)),
+        scaling=dict(zip(enabled, scalings, strict=True)),
+    )
+
+
+def _by_leaf(values: Mapping[str, _Value], *, default: _Value | None = None) -> dict[str, _Value]:
+    """The values by the last parts of the names where these agree, else by full names; without the default."""
+    kinds: dict[str, set[_Value]] = {}
+    for name, value in values.items():
+        kinds.setdefault(name.rpartition(".")[2], set()).add(value)
+    short = {
+        name.rpartition(".")[2] if len(kinds[name.rpartition(".")[2]]) == 1 else name: value
+        for name, value in values.items()
+    }
+    return {name: value for name, value in short.items() if value != default}
+
+
+def _short_names(modules: Iterable[str], candidates: Iterable[str]) -> list[str]:
+    """Last parts of names where they mean these modules and no others, else nearly full names."""
+    modules = list(modules)
+    others = {name.rpartition(".")[2] for name in set(candidates).difference(modules)}
+    names = []
+    for module in modules:
+        leaf = module.rpartition(".")[2]
+        # PEFT applies `layers_to_transform` to the ends of names only, not to a full one.
+        names.append((module.partition(".")[2] or module) if leaf in others else leaf)
+    return list(dict.fromkeys(names))
+
+
+def _plain_layer(model: PeftModel, module: str) -> peft_lora.Linear:
+    try:
+        layer = model.get_submodule(_PREFIX + module)
+    except AttributeError:
+        raise ModelError(f"The model has no module {module}", where="blocks") from None
+    if isinstance(layer, peft_lora.Linear):
+        return layer
+    raise ConfigError(
+        f"PEFT's layer for {module} is `{type(layer).__name__}`, which cannot have row blocks",
+        where=f"{_WHERE}.target_modules",
+        fix=f"name {module.rpartition('.')[2]} as a whole",
+    )
 
 
 def _as_names(target_modules: Any) -> str | list[str] | None:

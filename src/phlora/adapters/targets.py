@@ -1,17 +1,18 @@
-"""Which modules `target_modules` means; nothing that was requested may stay unmatched.
+"""Which modules, and which row blocks of them, `target_modules` means; nothing requested may stay unmatched.
 
 PEFT raises only when *nothing* matches. On a Phi-3 the usual seven names (q, k, v, o, gate, up, down) match two
 modules a layer, because q|k|v and gate|up are stored as one weight each, and two thirds of the adapter is missing
-without a word. Here every name is accounted for: it matches modules, it stands for a part of a fused weight, or it is
-an error that lists what the model has.
+without a word. Here every name is accounted for: it matches modules, it is a row block of a fused weight, or it is an
+error that lists what the model has.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from phlora.errors import ConfigError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 _WHERE = "peft_config.target_modules"
+_EXCLUDE = "peft_config.exclude_modules"
 
 # The fused weights of Phi-3, and the projections that they hold, in the order of their rows.
 FUSED = {
@@ -33,39 +35,100 @@ class Targets:
 
     Attributes:
         modules: full names, in the model's order.
-        names: their last parts with how many of each, in the model's order.
+        blocks: module -> the row blocks that are adapted, where not the whole weight is, in the order of the rows.
+        names: the last parts of the modules with how many of each, in the model's order.
         notes: what was understood beyond the letter of the request.
     """
 
     modules: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[str, int]:
         return dict(Counter(_leaf(module) for module in self.modules))
 
 
-def resolve_targets(model: nn.Module, target_modules: str | Sequence[str] | None = None) -> Targets:
-    """The modules that `target_modules` means in this model.
+def resolve_targets(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    *,
+    exclude_modules: str | Sequence[str] | None = None,
+) -> Targets:
+    """The modules and row blocks that `target_modules` means in this model.
 
     Args:
         target_modules: None or `all-linear` for every linear layer of the blocks (never the head), a regular expression
-            that full module names have to match, or names (exact, or the end of a module's name).
+            that full names have to match, or names (exact, or the end of a full name). A row block is called as the
+            projection that it is, `model.layers.0.self_attn.q_proj`; where its whole weight matches too, that wins.
+        exclude_modules: row blocks to leave out, by expression or names. Modules are left to PEFT's own exclusion.
 
     Raises:
-        ConfigError: a name or the expression matches nothing, or names only a part of a fused weight.
+        ConfigError: a name or an expression matches nothing.
     """
-    candidates = adaptable_modules(model)
+    candidates, parts = adaptable_modules(model), row_block_names(model)
     if target_modules is None or target_modules == ALL_LINEAR:
-        return Targets(tuple(block_linears(model)))
-    if isinstance(target_modules, str):
-        return Targets(_matching_expression(target_modules, candidates))
-    names, notes = _unfuse(list(dict.fromkeys(target_modules)), candidates)
-    wanted = [name for name in names if not _matching_name(name, candidates)]
-    if wanted:
-        raise _unmatched(wanted, candidates)
-    matched = {module for name in names for module in _matching_name(name, candidates)}
-    return Targets(tuple(module for module in candidates if module in matched), notes)
+        matched = set(block_linears(model))
+    else:
+        matched = matching(target_modules, candidates, parts)
+    excluded = matching(exclude_modules, candidates, parts, where=_EXCLUDE) if exclude_modules else set()
+    blocks = _enabled_blocks(parts, matched, excluded)
+    halved = {parts[name] for name in excluded if name in parts}
+    modules = tuple(
+        module for module in candidates if module in blocks or (module in matched and module not in halved)
+    )
+    return Targets(modules, _notes(blocks, parts, matched), blocks)
+
+
+def fused_row_blocks(config: Any) -> dict[str, dict[str, int]]:
+    """Rows of each projection inside Phi-3's fused weights; empty for a layout without fused weights.
+
+    With H query heads, G key/value heads of width d and feed-forward width F:
+    `qkv_proj (H·d + 2·G·d, D)` holds q, k, v; `gate_up_proj (2·F, D)` holds gate, up.
+    """
+    if getattr(config, "model_type", None) != "phi3":
+        return {}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_rows = config.num_key_value_heads * head_dim
+    rows = {
+        "qkv_proj": (config.num_attention_heads * head_dim, kv_rows, kv_rows),
+        "gate_up_proj": (config.intermediate_size, config.intermediate_size),
+    }
+    return {fused: dict(zip(FUSED[fused], sizes, strict=True)) for fused, sizes in rows.items()}
+
+
+def row_block_names(model: nn.Module) -> dict[str, str]:
+    """Full names of all row blocks of the fused weights -> the name of the weight's module, in the model's order."""
+    sizes = fused_row_blocks(getattr(model, "config", None))
+    return {
+        block_name(module, part): module
+        for module in adaptable_modules(model)
+        for part in sizes.get(_leaf(module), ())
+    }
+
+
+def block_name(module: str, part: str) -> str:
+    """`model.layers.0.self_attn.q_proj` for the row block `q_proj` of `model.layers.0.self_attn.qkv_proj`."""
+    parent, dot, _ = module.rpartition(".")
+    return f"{parent}{dot}{part}"
+
+
+def matching(
+    wanted: str | Iterable[str], candidates: Iterable[str], parts: Iterable[str], *, where: str = ""
+) -> set[str]:
+    """The modules and row blocks that an expression or names mean.
+
+    Raises:
+        ConfigError: the expression, or one of the names, matches nothing.
+    """
+    candidates = list(candidates)
+    pool = [*candidates, *parts]
+    if isinstance(wanted, str):
+        return _matching_expression(wanted, pool, candidates, where or _WHERE)
+    found = {name: _matching_name(name, pool) for name in wanted}
+    if unmatched := [name for name, names in found.items() if not names]:
+        raise _unmatched(unmatched, candidates, pool, where or _WHERE)
+    return {name for names in found.values() for name in names}
 
 
 def adaptable_modules(model: nn.Module) -> list[str]:
@@ -87,54 +150,60 @@ def block_linears(model: nn.Module) -> list[str]:
     ]
 
 
-def _matching_name(name: str, candidates: Sequence[str]) -> list[str]:
-    return [module for module in candidates if module == name or module.endswith(f".{name}")]
+def _matching_name(name: str, pool: Sequence[str]) -> list[str]:
+    return [module for module in pool if module == name or module.endswith(f".{name}")]
 
 
-def _matching_expression(expression: str, candidates: Sequence[str]) -> tuple[str, ...]:
+def _matching_expression(
+    expression: str, pool: Sequence[str], candidates: Sequence[str], where: str
+) -> set[str]:
     try:
         pattern = re.compile(expression)
     except re.error as error:
-        raise ConfigError(f"`{expression}` is no regular expression: {error}", where=_WHERE) from None
-    matched = tuple(module for module in candidates if pattern.fullmatch(module))
+        raise ConfigError(f"`{expression}` is no regular expression: {error}", where=where) from None
+    matched = {module for module in pool if pattern.fullmatch(module)}
     if not matched:
-        raise _unmatched([expression], candidates)
+        raise _unmatched([expression], candidates, pool, where)
     return matched
 
 
-def _unfuse(names: list[str], candidates: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Put the fused weight in the place of its projections where all of them were named."""
-    leaves = {_leaf(module) for module in candidates}
-    notes = []
-    for fused, parts in FUSED.items():
-        asked = [part for part in parts if part in names and part not in leaves]
-        if fused not in leaves or not asked:
-            continue
-        if len(asked) < len(parts) and fused not in names:
-            raise _partly_fused(asked, fused, parts)
-        names = list(dict.fromkeys(fused if name in parts else name for name in names))
-        notes.append(f"{', '.join(parts)} are one weight in this model: {fused} is adapted")
-    return names, tuple(notes)
+def _enabled_blocks(
+    parts: Mapping[str, str], matched: set[str], excluded: set[str]
+) -> dict[str, tuple[str, ...]]:
+    """Fused module -> its adapted blocks: those asked for, or those that an exclusion leaves of the whole."""
+    halved = {parts[name] for name in excluded if name in parts}
+    blocks: dict[str, tuple[str, ...]] = {}
+    for name, module in parts.items():
+        wanted = module in halved if module in matched else name in matched
+        if wanted and name not in excluded:
+            blocks[module] = (*blocks.get(module, ()), _leaf(name))
+    return blocks
 
 
-def _partly_fused(asked: list[str], fused: str, parts: tuple[str, ...]) -> ConfigError:
-    missing = [part for part in parts if part not in asked]
-    return ConfigError(
-        f"{', '.join(asked)} is a part of {fused}, which this model stores as one weight "
-        f"({' | '.join(parts)}); adapting it without {', '.join(missing)} is not supported",
-        where=_WHERE,
-        fix=f"name {fused}, or all of {', '.join(parts)}",
+def _notes(
+    blocks: Mapping[str, tuple[str, ...]], parts: Mapping[str, str], matched: set[str]
+) -> tuple[str, ...]:
+    split = {(_leaf(module), names) for module, names in blocks.items()}
+    whole = {
+        (_leaf(parts[name]), _leaf(name)) for name in parts if name in matched and parts[name] in matched
+    }
+    return (
+        *(
+            f"{', '.join(names)}: rows of {fused}, each with its own A and B"
+            for fused, names in sorted(split)
+        ),
+        *(f"{part} is a part of {fused}, which is adapted as a whole" for fused, part in sorted(whole)),
     )
 
 
-def _unmatched(wanted: list[str], candidates: Sequence[str]) -> ConfigError:
+def _unmatched(wanted: list[str], candidates: Sequence[str], pool: Sequence[str], where: str) -> ConfigError:
     has = Counter(_leaf(module) for module in candidates)
     listed = ", ".join(f"{name} ({count}×)" for name, count in has.items())
     return ConfigError(
         f"No module is called {', '.join(f'`{name}`' for name in wanted)}",
-        where=_WHERE,
+        where=where,
         expected=f"`{ALL_LINEAR}`, or names that the model has: {listed}",
-        fix=did_you_mean(wanted[0], {*has, ALL_LINEAR}),
+        fix=did_you_mean(wanted[0], {ALL_LINEAR, *map(_leaf, pool)}),
     )
 
 

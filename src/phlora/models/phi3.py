@@ -13,16 +13,13 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 from torch import nn
 
+from phlora.adapters.targets import FUSED
+from phlora.adapters.targets import fused_row_blocks as fused_row_blocks
 from phlora.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-# The projections that Phi-3 stores concatenated along the rows, in the order of the rows.
-FUSED_LAYOUT: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 _PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LLAMA_LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -74,7 +71,7 @@ def family_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | Non
             name=name or "phi-3",
             model_type=model_type,
             stop_tokens=stops,
-            fused_layout=FUSED_LAYOUT,
+            fused_layout=FUSED,
             default_targets=_PHI3_TARGETS,
         )
     if model_type in _LLAMA_LAYOUTS:
@@ -95,22 +92,6 @@ def _chat_markers(tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, tuple
     if {"<|im_start|>", "<|im_end|>"} <= special:
         return "chatml", ("<|im_end|>",)
     return "", ()
-
-
-def fused_row_blocks(config: PreTrainedConfig) -> dict[str, dict[str, int]]:
-    """Rows of each projection inside Phi-3's fused weights; empty for a layout without fused weights.
-
-    With H query heads, G key/value heads of width d and feed-forward width F:
-    `qkv_proj (H·d + 2·G·d, D)` holds q, k, v; `gate_up_proj (2·F, D)` holds gate, up.
-    """
-    if config.model_type != "phi3":
-        return {}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_rows = config.num_key_value_heads * head_dim
-    return {
-        "qkv_proj": {"q_proj": config.num_attention_heads * head_dim, "k_proj": kv_rows, "v_proj": kv_rows},
-        "gate_up_proj": {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size},
-    }
 
 
 def linear_targets(model: nn.Module) -> tuple[str, ...]:

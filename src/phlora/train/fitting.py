@@ -15,6 +15,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PrinterCallback
 
+from phlora.adapters.attach import recorded_blocks
 from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
 from phlora.data.tokenize import TokenizedRow
 from phlora.display import Display
@@ -128,6 +129,8 @@ def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: di
             "base_fingerprint": loaded.fingerprint,
             "stop_token_ids": list(loaded.tokenizer.stop_token_ids),
         }
+        if blocks := recorded_blocks(model):
+            base["blocks"] = blocks
         write_json(part / ADAPTER_FACTS, {**base, **facts})
         card = model_card(model.peft_config["default"], {**base, **facts}, kind=loaded.source.kind)
         write_text(part / "README.md", card)

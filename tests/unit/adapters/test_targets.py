@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from phlora.adapters.attach import attach, lora_settings
-from phlora.adapters.targets import resolve_targets
+from phlora.adapters.targets import fused_row_blocks, resolve_targets
 from phlora.errors import ConfigError
 from phlora.models.embedded import tiny_phi3
 
@@ -58,10 +58,46 @@ def test_a_name_that_matches_nothing_is_an_error_even_beside_one_that_does(model
         assert "gate_up_proj (2×)" in str(error.value)
 
 
-def test_a_part_of_a_fused_weight_is_refused_with_what_works(model: Any) -> None:
-    with pytest.raises(ConfigError, match="q_proj, v_proj is a part of qkv_proj") as error:
-        resolve_targets(model, ["q_proj", "v_proj"])
-    assert "q_proj, k_proj, v_proj" in str(error.value)
+QKV, GATE_UP = "model.layers.{}.self_attn.qkv_proj", "model.layers.{}.mlp.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("request_", "blocks"),
+    [
+        (["v_proj", "q_proj"], {QKV.format(i): ("q_proj", "v_proj") for i in (0, 1)}),
+        (["layers.1.mlp.up_proj"], {GATE_UP.format(1): ("up_proj",)}),
+        (r".*layers\.0.*\.(k|gate)_proj", {QKV.format(0): ("k_proj",), GATE_UP.format(0): ("gate_proj",)}),
+    ],
+)
+def test_a_part_of_a_fused_weight_is_a_row_block(model: Any, request_: Any, blocks: Any) -> None:
+    targets = resolve_targets(model, request_)
+    assert targets.blocks == blocks and set(targets.modules) == set(blocks)
+    assert "each with its own A and B" in targets.notes[0]
+
+
+@pytest.mark.parametrize("request_", [["qkv_proj", "v_proj"], r".*v_proj"])
+def test_the_whole_weight_wins_over_its_parts(model: Any, request_: Any) -> None:
+    targets = resolve_targets(model, request_)
+    assert targets.names == {"qkv_proj": 2} and not targets.blocks
+    assert targets.notes == ("v_proj is a part of qkv_proj, which is adapted as a whole",)
+
+
+def test_an_excluded_part_leaves_the_others(model: Any) -> None:
+    everything = resolve_targets(model, "all-linear", exclude_modules=["k_proj"])
+    assert everything.blocks == {QKV.format(i): ("q_proj", "v_proj") for i in (0, 1)}
+    assert everything.names == {"o_proj": 2, "qkv_proj": 2, "gate_up_proj": 2, "down_proj": 2}
+    assert not resolve_targets(model, ["q_proj"], exclude_modules=r".*\.q_proj").modules
+    with pytest.raises(ConfigError, match="exclude_modules: No module is called `k_pro`"):
+        resolve_targets(model, "all-linear", exclude_modules=["k_pro"])
+
+
+def test_row_blocks_are_known_for_the_sizes_of_the_configuration(model: Any) -> None:
+    sizes = fused_row_blocks(model.config)
+    layer = model.model.layers[0]
+    assert sizes["qkv_proj"] == {"q_proj": 64, "k_proj": 32, "v_proj": 32}
+    assert sum(sizes["qkv_proj"].values()) == layer.self_attn.qkv_proj.out_features
+    assert sum(sizes["gate_up_proj"].values()) == layer.mlp.gate_up_proj.out_features
+    assert fused_row_blocks(LlamaConfig()) == {} == fused_row_blocks(None)
 
 
 def test_a_model_with_separate_projections_is_taken_by_its_own_names() -> None:

@@ -1,0 +1,329 @@
+"""PEFT's LoRA layer for linear weights, computed by the fused functions, on the whole weight or on row blocks of it.
+
+`LoraLinear` is PEFT's own `lora.Linear` with another `forward`: one autograd node instead of five, and no scaled copies
+of the output. Parameters, names, state dict and every method of `PeftModel` stay PEFT's. So a layer becomes ours, and
+PEFT's again, by changing its class: nothing is copied, and optimizers and hooks do not notice.
+
+What the fused functions do not cover goes to PEFT's forward: several active adapters, mixed batches, merged or
+disabled adapters, DoRA and the other variants, `lora_bias`, hooks on the inner layers, unusual weights.
+
+An adapter on row blocks has a `BlockUp` in the place of `lora_B`. Its state dict holds the plain, block-diagonal
+`lora_B.weight`, and so does its attribute `weight`: what PEFT reads, saves and loads is a plain adapter.
+
+Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora import layer as peft_lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from phlora.adapters.blockform import block_factors, from_block_diagonal, plain_rank, to_block_diagonal
+from phlora.adapters.operands import frozen_weight, is_quantized
+from phlora.errors import ConfigError, ModelError
+from phlora.lora import fused
+from phlora.lora.blocks import RowBlock
+from phlora.lora.operands import FrozenWeight
+
+# PEFT's initialisations that leave the base weight as it is. The others need the changed base again at every load,
+# which PEFT rebuilds for a whole weight only.
+BLOCK_INITS = (True, False, "gaussian", "orthogonal")
+
+
+class _Assembled(Tensor):
+    """A tensor put together for reading: writing into it would be lost, so it is an error."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.startswith("__"))
+        if writes and name != "requires_grad_" and isinstance(args[0], cls):
+            raise ModelError(
+                "The lora_B of row blocks was to be written in its plain form, as hot swapping does",
+                fix="use set_peft_model_state_dict, or load_adapter, which take the blocks apart",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            part = func in (Tensor.data.__get__, Tensor.__getitem__)
+            return result.as_subclass(cls) if part else result
+
+
+class BlockUp(nn.Module):
+    """The B_i (N_i, R_i) of the adapted row blocks, in the place where PEFT has one `lora_B (N, R)`.
+
+    Args:
+        lora_B: initial values, in the order of `blocks`.
+        blocks: rows, ranks and scalings.
+        out_features: N of the fused weight.
+    """
+
+    bias = None
+
+    def __init__(self, lora_B: Iterable[Tensor], blocks: Sequence[RowBlock], *, out_features: int) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.in_features, self.out_features = plain_rank(blocks), out_features
+        for block, B in zip(self.blocks, lora_B, strict=True):
+            # A copy: a view would keep all of the plain matrix alive.
+            self.register_parameter(_name(block), nn.Parameter(B.detach().clone()))
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """The B_i."""
+        return [self.get_parameter(_name(block)) for block in self.blocks]
+
+    @property
+    def weight(self) -> Tensor:
+        """The block-diagonal `lora_B (N, ΣR_i)`, made anew, for reading only."""
+        return self._assemble().as_subclass(_Assembled)
+
+    def scaled(self, scaling: float) -> list[RowBlock]:
+        """The blocks when the plain form's scaling is `scaling`, as PEFT's methods may have set it."""
+        factors = block_factors(self.blocks)
+        return [
+            dataclasses.replace(block, scaling=scaling * factor)
+            for block, factor in zip(self.blocks, factors, strict=True)
+        ]
+
+    def forward(self, u: Tensor) -> Tensor:
+        return F.linear(u, self._assemble())
+
+    def _assemble(self) -> Tensor:
+        parts = self.parts
+        return to_block_diagonal(parts, self.blocks, out_features=self.out_features).to(parts[0].dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weight = to_block_diagonal(self.parts, self.blocks, out_features=self.out_features)
+        destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the blocks out of a plain `lora_B`.
+
+        Raises:
+            ModelError: its shape is another, or it is not zero outside of the blocks.
+        """
+        key = f"{prefix}weight"
+        if key not in state_dict:
+            missing_keys.append(key)
+            return
+        values = from_block_diagonal(state_dict[key], self.blocks, dtype=self.parts[0].dtype)
+        for block, B, value in zip(self.blocks, self.parts, values, strict=True):
+            if local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, _name(block), nn.Parameter(value.clone(), requires_grad=B.requires_grad))
+            else:
+                with torch.no_grad():
+                    B.copy_(value)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{block.name}: ({block.size}, {block.r})" for block in self.blocks)
+
+
+class LoraLinear(peft_lora.Linear):
+    """`y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`, see the module; made by `speed_up`, never constructed.
+
+    Merging rounds once, from fp32, and keeps the weight as it was, so that unmerging restores every bit; until then
+    the layer holds both.
+    """
+
+    _before_merge: dict[str, Tensor]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        special = args or any(value is not None for value in kwargs.values())
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if special or self.disable_adapters or self.merged or len(adapters) != 1:
+            return super().forward(x, *args, **kwargs)
+        (name,) = adapters
+        weight = self._weight_for(x) if self._is_plain(name) else None
+        if weight is None:
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[name]
+        lora_A, lora_B, blocks = self._pair(name)
+        return fused.lora_blocks(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            blocks=blocks,
+            bias=self.base_layer.bias,
+            dropout=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the base weight; see PEFT's `merge` for the arguments.
+
+        Raises:
+            ModelError: the base weight is quantised.
+            ValueError: `safe_merge` was asked for and a merged weight is not finite.
+        """
+        if is_quantized(self.base_layer):
+            raise ModelError(
+                "An adapter cannot be added to a quantised weight without losing most of it",
+                fix="merge it into the base model in 16 or 32 bits",
+            )
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not all(self._is_plain(name) for name in names):
+            return super().merge(safe_merge, names)
+        for name in names:
+            lora_A, lora_B, blocks = self._pair(name)
+            weight = self.get_base_layer().weight
+            merged = fused.merged_weight(weight, lora_A, lora_B, blocks=blocks)
+            if safe_merge and not merged.isfinite().all():
+                raise ValueError(f"The weight merged with the adapter {name} is not finite")
+            self._before_merge[name] = weight.data
+            weight.data = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again."""
+        if not self.merged or not all(name in self._before_merge for name in self.merged_adapters):
+            return super().unmerge()
+        weight = self.get_base_layer().weight
+        weight.data = self._before_merge[self.merged_adapters[0]].to(weight)
+        self.merged_adapters.clear()
+        self._before_merge.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._before_merge.pop(adapter_name, None)
+
+    def _pair(self, name: str) -> tuple[Tensor, Sequence[Tensor], list[RowBlock]]:
+        """lora_A (ΣR_i, K), the B_i and their blocks; a plain adapter is one block of all rows."""
+        lora_A, up, scaling = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
+        if isinstance(up, BlockUp):
+            return lora_A, up.parts, up.scaled(scaling)
+        whole = RowBlock(name="", start=0, stop=up.out_features, r=up.in_features, scaling=scaling)
+        return lora_A, [up.weight], [whole]
+
+    def _is_plain(self, name: str) -> bool:
+        """Whether the formula of the fused functions is all that this adapter does."""
+        down, up, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        return (
+            name not in self.lora_variant
+            and not self.lora_bias[name]
+            and isinstance(self.scaling[name], int | float)
+            and type(down) is nn.Linear
+            and type(up) in (nn.Linear, BlockUp)
+            and type(dropout) in (nn.Dropout, nn.Identity)
+            and all(_is_untouched(module) for module in (down, up, dropout))
+        )
+
+    def _weight_for(self, x: Tensor) -> Tensor | FrozenWeight | None:
+        """The base weight, if all that the base layer does is to multiply x by it."""
+        base = self.base_layer
+        if not _is_untouched(base):
+            return None
+        if is_quantized(base):
+            return frozen_weight(base)
+        dense = type(base) is nn.Linear and type(base.weight) in (nn.Parameter, Tensor)
+        if dense and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
+            return base.weight
+        return None
+
+
+def speed_up(model: nn.Module) -> nn.Module:
+    """Let the plain LoRA layers that PEFT put on linear weights compute with the fused functions, in place.
+
+    Parameters, their names and what is saved stay as they are, also for an optimizer that holds them. Layers with
+    DoRA or another variant, and those on other kinds of weights, stay PEFT's.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if type(module) is peft_lora.Linear and _fits(module):
+            module.__class__ = LoraLinear
+            module._before_merge = {}
+    return model
+
+
+def slow_down(model: nn.Module) -> nn.Module:
+    """Undo `speed_up`: every layer is computed by PEFT again, adapters on row blocks included.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if type(module) is LoraLinear:
+            if module.merged:
+                module.unmerge()
+            module.__class__ = peft_lora.Linear
+            del module._before_merge
+    return model
+
+
+def start_blocks(
+    layer: peft_lora.Linear, adapter_name: str, blocks: Sequence[RowBlock], *, config: LoraConfig
+) -> None:
+    """Replace a fresh adapter by one on row blocks, each initialised as PEFT would a layer of its size.
+
+    Raises:
+        ConfigError: PEFT cannot initialise a block.
+    """
+    down = layer.lora_A[adapter_name]
+    pairs = [_initial_pair(down.weight, adapter_name, block, config) for block in blocks]
+    with torch.no_grad():
+        down.weight.copy_(torch.cat([A for A, _ in pairs]))
+    put_blocks(layer, adapter_name, [B for _, B in pairs], blocks)
+
+
+def put_blocks(
+    layer: peft_lora.Linear, adapter_name: str, lora_B: Iterable[Tensor], blocks: Sequence[RowBlock]
+) -> None:
+    """Put the B_i (N_i, R_i) in the place of an adapter's `lora_B`; the stacked A is `lora_A` as it is."""
+    before = layer.lora_B[adapter_name].weight
+    up = BlockUp(lora_B, blocks, out_features=layer.out_features)
+    up.to(before.device, before.dtype).requires_grad_(before.requires_grad)
+    layer.lora_B[adapter_name] = up.train(layer.training)
+
+
+def _initial_pair(
+    like: Tensor, adapter_name: str, block: RowBlock, config: LoraConfig
+) -> tuple[Tensor, Tensor]:
+    """A_i (R_i, K) and B_i (N_i, R_i) as PEFT starts them, on the device and in the dtype of `like`."""
+    with torch.device("meta"):
+        base = nn.Linear(like.shape[1], block.size, bias=False)
+    # None of `BLOCK_INITS` reads the base weight; one number stands for all of it.
+    base.weight = nn.Parameter(like.new_zeros(()).expand(block.size, like.shape[1]), requires_grad=False)
+    try:
+        layer = peft_lora.Linear(base, adapter_name, config=config, r=block.r, lora_alpha=1)
+    except ValueError as error:
+        raise ConfigError(f"{block.name}: {error}", where="peft_config.init_lora_weights") from None
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+
+
+def _fits(layer: peft_lora.Linear) -> bool:
+    plain = not layer.lora_variant and not layer.fan_in_fan_out and not layer.merged
+    return plain and (type(layer.base_layer) is nn.Linear or is_quantized(layer.base_layer))
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """No hooks and no replaced forward, which computing without calling the module would pass over."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks) and "forward" not in module.__dict__
+
+
+def _name(block: RowBlock) -> str:
+    """`weight_q_proj`: what optimizers and reports read as `lora_B.default.weight…`."""
+    return f"weight_{block.name}"

@@ -1,0 +1,430 @@
+"""Our PEFT layer against PEFT's own, and row blocks against LoRA on the unfused layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer as peft_lora
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor, nn
+
+import phlora
+from phlora.adapters.attach import attach
+from phlora.adapters.peft_layer import BlockUp, LoraLinear, slow_down
+from phlora.errors import ModelError
+from phlora.models.embedded import tiny_phi3
+
+# fp32 products of at most 112 terms in another order.
+ROUNDING = dict(rtol=1e-4, atol=1e-5)
+IDS = torch.arange(3, 51).view(2, 24)
+BLOCKS = ["q_proj", "v_proj", "up_proj", "o_proj"]
+
+
+def randomize(model: Any, adapter: str = "default") -> Any:
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and adapter in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def stock(*, r: int = 4, **fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    config = LoraConfig(r=r, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **fields)
+    return randomize(get_peft_model(tiny_phi3()[0], config))
+
+
+def blocks(**fields: Any) -> PeftModel:
+    torch.manual_seed(0)
+    return randomize(attach(tiny_phi3()[0], {"r": 4, "target_modules": BLOCKS, **fields}).model)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def loss_and_gradients(model: nn.Module) -> list[Tensor]:
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert gradients and all(gradient is not None for gradient in gradients)
+    return [loss.detach(), *gradients]
+
+
+def train(model: nn.Module, steps: int = 5) -> list[Tensor]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor], **tolerance: float) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, **(tolerance or ROUNDING))
+
+
+def fused_layers(model: nn.Module) -> list[LoraLinear]:
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
+# ------------------------------------------------------------------------------------------- PEFT's layers, faster
+
+
+def test_speeding_up_shares_every_parameter_and_can_be_undone() -> None:
+    model = stock()
+    before, keys = dict(model.named_parameters()), list(model.state_dict())
+    assert phlora.speed_up(model) is model and len(fused_layers(model)) == 8
+    assert list(model.state_dict()) == keys
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    slow_down(model)
+    assert not fused_layers(model)
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_forward_and_every_gradient() -> None:
+    assert_same(loss_and_gradients(phlora.speed_up(stock())), loss_and_gradients(stock()))
+
+
+def test_five_steps() -> None:
+    # AdamW divides by the root of squared gradients, which lifts rounding errors of tiny ones.
+    assert_same(train(phlora.speed_up(stock())), train(stock()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_autocast(checkpointing: bool) -> None:
+    results = []
+    for model in (phlora.speed_up(stock()), stock()):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(loss_and_gradients(model))
+    assert_same(*results, rtol=0.05, atol=0.02)
+
+
+def test_a_bfloat16_base_with_fp32_adapters() -> None:
+    results = []
+    for hasten in (phlora.speed_up, lambda model: model):
+        torch.manual_seed(0)
+        base = tiny_phi3()[0].bfloat16()
+        model = hasten(
+            randomize(get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")))
+        )
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        results.append(loss_and_gradients(model))
+    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=0.01)
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+def test_dropout_has_pefts_mean_and_spread() -> None:
+    model = stock(lora_dropout=0.3)
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.o_proj").train()
+    x = torch.randn(3, 64)
+    samples = []
+    for hasten in (lambda m: m, phlora.speed_up):
+        hasten(model)
+        with torch.no_grad():
+            samples.append(torch.stack([layer(x) for _ in range(4000)]))
+    theirs, ours = samples
+    assert type(layer) is LoraLinear
+    spread = theirs.std(0)
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 6 * spread * (2 / 4000) ** 0.5).all()
+    torch.testing.assert_close(ours.std(0), spread, rtol=0.1, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ row blocks
+
+
+class Unfused(nn.Module):
+    """A fused linear layer as three linear layers side by side, each with PEFT's LoRA where it is adapted."""
+
+    def __init__(self, layer: LoraLinear, sizes: dict[str, int]) -> None:
+        super().__init__()
+        up = layer.lora_B["default"]
+        ranks = [block.r for block in up.blocks]
+        downs = dict(
+            zip((b.name for b in up.blocks), layer.lora_A["default"].weight.split(ranks), strict=True)
+        )
+        ups = dict(zip((b.name for b in up.blocks), zip(up.parts, up.blocks, strict=True), strict=True))
+        rows = dict(zip(sizes, layer.base_layer.weight.split(list(sizes.values())), strict=True))
+        self.parts = nn.ModuleDict()
+        for name, size in sizes.items():
+            linear = nn.Linear(64, size, bias=False).requires_grad_(False)
+            linear.weight.data = rows[name].detach().clone()
+            self.parts[name] = linear
+            if name in ups:
+                B, block = ups[name]
+                config = LoraConfig(r=block.r)
+                part = peft_lora.Linear(
+                    linear, "default", config=config, r=block.r, lora_alpha=block.scaling * block.r
+                )
+                part.lora_A["default"].weight.data = downs[name].detach().clone()
+                part.lora_B["default"].weight.data = B.detach().clone()
+                self.parts[name] = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts.values()], -1)
+
+
+def unfused(model: PeftModel) -> PeftModel:
+    """A copy in which every layer with row blocks is unfused."""
+    sizes = {
+        "qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32},
+        "gate_up_proj": {"gate_proj": 112, "up_proj": 112},
+    }
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLinear) and isinstance(layer.lora_B["default"], BlockUp):
+            model.set_submodule(name, Unfused(layer, sizes[name.rpartition(".")[2]]))
+    return slow_down(model)
+
+
+def by_block(model: PeftModel, *, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """A value of every trainable parameter, row blocks apart, under the names of the unfused model."""
+    values = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value, layer = of(parameter), model.get_submodule(name.rpartition(".lora_")[0])
+        up = layer.lora_B["default"]
+        if not isinstance(up, BlockUp):
+            values[name] = value
+        elif "lora_A" in name:
+            for block, part in zip(up.blocks, value.split([b.r for b in up.blocks]), strict=True):
+                values[name.replace(".lora_A", f".parts.{block.name}.lora_A")] = part
+        else:
+            head, _, block_name = name.rpartition(".weight_")
+            values[head.replace(".lora_B", f".parts.{block_name}.lora_B") + ".weight"] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"up_proj": 3}},
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], "use_rslora": True},
+    ],
+)
+def test_blocks_train_like_unfused_layers(fields: dict[str, Any]) -> None:
+    ours = blocks(**fields)
+    theirs = unfused(ours)
+    torch.testing.assert_close(logits(ours), logits(theirs), **ROUNDING)
+    loss_and_gradients(ours), loss_and_gradients(theirs)
+    gradients = by_block(ours, of=lambda p: p.grad)
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], **ROUNDING)
+    train(ours), train(theirs)
+    trained = by_block(ours, of=lambda p: p.detach())
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"up_proj": 3}}])
+def test_the_saved_adapter_has_equal_logits_in_stock_peft(tmp_path: Path, fields: dict[str, Any]) -> None:
+    model = blocks(**fields)
+    train(model)
+    model.eval().save_pretrained(tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_phi3()[0], tmp_path)
+    assert not fused_layers(theirs)
+    torch.testing.assert_close(logits(theirs), logits(model), **ROUNDING)
+
+
+def test_slowed_down_blocks_are_computed_by_peft() -> None:
+    model = blocks()
+    fast = loss_and_gradients(model)
+    slow = slow_down(copy.deepcopy(model))
+    slow.zero_grad()
+    assert not fused_layers(slow)
+    assert_same(loss_and_gradients(slow), fast)
+
+
+def test_a_resumed_block_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    def steps(model: PeftModel, optimizer: Any, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+
+    def start() -> tuple[PeftModel, Any]:
+        model = blocks(rank_pattern={"q_proj": 6}, alpha_pattern={"up_proj": 3})
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    whole, optimizer = start()
+    steps(whole, optimizer, 2)
+    whole.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    steps(whole, optimizer, 2)
+
+    resumed, optimizer = start()
+    resumed.load_adapter(str(tmp_path), "default", is_trainable=True)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    steps(resumed, optimizer, 2)
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+# ------------------------------------------------------------------------------------------- PeftModel's own methods
+
+
+@pytest.fixture(params=["plain", "blocks"])
+def model(request: Any) -> PeftModel:
+    return (phlora.speed_up(stock()) if request.param == "plain" else blocks()).eval()
+
+
+def test_merging_keeps_the_logits_and_unmerging_every_bit(model: PeftModel) -> None:
+    expected, base = logits(model), logits(tiny_phi3()[0])
+    weights = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    for _ in range(3):
+        model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(logits(model), expected, **ROUNDING)
+        model.unmerge_adapter()
+    assert all(torch.equal(weights[n], p) for n, p in model.named_parameters() if "base_layer" in n)
+    assert not torch.allclose(expected, base)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, **ROUNDING)
+    assert not any(isinstance(module, peft_lora.LoraLayer) for module in merged.modules())
+
+
+def test_merging_a_broken_adapter_is_refused(model: PeftModel) -> None:
+    layer = fused_layers(model)[0]
+    layer.lora_A["default"].weight.data[0, 0] = float("nan")
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_disabling_gives_the_base_model(model: PeftModel) -> None:
+    expected = logits(tiny_phi3()[0].eval())
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+
+
+def test_several_adapters(model: PeftModel, tmp_path: Path) -> None:
+    first = logits(model)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["qkv_proj", "down_proj"]))
+    phlora.speed_up(randomize(model, "other"))
+    torch.testing.assert_close(logits(model), first, rtol=0, atol=0)
+    model.set_adapter("other")
+    second = logits(model)
+    assert not torch.allclose(first, second)
+    mixed = model(input_ids=IDS, adapter_names=["default", "other"]).logits
+    torch.testing.assert_close(mixed, torch.stack([first[0], second[1]]), **ROUNDING)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model)
+    torch.testing.assert_close(both, logits(slow_down(copy.deepcopy(model))), **ROUNDING)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), both, **ROUNDING)
+    model.unmerge_adapter()
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    torch.testing.assert_close(logits(model), first, rtol=0, atol=0)
+
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "again")
+    model.set_adapter("again")
+    torch.testing.assert_close(logits(model), first, **ROUNDING)
+
+
+@pytest.mark.parametrize("combination", ["svd", "cat"])
+def test_weighted_adapters(model: PeftModel, combination: str) -> None:
+    model.add_weighted_adapter(["default"] * 2, [0.25, 0.5], "blend", combination_type=combination)
+    delta = {}
+    for layer in fused_layers(model):
+        delta = {name: layer.get_delta_weight(name) for name in ("default", "blend")}
+        tolerance = 1e-4 if combination == "cat" else 1e-3
+        torch.testing.assert_close(delta["blend"], 0.75 * delta["default"], rtol=1e-3, atol=tolerance)
+    assert delta
+
+
+def test_status_and_parameter_counts(model: PeftModel) -> None:
+    status = model.get_model_status()
+    assert (status.enabled, status.merged_adapters, status.active_adapters) == (True, [], ["default"])
+    assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert len(model.get_layer_status()) == len(fused_layers(model))
+
+
+def test_gradient_checkpointing_changes_nothing(model: PeftModel) -> None:
+    expected = loss_and_gradients(model.train())
+    model.zero_grad()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        assert_same(loss_and_gradients(model), expected, rtol=0, atol=0)
+        model.zero_grad()
+
+
+def test_scaling_an_adapter(model: PeftModel) -> None:
+    layer, x = fused_layers(model)[0], torch.randn(2, 64)
+    with torch.no_grad():
+        base, full = layer.base_layer(x), layer(x)
+        layer.scale_layer(0.5)
+        torch.testing.assert_close(layer(x), (base + full) / 2, **ROUNDING)
+        layer.unscale_layer()
+        torch.testing.assert_close(layer(x), full, **ROUNDING)
+
+
+def test_hooks_on_inner_layers_are_called(model: PeftModel) -> None:
+    layer, x = fused_layers(model)[0], torch.randn(2, 64)
+    with torch.no_grad():
+        expected, called = layer(x), []
+        for inner in (layer.base_layer, layer.lora_B["default"]):
+            inner.register_forward_hook(lambda module, *_: called.append(module))
+        torch.testing.assert_close(layer(x), expected, **ROUNDING)
+    assert called == [layer.base_layer, layer.lora_B["default"]]
+
+
+def test_copies_and_pickles(model: PeftModel) -> None:
+    expected = logits(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(logits(copied), expected, rtol=0, atol=0)
+        assert fused_layers(copied)
+
+
+def test_compiles_without_a_break(model: PeftModel) -> None:
+    layer, x = fused_layers(model)[0], torch.randn(2, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), **ROUNDING)
+
+
+def test_hot_swapping_works_on_whole_weights(tmp_path: Path) -> None:
+    old, new = phlora.speed_up(stock()).eval(), changed(phlora.speed_up(stock()).eval())
+    new.save_pretrained(tmp_path)
+    hotswap_adapter(old, str(tmp_path), adapter_name="default")
+    torch.testing.assert_close(logits(old), logits(new), **ROUNDING)
+
+
+def test_hot_swapping_row_blocks_is_refused_and_loading_works(tmp_path: Path) -> None:
+    old, new = blocks().eval(), changed(blocks().eval())
+    new.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="hot swapping"):
+        hotswap_adapter(old, str(tmp_path), adapter_name="default")
+    old.load_adapter(str(tmp_path), "default")
+    torch.testing.assert_close(logits(old), logits(new), **ROUNDING)
+
+
+def changed(model: PeftModel) -> PeftModel:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.01
+    return model
