@@ -22,7 +22,7 @@ from phlora.data.collate import Collator
 from phlora.data.formats import Origin
 from phlora.data.tokenize import TokenizedRow
 from phlora.display import Display
-from phlora.errors import RunError
+from phlora.errors import ModelError, RunError
 from phlora.evaluate.compare import score_loss
 from phlora.lora import functional, fused, row_blocks
 from phlora.models.embedded import tiny_phi3
@@ -274,6 +274,6 @@ def test_an_adapter_is_never_merged_into_quantised_weights(finished: tuple[str, 
     _, run = finished
     layer = run.model.base_model.model.model.layers[0].mlp.down_proj
     before = layer.get_base_layer().weight.data.clone()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError, match="quantised weight"):
         copy.deepcopy(run.model).merge_and_unload()
     assert torch.equal(layer.get_base_layer().weight.data, before)
