@@ -250,14 +250,14 @@ def _with_plain_names(model: nn.Module, targets: Targets, lora: LoraConfig) -> L
     """A copy whose `target_modules` and `exclude_modules` name modules only."""
     lora, candidates = dataclasses.replace(lora), adaptable_modules(model)
     parts = row_block_names(model)
+    if targets.blocks or lora.exclude_modules or not isinstance(lora.target_modules, str):
+        lora.target_modules = set(_short_names(targets.modules, candidates))
     if isinstance(lora.exclude_modules, str):
         by_peft = matching(lora.exclude_modules, candidates, parts) - parts.keys()
         lora.exclude_modules = lora.exclude_modules if by_peft else None
     elif lora.exclude_modules:
         names = [n for n in lora.exclude_modules if matching([n], candidates, parts) - parts.keys()]
         lora.exclude_modules = names or None
-    if targets.blocks or not isinstance(lora.target_modules, str):
-        lora.target_modules = set(_short_names(targets.modules, candidates))
     return lora
 
 

@@ -95,6 +95,16 @@ def test_layers_to_transform_and_exclusions_narrow_row_blocks() -> None:
     assert result.model.peft_config["default"].exclude_modules == {"o_proj"}
 
 
+def test_excluded_parts_are_not_adapted_with_the_whole() -> None:
+    result = attached(
+        target_modules="all-linear", exclude_modules=["k_proj", "down_proj", "gate_proj", "up_proj"]
+    )
+    assert result.summary.modules == {
+        "o_proj": (2, 2 * 4 * (64 + 64)),
+        "qkv_proj": (2, 2 * 4 * (2 * 64 + 64 + 32)),
+    }
+
+
 def test_a_target_in_one_layer_stays_in_one_layer() -> None:
     for name in ("layers.1.mlp.down_proj", "layers.1.mlp.up_proj"):
         assert [count for count, _ in attached(target_modules=[name]).summary.modules.values()] == [1]
