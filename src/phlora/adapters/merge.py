@@ -56,7 +56,7 @@ def fold_adapter(model: PeftModel) -> tuple[nn.Module, int]:
         for layer in adapted.values():
             _fold_layer(layer)
         merged = model.unload()
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:
         raise ModelError(f"The adapter cannot be merged ({error})") from error
     return merged, len(adapted) + len(replaced)
 

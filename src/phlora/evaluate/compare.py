@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import nn
 from phlora.data.collate import SharedPrefixCollator
 from phlora.errors import DataError
 from phlora.evaluate.metrics import PASSING_SCORE, Interval, Metric, paired_bootstrap
+from phlora.models.generate import evaluating
 from phlora.models.head import IGNORED, targets_and_weights, token_losses
 
 Generate = Callable[[nn.Module, list[list[int]]], list[list[int]]]
@@ -145,7 +145,7 @@ def score_loss(
         ),
     )
     per_row: list[RowLoss] = [(0.0, 0, 0)] * len(rows)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             members = [rows[index] for index in indices]
@@ -181,7 +181,7 @@ def evaluate_side(
     loss = score_loss(model, rows, collate=collate, batch_size=batch_size, progress=progress)
     if not items:
         return Side(loss=loss, metrics=dict.fromkeys(metrics))
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         answers = [decode(ids) for ids in generate(model, [list(item.prompt_ids) for item in items])]
     scores = {
         name: [metric(answer, item.reference) for answer, item in zip(answers, items, strict=True)]
@@ -212,18 +212,6 @@ def compare(base: Side, tuned: Side, items: Sequence[EvaluationItem], *, seed: i
     intervals |= _loss_intervals(base.loss, tuned.loss, seed=seed)
     flips = _flips(base, tuned, items, decided_by) if decided_by else {"improved": [], "worsened": []}
     return Comparison(base=base, tuned=tuned, intervals=intervals, decided_by=decided_by, flips=flips)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients, and the mode of before afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _field(row: Any, name: str) -> Sequence[int]:

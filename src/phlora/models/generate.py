@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phlora.errors import ConfigError
@@ -67,7 +68,7 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     together, alone = _split_at_rope_limit(model, prompts, max_new_tokens)
     done = 0
-    with _evaluating(model):
+    with evaluating(model):
         for row in alone:
             tokens = _tokens(model, prompts[row], pick=_greedy, stops=frozenset(stop_token_ids))
             answers[row] = list(itertools.islice(tokens, max_new_tokens))
@@ -100,7 +101,7 @@ def _report(progress: Callable[[int, int], None] | None, done: int, total: int) 
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; only modules that were training go back to it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -272,7 +273,7 @@ def _while_wanted(
     for _ in range(max_new_tokens):
         if should_stop():
             return
-        with _evaluating(model):
+        with evaluating(model):
             token = next(tokens, None)
         if token is None:
             return
