@@ -27,6 +27,17 @@ def tiny_tokenizer():
 
 
 @pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with the tiny random Phi-3 and its tokenizer; read it, do not write into it."""
+    from phlora.models.embedded import tiny_phi3
+
+    folder = tmp_path_factory.mktemp("tiny-phi3")
+    for part in tiny_phi3():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2_folder():
     """The folder of the embedded model; the first use on a machine converts it."""
     pytest.importorskip("gguf")

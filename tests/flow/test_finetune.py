@@ -18,20 +18,10 @@ from phlora import evaluate_run, finetune
 from phlora.config import build_config
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
-from phlora.models.embedded import tiny_phi3
 from phlora.train import checkpoints, fitting
 from phlora.train.callbacks import GentleStop
 
 TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny-phi3")
-    model, tokenizer = tiny_phi3()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
