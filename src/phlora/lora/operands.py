@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from phlora.lora import products
 
 
 class FrozenWeight(Protocol):
@@ -38,7 +39,7 @@ class DenseWeight:
     weight: Tensor
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, bias)
+        return products.linear(x, self.weight, bias)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
-        return dy @ self.weight
+        return products.matmul(dy, self.weight)
