@@ -21,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -117,13 +116,14 @@ class BlockUp(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """(..., ΣR_i) -> (..., N), zero where no block is."""
-        y = u.new_zeros(*u.shape[:-1], self.out_features)
+        flat = u.reshape(-1, u.shape[-1])
+        y = u.new_zeros(len(flat), self.out_features)
         factors = block_factors(self.blocks)
         for block, columns, factor, B in zip(
             self.blocks, rank_slices(self.blocks), factors, self.parts, strict=True
         ):
-            y[..., block.rows] = F.linear(u[..., columns], B) * factor
-        return y
+            y[:, block.rows].addmm_(flat[:, columns], B.to(u.dtype).t(), alpha=factor)
+        return y.view(*u.shape[:-1], self.out_features)
 
     def take(self, plain: Tensor) -> None:
         """Become another plain `lora_B (N, R)`, of any rank, as hot swapping asks.
