@@ -10,6 +10,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 
 
+def pytest_generate_tests(metafunc):
+    """Run a test that asks for `device` on the processor, and on a GPU where there is one."""
+    if "device" in metafunc.fixturenames:
+        import torch
+
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        metafunc.parametrize("device", devices, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """`cpu` or `cuda`; sums there are in full fp32, as the tolerances want them."""
+    if request.param == "cuda":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return request.param
+
+
 @pytest.fixture
 def tiny():
     """A fresh `(model, tokenizer)`: a random Phi-3 of 2 layers, and a tokenizer with Phi-3's markers."""

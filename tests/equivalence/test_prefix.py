@@ -65,7 +65,7 @@ ROWS: dict[str, list[Row]] = {
 }
 
 
-def lora_model(**settings: Any) -> peft.PeftModel:
+def lora_model(device: str = "cpu", **settings: Any) -> peft.PeftModel:
     """Double precision, and a B that is not zero, so that A has a gradient."""
     model = peft.get_peft_model(tiny_phi3(**settings)[0], LoraConfig(r=4, target_modules="all-linear"))
     torch.manual_seed(1)
@@ -76,7 +76,7 @@ def lora_model(**settings: Any) -> peft.PeftModel:
         for name, child in list(module.named_children()):
             if isinstance(child, Phi3RMSNorm):
                 setattr(module, name, _double_norm(child))
-    return model.double().train()
+    return model.double().to(device).train()
 
 
 def _double_norm(norm: Phi3RMSNorm) -> torch.nn.RMSNorm:
@@ -87,12 +87,17 @@ def _double_norm(norm: Phi3RMSNorm) -> torch.nn.RMSNorm:
 
 
 def loss_and_gradients(model: peft.PeftModel, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    batch = on_device(model, batch)
     losses, _, weights = token_losses(model, batch)
     loss = (losses * weights).sum() / trained_weight(batch)
     model.zero_grad()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return {"loss": loss.detach(), **gradients}
+
+
+def on_device(model: peft.PeftModel, batch: dict[str, Any]) -> dict[str, Any]:
+    return {n: x.to(model.device) if isinstance(x, torch.Tensor) else x for n, x in batch.items()}
 
 
 def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
@@ -104,37 +109,38 @@ def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("layout", COLLATORS)
-def test_loss_and_every_gradient_are_those_of_padded_rows(layout: str, name: str) -> None:
-    model, rows = lora_model(), ROWS[name]
+def test_loss_and_every_gradient_are_those_of_padded_rows(layout: str, name: str, device: str) -> None:
+    model, rows = lora_model(device), ROWS[name]
     expected = loss_and_gradients(model, Collator(PAD)(rows))
     assert_close(loss_and_gradients(model, COLLATORS[layout](rows)), expected, 1e-12)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layout", ["padded", *COLLATORS])
-def test_a_row_that_changes_moves_no_loss_of_another(layout: str, training: bool) -> None:
-    model, collate = lora_model().train(training), {"padded": Collator(PAD), **COLLATORS}[layout]
+def test_a_row_that_changes_moves_no_loss_of_another(layout: str, training: bool, device: str) -> None:
+    model, collate = lora_model(device).train(training), {"padded": Collator(PAD), **COLLATORS}[layout]
     rows = [chat(START + tail, [(41, 99)]) for tail in sorted(TAILS, key=len, reverse=True)]
     counts = [len(row["input_ids"]) - 41 for row in rows]
-    before = token_losses(model, collate(rows))[0].split(counts)
+    before = token_losses(model, on_device(model, collate(rows)))[0].split(counts)
     for changed, row in enumerate(rows):
         other = chat([*row["input_ids"][:-2], 251, 252], [(41, 99)])
         batch = collate([*rows[:changed], other, *rows[changed + 1 :]])
-        for number, losses in enumerate(token_losses(model, batch)[0].split(counts)):
+        after = token_losses(model, on_device(model, batch))[0].split(counts)
+        for number, losses in enumerate(after):
             same = torch.allclose(losses, before[number], rtol=1e-12, atol=1e-12)
             assert same == (number != changed)
 
 
 @pytest.mark.parametrize("window", [8, 45])
-def test_a_sliding_window_is_the_same_window(window: int) -> None:
-    model, rows = lora_model(sliding_window=window), ROWS["everything"]
+def test_a_sliding_window_is_the_same_window(window: int, device: str) -> None:
+    model, rows = lora_model(device, sliding_window=window), ROWS["everything"]
     expected = loss_and_gradients(model, Collator(PAD)(rows))
     assert_close(loss_and_gradients(model, SharedPrefixCollator()(rows)), expected, 1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
-    model, rows = lora_model(), ROWS["several turns, some of them shared"]
+def test_gradient_checkpointing_changes_nothing(reentrant: bool, device: str) -> None:
+    model, rows = lora_model(device), ROWS["several turns, some of them shared"]
     expected = loss_and_gradients(model, Collator(PAD)(rows))
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -150,8 +156,8 @@ def test_the_trained_weight_counts_a_shared_token_once_for_each_row() -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_each_row_is_scored_as_alone(name: str) -> None:
-    model, rows = lora_model(), ROWS[name]
+def test_each_row_is_scored_as_alone(name: str, device: str) -> None:
+    model, rows = lora_model(device), ROWS[name]
     expected = score_loss(model, rows, collate=Collator(PAD), batch_size=3)
     shared = score_loss(model, rows, collate=SharedPrefixCollator(), batch_size=4)
     assert shared.num_tokens == expected.num_tokens
@@ -165,12 +171,12 @@ def test_each_row_is_scored_as_alone(name: str) -> None:
         )
 
 
-def trained(folder: Path, rows: list[Row], collator: Any, **settings: Any) -> SFTTrainer:
+def trained(folder: Path, rows: list[Row], collator: Any, *, device: str, **settings: Any) -> SFTTrainer:
     model, tokenizer = tiny_phi3()
     torch.manual_seed(0)
     args = trl.SFTConfig(
         output_dir=str(folder),
-        use_cpu=True,
+        use_cpu=device == "cpu",
         bf16=False,
         **{"gradient_checkpointing": False, **settings},
         dataloader_pin_memory=False,
@@ -208,11 +214,15 @@ def many_rows(*, weighted: bool = False) -> list[Row]:
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
-def test_twenty_steps_take_the_same_path(tmp_path: Path, weighted: bool) -> None:
+def test_twenty_steps_take_the_same_path(tmp_path: Path, weighted: bool, device: str) -> None:
     """AdamW in single precision, shuffled rows, micro-batches of 3 with a short last one, checkpointing on one side."""
     rows = many_rows(weighted=weighted)
     settings = dict(
-        max_steps=20, per_device_train_batch_size=3, gradient_accumulation_steps=2, learning_rate=1e-3
+        device=device,
+        max_steps=20,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
     )
     plain = trained(tmp_path / "plain", rows, Collator(PAD), **settings)
     shared = trained(
@@ -229,8 +239,8 @@ def test_twenty_steps_take_the_same_path(tmp_path: Path, weighted: bool) -> None
     assert shared.num_positions < 0.7 * plain.num_positions
 
 
-def test_held_out_loss_is_that_of_all_its_tokens_in_any_layout(tmp_path: Path) -> None:
-    settings = dict(max_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4)
+def test_held_out_loss_is_that_of_all_its_tokens_in_any_layout(tmp_path: Path, device: str) -> None:
+    settings = dict(device=device, max_steps=1, per_device_train_batch_size=4, per_device_eval_batch_size=4)
     rows = many_rows(weighted=True)
     trainers = [
         trained(tmp_path / str(number), rows, collator, **settings)
@@ -241,7 +251,7 @@ def test_held_out_loss_is_that_of_all_its_tokens_in_any_layout(tmp_path: Path) -
     assert shared["eval_mean_token_accuracy"] == pytest.approx(plain["eval_mean_token_accuracy"])
     model = trainers[0].model.eval()
     with torch.no_grad():
-        losses, _, weights = token_losses(model, Collator(PAD)(rows[:7]))
+        losses, _, weights = token_losses(model, on_device(model, Collator(PAD)(rows[:7])))
     assert plain["eval_loss"] == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-5)
 
 

@@ -76,18 +76,18 @@ LAYERS = {
 each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
-def pair(name):
+def pair(name, device="cpu"):
     """The two packages' layers, made under one seed."""
     make, draw = LAYERS[name]
     torch.manual_seed(0)
     theirs = make(loralib)
     torch.manual_seed(0)
-    return make(lora), theirs, draw()
+    return make(lora).to(device), theirs.to(device), draw().to(device)
 
 
-def trained_pair(name):
+def trained_pair(name, device="cpu"):
     """The same with adapters that do something."""
-    ours, theirs, x = pair(name)
+    ours, theirs, x = pair(name, device)
     for parameter_name, parameter in theirs.named_parameters():
         if "lora_" in parameter_name:
             nn.init.normal_(parameter, std=0.3)
@@ -109,8 +109,8 @@ def test_same_parameters_bit_for_bit_under_the_same_seed(name):
 
 
 @each_layer
-def test_forward_and_every_gradient(name):
-    ours, theirs, x = trained_pair(name)
+def test_forward_and_every_gradient(name, device):
+    ours, theirs, x = trained_pair(name, device)
     for layer in (ours, theirs):
         layer.requires_grad_(True)
     xs = [x.clone().requires_grad_() if x.is_floating_point() else x for _ in range(2)]
@@ -126,8 +126,8 @@ def test_forward_and_every_gradient(name):
 
 
 @each_layer
-def test_merged_output_and_weight(name):
-    ours, theirs, x = trained_pair(name)
+def test_merged_output_and_weight(name, device):
+    ours, theirs, x = trained_pair(name, device)
     ours.eval()
     theirs.eval()
     with torch.no_grad():
@@ -219,9 +219,9 @@ class TinyGPT2(nn.Module):
         return self.blocks(self.wte(tokens)) @ self.wte.weight.t()
 
 
-def losses(module, package):
+def losses(module, package, device):
     torch.manual_seed(0)
-    model = TinyGPT2(module)
+    model = TinyGPT2(module).to(device)
     package.mark_only_lora_as_trainable(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-3, weight_decay=0.01)
@@ -229,7 +229,7 @@ def losses(module, package):
     history = []
     for step in range(30):
         model.train()
-        tokens = torch.randint(31, (4, 9), generator=g)
+        tokens = torch.randint(31, (4, 9), generator=g).to(device)
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
@@ -243,9 +243,9 @@ def losses(module, package):
     return torch.tensor(history), model
 
 
-def test_gpt2_trains_step_for_step_like_loralib():
-    ours, our_model = losses(lora, lora)
-    theirs, their_model = losses(loralib, loralib)
+def test_gpt2_trains_step_for_step_like_loralib(device):
+    ours, our_model = losses(lora, lora, device)
+    theirs, their_model = losses(loralib, loralib, device)
     assert_near(ours, theirs, "training")
     assert_near(ours[:5], theirs[:5], "forward")
     for p, q in zip(our_model.parameters(), their_model.parameters(), strict=True):

@@ -16,6 +16,8 @@ Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -88,10 +90,7 @@ def from_block_diagonal(
             f"lora_B has the shape {tuple(lora_B.shape)}",
             expected=f"rank {rank}, the sum over {_names(blocks)}, and at least {stop} rows",
         )
-    outside = lora_B.detach().clone()
-    for block, columns in zip(blocks, rank_slices(blocks), strict=True):
-        outside[block.rows, columns] = 0
-    if count := int(outside.count_nonzero()):
+    if count := _count_outside(lora_B, blocks):
         raise ModelError(
             f"{count:,} values of lora_B lie outside the blocks {_names(blocks)}",
             expected="a block-diagonal lora_B: every rank serves one block",
@@ -100,6 +99,34 @@ def from_block_diagonal(
     dtype = dtype or (torch.float32 if lora_B.dtype == torch.float64 else lora_B.dtype)
     parts = zip(blocks, rank_slices(blocks), block_factors(blocks), strict=True)
     return tuple((lora_B[block.rows, columns] / factor).to(dtype) for block, columns, factor in parts)
+
+
+def fitting_blocks(lora_B: Tensor, blocks: Sequence[RowBlock]) -> tuple[RowBlock, ...]:
+    """The blocks with the ranks that they have in a plain `lora_B (N, R)`, `R` any; as they are where that fits.
+
+    Where it is not block-diagonal on them, the result is one block of all rows, which any `lora_B` is.
+    """
+    rank = lora_B.shape[1]
+    if rank == plain_rank(blocks) and not _count_outside(lora_B, blocks):
+        return tuple(blocks)
+    stops = [0]
+    for block in blocks[:-1]:
+        used = lora_B[block.rows].any(0).nonzero()
+        stops.append(max(stops[-1], int(used.max()) + 1 if len(used) else 0))
+    ranks = [stop - start for start, stop in itertools.pairwise([*stops, rank])]
+    ranked = tuple(dataclasses.replace(block, r=r) for block, r in zip(blocks, ranks, strict=True))
+    if all(ranks) and not _count_outside(lora_B, ranked):
+        return ranked
+    scaling = plain_scaling(blocks)
+    return (RowBlock(name="all", start=0, stop=lora_B.shape[0], r=rank, scaling=scaling),)
+
+
+def _count_outside(lora_B: Tensor, blocks: Sequence[RowBlock]) -> int:
+    """How many values of `lora_B` are not zero and in no block."""
+    outside = lora_B.detach().clone()
+    for block, columns in zip(blocks, rank_slices(blocks), strict=True):
+        outside[block.rows, columns] = 0
+    return int(outside.count_nonzero())
 
 
 def _names(blocks: Sequence[RowBlock]) -> str:

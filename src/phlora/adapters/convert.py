@@ -11,8 +11,15 @@ rows of block i and its own r columns, zero elsewhere, and alpha times n, which 
 copy numbers, so there and back is bit-equal.
 
 A loralib file knows neither `lora_alpha`, nor how large the blocks are, nor which are enabled; a Phlora adapter has
-the blocks written down beside it. Convolutions are left out: their A and B mean something else in PEFT. An embedding
-is told from a linear layer by its name, since loralib's shapes are the same.
+the blocks written down beside it. An embedding is told from a linear layer by its name, since loralib's shapes are
+the same, and a convolution by the kernel that the caller names. For a kernel (k_1, ..., k_d) with `n = k_1···k_(d-1)`:
+
+    loralib   X.lora_A (r·k_d, in·k_d), X.lora_B (out·n, r·k_d)       ΔW = (B A) in the shape (out, in, k_1, ..., k_d)
+    PEFT      ….lora_A.weight (R, in, k_1, ..., k_d), ….lora_B.weight (out, R, 1, ..., 1)
+
+In loralib n rows of B, one after the other, make one output channel, each with the same A. So PEFT's A is n copies of A
+on a diagonal, its B the n rows side by side, R = n·r·k_d, and alpha grows by as much. This too only copies numbers. The
+way back takes no other A than such a one; groups are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ import math
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +81,8 @@ class AdaptedLayer:
         name: of the layer in the base model.
         r: of each block; of the layer where it has none.
         lora_alpha: `s · r`.
-        layout: its row blocks; None for a plain linear layer or an embedding.
+        layout: its row blocks; None for a layer without.
+        kernel: of a convolution, one size for each dimension.
     """
 
     name: str
@@ -83,11 +91,8 @@ class AdaptedLayer:
     r: int
     lora_alpha: float
     layout: Layout | None = None
-
-    @property
-    def is_embedding(self) -> bool:
-        leaf = _leaf(self.name)
-        return "embed" in leaf or leaf in _EMBEDDING_NAMES
+    is_embedding: bool = False
+    kernel: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,11 @@ class Adapter:
         for layer in self.layers:
             arguments = f"r={layer.r}, lora_alpha={layer.lora_alpha:g}"
             kind = "Embedding" if layer.is_embedding else "Linear"
+            if layer.kernel:
+                kind, arguments = (
+                    f"Conv{len(layer.kernel)}d",
+                    f"kernel_size={_size(layer.kernel)}, {arguments}",
+                )
             if layer.layout:
                 enabled = [name in layer.layout.enabled for name in layer.layout.sizes]
                 sizes = list(layer.layout.sizes.values())
@@ -129,6 +139,7 @@ def read_loralib(
     lora_alpha: float,
     enable: Sequence[str] = (),
     blocks: BlockSizes | None = None,
+    kernels: Mapping[str, Sequence[int]] | None = None,
 ) -> Adapter:
     """Read what `torch.save(lora.lora_state_dict(model), file)` wrote.
 
@@ -137,18 +148,27 @@ def read_loralib(
         enable: names of the adapted row blocks (`q` or `q_proj`); not needed where the shapes leave one possibility.
         blocks: last part of a layer's name -> its blocks' rows by name, in the order of the rows; without it blocks
             are equal, as in loralib.
+        kernels: last part of a convolution's name -> its kernel, (3, 3) for one of 3 × 3.
 
     Raises:
         ModelError: the file cannot be read, holds code or anything but a LoRA state dict, or its shapes do not fit.
-        ConfigError: the blocks cannot be told, or are named wrongly.
+        ConfigError: the blocks or a kernel cannot be told, or are named wrongly.
     """
     state = _load_tensors(Path(file))
     pairs, biases = _sort_tensors(state, "{}.lora_A", "{}.lora_B", where=str(file), fix=_FIX_LORALIB)
-    enable = _full_names(enable, pairs, blocks or {})
-    layers = [
-        _stacked_layer(name, A, B, lora_alpha=lora_alpha, enable=enable, blocks=blocks or {})
-        for name, (A, B) in pairs.items()
-    ]
+    enable, kernels = _full_names(enable, pairs, blocks or {}), kernels or {}
+    _require_kernels(kernels, pairs, biases)
+    layers = []
+    for name, (A, B) in pairs.items():
+        if kernel := kernels.get(_leaf(name)):
+            layers.append(_stacked_convolution(name, A, B, lora_alpha=lora_alpha, kernel=tuple(kernel)))
+        else:
+            layers.append(
+                _stacked_layer(name, A, B, lora_alpha=lora_alpha, enable=enable, blocks=blocks or {})
+            )
+    # loralib keeps a convolution inside of its layer.
+    inner = {f"{layer.name}.conv.bias": f"{layer.name}.bias" for layer in layers if layer.kernel}
+    biases = {inner.get(name, name): value for name, value in biases.items()}
     return Adapter(layers=tuple(layers), biases=biases)
 
 
@@ -157,8 +177,10 @@ def write_loralib(adapter: Adapter, file: str | Path) -> None:
     state = {}
     for layer in adapter.layers:
         state |= {f"{layer.name}.lora_A": layer.lora_A, f"{layer.name}.lora_B": layer.lora_B}
+    inner = {f"{layer.name}.bias": f"{layer.name}.conv.bias" for layer in adapter.layers if layer.kernel}
+    state |= {inner.get(name, name): value for name, value in adapter.biases.items()}
     # A view would drag the whole of its storage into the file.
-    torch.save({name: value.clone() for name, value in {**state, **adapter.biases}.items()}, file)
+    torch.save({name: value.clone() for name, value in state.items()}, file)
 
 
 def _stacked_layer(
@@ -171,8 +193,49 @@ def _stacked_layer(
             where=name,
             expected="lora_A (n·r, in_features) and lora_B (rows, r)",
         )
-    layout = _stacked_layout(name, num_blocks, B.shape[0], enable=enable, blocks=blocks)
-    return AdaptedLayer(name=name, lora_A=A, lora_B=B, r=B.shape[1], lora_alpha=lora_alpha, layout=layout)
+    layout, leaf = _stacked_layout(name, num_blocks, B.shape[0], enable=enable, blocks=blocks), _leaf(name)
+    return AdaptedLayer(
+        name=name,
+        lora_A=A,
+        lora_B=B,
+        r=B.shape[1],
+        lora_alpha=lora_alpha,
+        layout=layout,
+        is_embedding="embed" in leaf or leaf in _EMBEDDING_NAMES,
+    )
+
+
+def _stacked_convolution(
+    name: str, A: Tensor, B: Tensor, *, lora_alpha: float, kernel: tuple[int, ...]
+) -> AdaptedLayer:
+    *outer, last = kernel
+    r, rest = divmod(A.shape[0], last)
+    if rest or B.shape[1] != A.shape[0] or A.shape[1] % last or B.shape[0] % math.prod(outer):
+        raise ModelError(
+            f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are not those of a kernel of {_size(kernel)}",
+            where=name,
+            expected=f"lora_A (r·{last}, in·{last}) and lora_B (out·{math.prod(outer)}, r·{last})",
+        )
+    return AdaptedLayer(name=name, lora_A=A, lora_B=B, r=r, lora_alpha=lora_alpha, kernel=kernel)
+
+
+def _require_kernels(
+    kernels: Mapping[str, Sequence[int]], layers: Iterable[str], biases: Iterable[str]
+) -> None:
+    """Every named kernel is a layer's, and every convolution that can be told is named."""
+    leaves = {_leaf(name) for name in layers}
+    for leaf in kernels:
+        if leaf not in leaves:
+            raise ConfigError(
+                f"The adapter has no layer `{leaf}`", where="kernels", fix=did_you_mean(leaf, leaves)
+            )
+    for name in layers:
+        if f"{name}.conv.bias" in biases and _leaf(name) not in kernels:
+            raise ConfigError(
+                "The layer is a convolution, and the file does not know its kernel",
+                where=name,
+                fix=f"name it: kernels={{{_leaf(name)!r}: (3, 3)}}",
+            )
 
 
 def _stacked_layout(
@@ -238,7 +301,11 @@ def read_peft(folder: str | Path, *, enable: Sequence[str] = (), blocks: BlockSi
     folder = Path(folder)
     config = read_peft_config(folder)
     _refuse_foreign(config, folder)
-    state = {_plain_key(key): value for key, value in read_peft_tensors(folder).items()}
+    tensors = read_peft_tensors(folder)
+    state = {_plain_key(key): value for key, value in tensors.items()}
+    embeddings = {
+        _plain_key(key).removesuffix(".lora_A.weight") for key in tensors if "lora_embedding_A" in key
+    }
     names = ("{}.lora_A.weight", "{}.lora_B.weight")
     pairs, biases = _sort_tensors(state, *names, where=str(folder), fix="use it with PEFT")
     layouts = _recorded_layouts(folder)
@@ -246,7 +313,8 @@ def read_peft(folder: str | Path, *, enable: Sequence[str] = (), blocks: BlockSi
     layers = []
     for name, (A, B) in pairs.items():
         layout = layouts.get(name) or _named_layout(name, enable, blocks or {})
-        layers.append(_layer_of(name, A, B, _alpha(config, name, A.shape[0]), layout))
+        layer = _layer_of(name, A, B, _alpha(config, name, A.shape[0]), layout)
+        layers.append(replace(layer, is_embedding=name in embeddings))
     return Adapter(layers=tuple(layers), biases=biases)
 
 
@@ -394,6 +462,10 @@ def _named_layout(name: str, enable: Sequence[str], blocks: BlockSizes) -> Layou
 
 def _plain_form(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
     """A, B and lora_alpha of a layer as PEFT has them."""
+    if layer.kernel:
+        A = torch.block_diag(*[layer.lora_A] * math.prod(layer.kernel[:-1]))
+        B = layer.lora_B.reshape(-1, len(A), *[1] * len(layer.kernel))
+        return A.view(len(A), -1, *layer.kernel), B, layer.lora_alpha * math.prod(layer.kernel)
     if layer.layout is None:
         return layer.lora_A, layer.lora_B, layer.lora_alpha
     blocks = layer.layout.blocks(layer.r, layer.lora_alpha)
@@ -404,6 +476,8 @@ def _plain_form(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
 
 def _layer_of(name: str, A: Tensor, B: Tensor, lora_alpha: float, layout: Layout | None) -> AdaptedLayer:
     """A layer as loralib has it, from PEFT's A, B and lora_alpha."""
+    if A.ndim > 2:
+        return _convolution_of(name, A, B, lora_alpha)
     if layout is None:
         return AdaptedLayer(name=name, lora_A=A, lora_B=B, r=A.shape[0], lora_alpha=lora_alpha)
     count, rows = len(layout.enabled), sum(layout.sizes.values())
@@ -424,6 +498,29 @@ def _layer_of(name: str, A: Tensor, B: Tensor, lora_alpha: float, layout: Layout
             fix="convert it as one linear layer, without --enable",
         ) from None
     return AdaptedLayer(name=name, lora_A=A, lora_B=torch.cat(own), r=r, lora_alpha=alpha, layout=layout)
+
+
+def _convolution_of(name: str, A: Tensor, B: Tensor, lora_alpha: float) -> AdaptedLayer:
+    """A convolution as loralib has it; see the module for which A it can have."""
+    *outer, last = kernel = tuple(A.shape[2:])
+    count, rank = math.prod(outer), A.shape[0]
+    own, flat = A.flatten(1)[: rank // count, : A.shape[1] * last], A.flatten(1)
+    grouped = B.shape[1:] != (rank, *[1] * len(kernel))
+    if grouped or rank % math.prod(kernel) or not torch.equal(flat, torch.block_diag(*[own] * count)):
+        raise ModelError(
+            f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no convolution of loralib",
+            where=name,
+            expected=f"no groups, a rank that {math.prod(kernel)} divides, and an A of {count} equal diagonal blocks",
+            fix="use it with PEFT",
+        )
+    return AdaptedLayer(
+        name=name,
+        lora_A=own,
+        lora_B=B.reshape(-1, rank // count),
+        r=rank // math.prod(kernel),
+        lora_alpha=lora_alpha / math.prod(kernel),
+        kernel=kernel,
+    )
 
 
 # ------------------------------------------------------------------------------------------- files, names
@@ -507,7 +604,7 @@ def _sort_tensors(
             fix=fix,
         )
     for name, (A, B) in pairs.items():
-        if A.ndim != 2 or B.ndim != 2:
+        if A.ndim != B.ndim or A.ndim < 2 or (A.ndim > 2 and name_A.endswith("lora_A")):
             raise ModelError(
                 f"lora_A has {A.ndim} dimensions and lora_B {B.ndim}", where=name, expected="two of each"
             )
@@ -529,6 +626,11 @@ def _full_names(enable: Sequence[str], layers: Iterable[str], blocks: BlockSizes
             )
         full.append(match)
     return full
+
+
+def _size(kernel: Sequence[int]) -> str:
+    """`3`, or `(3, 5)` where not all sizes are one."""
+    return str(kernel[0]) if len(set(kernel)) == 1 else str(tuple(kernel))
 
 
 def _leaf(name: str) -> str:

@@ -8,7 +8,7 @@ What the fused functions do not cover goes to PEFT's forward: several active ada
 disabled adapters, DoRA and the other variants, `lora_bias`, hooks on the inner layers, unusual weights.
 
 An adapter on row blocks has a `BlockUp` in the place of `lora_B`. Its state dict holds the plain, block-diagonal
-`lora_B.weight`, and so does its attribute `weight`: what PEFT reads, saves and loads is a plain adapter.
+`lora_B.weight`, and so does its attribute `weight`: what PEFT reads, saves, loads and swaps is a plain adapter.
 
 Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 """
@@ -16,21 +16,27 @@ Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from phlora.adapters.blockform import block_factors, from_block_diagonal, plain_rank, to_block_diagonal
+from phlora.adapters.blockform import (
+    block_factors,
+    fitting_blocks,
+    from_block_diagonal,
+    plain_rank,
+    to_block_diagonal,
+)
 from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.errors import ConfigError, ModelError
 from phlora.lora import fused
-from phlora.lora.blocks import RowBlock
+from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.operands import FrozenWeight
 
 # PEFT's initialisations that leave the base weight as it is. The others need the changed base again at every load,
@@ -38,22 +44,36 @@ from phlora.lora.operands import FrozenWeight
 BLOCK_INITS = (True, False, "gaussian", "orthogonal")
 
 
-class _Assembled(Tensor):
-    """A tensor put together for reading: writing into it would be lost, so it is an error."""
+class _PlainUp(Tensor):
+    """The plain `lora_B (N, R)` of a `BlockUp`, put together when asked for; what is written into it, hot swapping
+    for one, goes on into the blocks."""
+
+    _up: BlockUp
+    _whole: Tensor
+
+    @classmethod
+    def of(cls, up: BlockUp, plain: Tensor, whole: Tensor) -> _PlainUp:
+        """`plain` is `whole`, or a view of it."""
+        self = plain.as_subclass(cls)
+        # PEFT's hot swapping exchanges the insides of tensors where shapes differ, and a copy would be all that gets
+        # them. torch does not do so with a tensor that has weak references; then `data` is set instead.
+        self._up, self._whole, self._kept = up, whole, weakref.ref(self)
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
-        writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.startswith("__"))
-        if writes and name != "requires_grad_" and isinstance(args[0], cls):
-            raise ModelError(
-                "The lora_B of row blocks was to be written in its plain form, as hot swapping does",
-                fix="use set_peft_model_state_dict, or load_adapter, which take the blocks apart",
-            )
+        self, name = args[0] if args else None, func.__name__
         with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(self, cls) and func == Tensor.data.__set__:
+                return self._up.take(args[1])
             result = func(*args, **(kwargs or {}))
-            part = func in (Tensor.data.__get__, Tensor.__getitem__)
-            return result.as_subclass(cls) if part else result
+            if not isinstance(self, cls):
+                return result
+            if func in (Tensor.data.__get__, Tensor.detach, Tensor.__getitem__):
+                return cls.of(self._up, result, self._whole)
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                self._up.take(self._whole)
+            return result
 
 
 class BlockUp(nn.Module):
@@ -82,8 +102,9 @@ class BlockUp(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The block-diagonal `lora_B (N, ΣR_i)`, made anew, for reading only."""
-        return self._assemble().as_subclass(_Assembled)
+        """The block-diagonal `lora_B (N, ΣR_i)`, made anew; writing into it writes into the blocks."""
+        plain = self._assemble()
+        return _PlainUp.of(self, plain, plain)
 
     def scaled(self, scaling: float) -> list[RowBlock]:
         """The blocks when the plain form's scaling is `scaling`, as PEFT's methods may have set it."""
@@ -94,7 +115,34 @@ class BlockUp(nn.Module):
         ]
 
     def forward(self, u: Tensor) -> Tensor:
-        return F.linear(u, self._assemble())
+        """(..., ΣR_i) -> (..., N), zero where no block is."""
+        flat = u.reshape(-1, u.shape[-1])
+        y = u.new_zeros(len(flat), self.out_features)
+        factors = block_factors(self.blocks)
+        for block, columns, factor, B in zip(
+            self.blocks, rank_slices(self.blocks), factors, self.parts, strict=True
+        ):
+            y[:, block.rows].addmm_(flat[:, columns], B.to(u.dtype).t(), alpha=factor)
+        return y.view(*u.shape[:-1], self.out_features)
+
+    def take(self, plain: Tensor) -> None:
+        """Become another plain `lora_B (N, R)`, of any rank, as hot swapping asks.
+
+        The blocks stay, with other ranks where need be; one that is no adapter on these blocks makes all rows one.
+        """
+        plain, like = plain.detach(), self.parts[0]
+        blocks = fitting_blocks(plain, self.blocks)
+        values = from_block_diagonal(plain.to(like.device), blocks, dtype=like.dtype)
+        if blocks == self.blocks:
+            with torch.no_grad():
+                for B, value in zip(self.parts, values, strict=True):
+                    B.copy_(value)
+            return
+        self._parameters.clear()
+        self.blocks, self.in_features = blocks, plain_rank(blocks)
+        for block, value in zip(blocks, values, strict=True):
+            B = nn.Parameter(value.clone(), requires_grad=like.requires_grad)
+            self.register_parameter(_name(block), B)
 
     def _assemble(self) -> Tensor:
         parts = self.parts
@@ -208,7 +256,9 @@ class LoraLinear(peft_lora.Linear):
         lora_A, up, scaling = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
         if isinstance(up, BlockUp):
             return lora_A, up.parts, up.scaled(scaling)
-        whole = RowBlock(name="", start=0, stop=up.out_features, r=up.in_features, scaling=scaling)
+        # Hot swapping changes the rank of the weight, and not what the module says of itself.
+        rows, rank = up.weight.shape
+        whole = RowBlock(name="", start=0, stop=rows, r=rank, scaling=scaling)
         return lora_A, [up.weight], [whole]
 
     def _is_plain(self, name: str) -> bool:

@@ -9,6 +9,8 @@ What is overridden, and why:
 - `_get_grad_norm`: training stops at the first loss or gradient that is no number, before the optimizer step, so that
   no weight is ever written with one. The library's own default logs 0.0 and trains on.
 - `train`: resuming a finished run takes no further step.
+- `__init__`: an adapter on a quantised base keeps PEFT's dtype, fp32 unless the caller has set another. TRL 1.16
+  casts it to bf16, to which most of AdamW's updates are too small to be added.
 
 Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a caller's loss function, label smoothing,
 `loss_type="dft"`) goes through TRL's own path.
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 import trl
 from peft import PeftModel
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from transformers.trainer_utils import TrainOutput
 
 from phlora.errors import ConfigError, NonFiniteError
@@ -51,7 +54,10 @@ class SFTTrainer(trl.SFTTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = args[0] if args else kwargs.get("model")
+        before = _trained_values(given) if isinstance(given, PeftModel) else None
         super().__init__(*args, **kwargs)
+        _keep_dtypes(self.model, before)
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         _offer_token_losses(model)
         self._step_losses: list[torch.Tensor] = []
@@ -197,6 +203,24 @@ def _offer_token_losses(model: torch.nn.Module) -> None:
         return _token_losses(model, kwargs) if token_losses else original(*args, **kwargs)
 
     model.forward = forward
+
+
+def _trained_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _keep_dtypes(model: torch.nn.Module, before: dict[str, torch.Tensor] | None) -> None:
+    """Undo TRL's cast: the values of an adapter that was given come back, a fresh one has PEFT's dtype."""
+    quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if not (quantized and isinstance(model, PeftModel)):
+        return
+    if before is None:
+        for name in model.active_adapters:
+            cast_adapter_dtype(model, name)
+        return
+    for name, parameter in model.named_parameters():
+        if name in before and parameter.dtype != before[name].dtype:
+            parameter.data = before[name]
 
 
 def _finished_step(checkpoint: str | bool | None, planned: Any) -> int | None:

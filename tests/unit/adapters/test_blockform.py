@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phlora.adapters.blockform import (
+    fitting_blocks,
     from_block_diagonal,
     plain_alpha,
     plain_rank,
@@ -60,6 +61,25 @@ def test_what_lies_outside_the_blocks_is_refused() -> None:
         from_block_diagonal(plain, blocks)
     with pytest.raises(ModelError, match=r"the shape \(128, 7\)"):
         from_block_diagonal(plain[:, :7], blocks)
+
+
+@pytest.mark.parametrize("r", [4, {"q_proj": 6, "v_proj": 3}])
+@pytest.mark.parametrize("other", [4, 2, 7, {"q_proj": 1, "v_proj": 8}])
+def test_the_ranks_of_a_plain_form_are_told_from_its_zeros(r, other) -> None:
+    blocks = blocks_of(2.0, other)
+    plain = to_block_diagonal(up_matrices(blocks), blocks, out_features=128)
+    assert fitting_blocks(plain, blocks_of(2.0, r)) == blocks
+
+
+def test_a_plain_form_of_other_blocks_is_one_block() -> None:
+    blocks = blocks_of(2.0)
+    for plain in (
+        torch.randn(128, 8),
+        to_block_diagonal(up_matrices(blocks), blocks, out_features=128)[:, :4],
+    ):
+        (whole,) = fitting_blocks(plain, blocks)
+        assert (whole.rows, whole.r, whole.scaling) == (slice(0, 128), plain.shape[1], 2.0)
+    assert fitting_blocks(torch.zeros(128, 8), blocks) == blocks
 
 
 def test_gradients_reach_the_blocks() -> None:

@@ -274,6 +274,90 @@ def test_what_loralib_cannot_say_is_refused(tmp_path: Path, changes: dict[str, A
         read_peft(tmp_path)
 
 
+def test_an_embedding_of_any_name_stays_one_on_the_way_from_peft(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 4))
+    tuned = fill(get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["0", "1"])))
+    tuned.save_pretrained(str(tmp_path))
+    adapter = read_peft(tmp_path)
+    assert adapter.describe() == ["1 × 0: Embedding(r=3, lora_alpha=6)", "1 × 1: Linear(r=3, lora_alpha=6)"]
+    write_loralib(adapter, tmp_path / "adapter.pt")
+    theirs = nn.Sequential(
+        loralib.Embedding(11, 8, r=3, lora_alpha=6), loralib.Linear(8, 4, r=3, lora_alpha=6)
+    )
+    theirs.load_state_dict({**base_state(tuned), **loralib_state(tmp_path / "adapter.pt")})
+    torch.testing.assert_close(theirs(torch.arange(11)), tuned(torch.arange(11)))
+
+
+def base_state(tuned: nn.Module) -> dict[str, Tensor]:
+    """The base model's own state dict, under PEFT."""
+    state = tuned.base_model.model.state_dict()
+    return {name.replace(".base_layer", ""): value for name, value in state.items() if "lora_" not in name}
+
+
+CONVOLUTIONS = [
+    (loralib.Conv2d, (3, 3), 3),
+    (loralib.Conv2d, (1, 1), 1),
+    (lora.Conv1d, (3,), 3),
+    (lora.Conv2d, (2, 3), (2, 3)),
+    (lora.Conv3d, (2, 2, 2), 2),
+]
+
+
+@pytest.mark.parametrize(("kind", "kernel", "size"), CONVOLUTIONS)
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_convolution_answers_alike_in_stock_peft_and_comes_back_bit_equal(
+    tmp_path: Path, kind: Any, kernel: tuple[int, ...], size: Any, bias: str
+) -> None:
+    how = {"stride": 2, "padding": 1}
+    theirs = fill(nn.ModuleDict({"features": kind(6, 4, size, r=2, lora_alpha=5, **how)}))
+    torch.save(lora.lora_state_dict(theirs, bias=bias), tmp_path / "adapter.pt")
+    adapter = there_and_back(
+        tmp_path / "adapter.pt", tmp_path / "peft", lora_alpha=5, kernels={"features": kernel}
+    )
+    plain = getattr(nn, f"Conv{len(kernel)}d")(6, 4, size, **how)
+    plain.load_state_dict(theirs["features"].conv.state_dict())
+    if bias != "none":
+        plain.bias.data.zero_()
+    tuned = PeftModel.from_pretrained(nn.ModuleDict({"features": plain}), str(tmp_path / "peft"))
+    x = torch.randn(3, 6, *[7] * len(kernel))
+    torch.testing.assert_close(
+        tuned.base_model.model["features"](x), theirs["features"](x), rtol=1e-4, atol=1e-5
+    )
+    named = f"kernel_size={kernel[0] if len(set(kernel)) == 1 else kernel}, r=2, lora_alpha=5"
+    assert adapter.describe() == [f"1 × features: Conv{len(kernel)}d({named})"]
+
+
+def test_a_convolution_of_one_dimension_comes_from_peft_with_the_same_output(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"conv": nn.Conv1d(6, 4, 3)})
+    tuned = fill(get_peft_model(base, LoraConfig(r=6, lora_alpha=9, target_modules=["conv"])))
+    tuned.save_pretrained(str(tmp_path))
+    write_loralib(read_peft(tmp_path), tmp_path / "adapter.pt")
+    ours = nn.ModuleDict({"conv": lora.Conv1d(6, 4, 3, r=2, lora_alpha=3)})
+    ours.load_state_dict({**base_state(tuned), **loralib_state(tmp_path / "adapter.pt")})
+    x = torch.randn(2, 6, 7)
+    torch.testing.assert_close(ours["conv"](x), tuned.base_model.model["conv"](x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("r", "how"), [(18, {}), (6, {}), (18, {"groups": 2})])
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_a_convolution_that_loralib_cannot_say_is_refused(tmp_path: Path, r: int, how: Any) -> None:
+    base = nn.ModuleDict({"conv": nn.Conv2d(6, 4, 3, **how)})
+    fill(get_peft_model(base, LoraConfig(r=r, target_modules=["conv"]))).save_pretrained(str(tmp_path))
+    with pytest.raises(ModelError, match="no groups, a rank that 9 divides, and an A of 3 equal diagonal"):
+        read_peft(tmp_path)
+
+
+def test_a_convolution_whose_kernel_is_not_known_is_a_question(tmp_path: Path) -> None:
+    file, conv = tmp_path / "a.pt", nn.ModuleDict({"c": loralib.Conv2d(6, 4, 3, r=2)})
+    torch.save(loralib.lora_state_dict(conv, bias="all"), file)
+    with pytest.raises(ConfigError, match="convolution, and the file does not know its kernel"):
+        read_loralib(file, lora_alpha=1)
+    with pytest.raises(ConfigError, match="no layer `d`"):
+        read_loralib(file, lora_alpha=1, kernels={"d": (3, 3)})
+    with pytest.raises(ModelError, match=r"not those of a kernel of 5"):
+        read_loralib(file, lora_alpha=1, kernels={"c": (5, 5)})
+
+
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="adapter_config.json"):
         read_peft(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from phlora import SFTTrainer
 from phlora.data.collate import Collator
 from phlora.errors import ConfigError, NonFiniteError
 from phlora.models.embedded import tiny_phi3
 
+LORA = LoraConfig(r=4, target_modules="all-linear")
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
 
 
-def trainer_for(folder: Path, **settings: Any) -> SFTTrainer:
-    model, tokenizer = tiny_phi3()
+def trainer_for(folder: Path, *, model: Any = None, peft_config: Any = LORA, **settings: Any) -> SFTTrainer:
+    tiny, tokenizer = tiny_phi3()
     args = trl.SFTConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -37,14 +40,40 @@ def trainer_for(folder: Path, **settings: Any) -> SFTTrainer:
     )
     torch.manual_seed(0)
     return SFTTrainer(
-        model=model,
+        model=model or tiny,
         args=args,
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(ROWS[:2]),
-        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+        peft_config=copy.deepcopy(peft_config),
         processing_class=tokenizer,
         data_collator=Collator(tokenizer.pad_token_id),
     )
+
+
+@pytest.mark.parametrize("how", ["config", "model", "bf16"])
+def test_an_adapter_on_a_base_that_transformers_quantised_keeps_its_dtype(
+    tmp_path: Path, model_folder: Path, how: str
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=nf4, device_map="cpu")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    given = base if how == "config" else get_peft_model(base, config)
+    if how == "bf16":
+        for parameter in given.parameters():
+            parameter.data = parameter.data.bfloat16() if parameter.requires_grad else parameter.data
+    before = {name: p.data.clone() for name, p in given.named_parameters() if p.requires_grad}
+    trainer = trainer_for(tmp_path, model=given, peft_config=config if how == "config" else None, max_steps=3)
+
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.bfloat16 if how == "bf16" else torch.float32}
+    if how != "config":
+        assert all(torch.equal(before[name], p) for name, p in trained.items())
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    trainer.train()
+    assert all(not torch.equal(start[name], p) for name, p in trained.items() if "lora_B" in name)
+    first, last = (entry["loss"] for entry in trainer.state.log_history[:3:2])
+    assert last < first
 
 
 class _Poison(trl.trainer.sft_trainer.TrainerCallback):
