@@ -22,11 +22,10 @@ from typing import Any
 
 import bitsandbytes
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from phlora.lora.operands import FrozenWeight
+from phlora.lora import products
+from phlora.lora.fused import frozen_linear
 
 
 class _Dequantized:
@@ -41,11 +40,11 @@ class _Dequantized:
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = self.compute_dtype or x.dtype
         bias = None if bias is None else bias.to(dtype)
-        return F.linear(x.to(dtype), self.dense(dtype), bias).to(x.dtype)
+        return products.linear(x.to(dtype), self.dense(dtype), bias).to(x.dtype)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         dtype = self.compute_dtype or dy.dtype
-        return (dy.to(dtype) @ self.dense(dtype)).to(dy.dtype)
+        return products.matmul(dy.to(dtype), self.dense(dtype)).to(dy.dtype)
 
 
 @dataclass(frozen=True)
@@ -87,29 +86,11 @@ class Int8Weight(_Dequantized):
         return self.codes.to(dtype).mul_(self.scales.to(self.codes.device).div(127).unsqueeze(1))
 
 
-class _FrozenLinear(torch.autograd.Function):
-    """x (..., K), bias (N,) -> (..., N); keeps the operand only."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, operand: FrozenWeight) -> Tensor:
-        ctx.operand, ctx.bias_dtype = operand, None if bias is None else bias.dtype
-        return operand.matmul(x, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        need_x, need_bias, _ = ctx.needs_input_grad
-        dx = ctx.operand.matmul_t(dy) if need_x else None
-        dbias = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if need_bias else None
-        return dx, dbias, None
-
-
 class Linear4bit(bitsandbytes.nn.Linear4bit):
     """bitsandbytes' 4-bit layer, multiplied by as an operand."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _FrozenLinear.apply(x, self.bias, operand(self))
-        return y
+        return frozen_linear(x, operand(self), self.bias)
 
 
 class Linear8bit(bitsandbytes.nn.Linear8bitLt):
@@ -119,8 +100,7 @@ class Linear8bit(bitsandbytes.nn.Linear8bitLt):
     dense_dtype: torch.dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _FrozenLinear.apply(x, self.bias, operand(self))
-        return y
+        return frozen_linear(x, operand(self), self.bias)
 
 
 def linear_nf4(

@@ -37,6 +37,7 @@ from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.errors import ConfigError, ModelError
 from phlora.lora import fused
 from phlora.lora.blocks import RowBlock, rank_slices
+from phlora.lora.frozen import is_plain_linear
 from phlora.lora.operands import FrozenWeight
 
 # PEFT's initialisations that leave the base weight as it is. The others need the changed base again at every load,
@@ -281,7 +282,7 @@ class LoraLinear(peft_lora.Linear):
             return None
         if is_quantized(base):
             return frozen_weight(base)
-        dense = type(base) is nn.Linear and type(base.weight) in (nn.Parameter, Tensor)
+        dense = is_plain_linear(base) and type(base.weight) in (nn.Parameter, Tensor)
         if dense and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
             return base.weight
         return None
@@ -360,7 +361,7 @@ def _initial_pair(
 
 def _fits(layer: peft_lora.Linear) -> bool:
     plain = not layer.lora_variant and not layer.fan_in_fan_out and not layer.merged
-    return plain and (type(layer.base_layer) is nn.Linear or is_quantized(layer.base_layer))
+    return plain and (is_plain_linear(layer.base_layer) or is_quantized(layer.base_layer))
 
 
 def _is_untouched(module: nn.Module) -> bool:

@@ -6,8 +6,9 @@
 with `x̃ = dropout(x)`. Each `+=` is done by the product itself, in place (addmm_), and `g` is formed once.
 
 Kept for backward are `x (T, K)` and `u (T, ΣR)` only: no dropped-out copy and no mask
-(the seed is kept and the mask drawn again), no scaled or summed copy of `(T, N)`. A frozen weight gets no
-gradient product, an input that needs no gradient none either.
+(the seed is kept and the mask drawn again), no scaled or summed copy of `(T, N)`. Where `x` came with a recipe, its
+ingredients are kept in its place. A frozen weight gets no gradient product, an input that needs no gradient none
+either.
 
 Leaves out: double backward (an error from torch), forward-mode differentiation, vmap. While torch.compile
 traces, the reference formulas stand in: the compiler plans memory and redraws dropout masks itself.
@@ -29,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from phlora.lora import functional, products
 from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.operands import DenseWeight, FrozenWeight
+from phlora.lora.recipes import Recipe, recipe_of
 
 
 def lora_linear(
@@ -71,8 +73,16 @@ def lora_blocks(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     dense, operand = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     y: Tensor = _LoraBlocks.apply(  # type: ignore[no-untyped-call]
-        x, dense, bias, lora_A, operand, tuple(blocks), dropout, autocast, *lora_B
+        x, dense, bias, lora_A, operand, tuple(blocks), dropout, autocast, recipe_of(x), *lora_B
     )
+    return y
+
+
+def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
+    """`y = x Wᵀ + bias` that keeps nothing for backward but the weight: (..., K) -> (..., N)."""
+    if not torch.is_grad_enabled():
+        return weight.matmul(x, bias)
+    y: Tensor = _FrozenLinear.apply(x, bias, weight)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -118,6 +128,7 @@ class _LoraBlocks(torch.autograd.Function):
         blocks: tuple[RowBlock, ...],
         dropout: float,
         autocast: bool,
+        recipe: Recipe | None,
         *lora_B: Tensor,
     ) -> Tensor:
         with _without_autocast(x.device.type):
@@ -134,11 +145,13 @@ class _LoraBlocks(torch.autograd.Function):
                 y[:, block.rows].addmm_(u[:, columns], B.to(x.dtype).t(), alpha=block.scaling / keep)
 
         _, need_weight, _, need_A = ctx.needs_input_grad[:4]
-        need_B = any(ctx.needs_input_grad[8:])
+        need_B = any(ctx.needs_input_grad[9:])
+        kept: tuple[Tensor, ...] = ()
+        if need_A or need_weight:
+            kept = recipe.ingredients if recipe else (x,)
         # The seed is saved as a tensor, so that checkpointing replaces it together with the `u` made with it.
-        ctx.save_for_backward(
-            x if need_A or need_weight else None, u if need_B else None, seed, weight, lora_A, *lora_B
-        )
+        ctx.save_for_backward(u if need_B else None, seed, weight, lora_A, *lora_B, *kept)
+        ctx.make_x = recipe.make if recipe else None
         # A dense weight goes through save_for_backward only, where torch notices if it is overwritten.
         ctx.operand = operand if weight is None else None
         ctx.blocks, ctx.dropout, ctx.bias_dtype = blocks, dropout, None if bias is None else bias.dtype
@@ -149,13 +162,15 @@ class _LoraBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, seed, weight, lora_A, *lora_B = ctx.saved_tensors
+        u, seed, weight, lora_A, *rest = ctx.saved_tensors
+        lora_B, kept = rest[: len(ctx.blocks)], rest[len(ctx.blocks) :]
         need_x, need_weight, need_bias, need_A = ctx.needs_input_grad[:4]
-        need_B = ctx.needs_input_grad[8:]
+        need_B = ctx.needs_input_grad[9:]
         blocks, keep = ctx.blocks, _share_kept(ctx.dropout)
         dx = dA = None
         with _without_autocast(dy.device.type):
             leading, dy = dy.shape[:-1], _flat(dy).contiguous()
+            x = _flat(ctx.make_x(*kept) if ctx.make_x else kept[0]) if kept else None
             if need_x or need_A:
                 g = _rank_gradient(dy, lora_B, blocks, keep)
                 shape = len(dy), lora_A.shape[1]
@@ -164,12 +179,30 @@ class _LoraBlocks(torch.autograd.Function):
                 operand = ctx.operand if weight is None else DenseWeight(weight.to(dy.dtype))
                 dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(dy.dtype), mask).view(*leading, shape[1])
             if need_A:
-                dropped = _flat(x) if mask is None else mask.mul_(_flat(x))
+                dropped = x if mask is None else mask.mul_(x)
                 dA = products.matmul(g.t(), dropped).to(lora_A.dtype)
             dB = _up_gradients(dy, u, lora_B, blocks, keep, need_B)
-            dW = products.matmul(dy.t(), _flat(x)).to(weight.dtype) if need_weight else None
+            dW = products.matmul(dy.t(), x).to(weight.dtype) if need_weight else None
             dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
-        return dx, dW, dbias, dA, None, None, None, None, *dB
+        return dx, dW, dbias, dA, None, None, None, None, None, *dB
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """x (..., K), bias (N,) -> (..., N); keeps the operand only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, operand: FrozenWeight) -> Tensor:
+        ctx.operand, ctx.bias_dtype = operand, None if bias is None else bias.dtype
+        return operand.matmul(x, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_bias, _ = ctx.needs_input_grad
+        flat_dy = _flat(dy).contiguous()
+        dx = ctx.operand.matmul_t(flat_dy).view(*dy.shape[:-1], -1) if need_x else None
+        dbias = flat_dy.sum(0).to(ctx.bias_dtype) if need_bias else None
+        return dx, dbias, None
 
 
 def _rank_gradient(dy: Tensor, lora_B: Sequence[Tensor], blocks: Sequence[RowBlock], keep: float) -> Tensor:

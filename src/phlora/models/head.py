@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from phlora.errors import ModelError
+from phlora.lora.frozen import is_plain_linear
 from phlora.models.attention import segment_inputs
 
 IGNORED = -100
@@ -109,7 +110,7 @@ def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: int
     """Losses and hits (S,) of hidden states (S, D) and their targets (S,)."""
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         return _in_chunks(_chunk_losses, head, hidden, targets, chunk)
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+    if is_plain_linear(head) and not any(p.requires_grad for p in head.parameters()):
         return _FrozenHeadLosses.apply(hidden, targets, head, chunk)
     return _in_chunks(_recomputed_chunk_losses, head, hidden, targets, chunk)
 

@@ -1,0 +1,38 @@
+"""Linear layers whose weight does not train."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from phlora.lora.fused import frozen_linear
+from phlora.lora.operands import DenseWeight
+
+
+class FrozenLinear(nn.Linear):
+    """`y = x Wᵀ + b` with a frozen weight: keeps nothing for backward but that weight.
+
+    Made from an `nn.Linear` by exchanging the class, and back the same way. With a weight that trains, under autocast
+    and while torch.compile traces it computes as `nn.Linear` does.
+    """
+
+    label: ClassVar[str] = "frozen linears"
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether this layer has a plain weight that is frozen."""
+        weight = module.weight
+        return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.requires_grad
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.dtype == self.weight.dtype and not self.weight.requires_grad
+        if not plain or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return super().forward(x)
+        return frozen_linear(x, DenseWeight(self.weight), self.bias)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer is `nn.Linear` or its frozen form, and no other kind of it."""
+    return type(module) in (nn.Linear, FrozenLinear)

@@ -1,0 +1,305 @@
+"""The speed pass over a loaded model: what its layers compute stays, what they keep and touch on the way shrinks.
+
+Legend: `T` tokens (any leading dimensions), `D` model width, `I` width inside the MLP, `H` query heads, `G` kv heads,
+`E` head width.
+
+Chosen once, after the adapter is in place, and undone by `slow_down`. The classes of modules are exchanged, never
+their parameters, hooks or names, so that whatever holds them (PEFT, an optimizer, a checkpoint) sees no difference.
+
+- `FrozenLinear`: a frozen linear layer keeps nothing for backward but its weight.
+- `LeanRMSNorm`: keeps its input and one number per token. Its output carries the recipe (`lora.recipes`), so that a
+  LoRA layer behind it keeps nothing more.
+- `LeanMLP`: keeps the output of gate_up and nothing else of width I; the gated product is made again for `down_proj`.
+- `LeanAttention`: q, k and v are rotated and laid out in one pass and the fused qkv is let go.
+
+All compute with torch's own operations on any device, in the same precision as the layers that they stand for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.models.phi3.modeling_phi3 import (
+    ALL_ATTENTION_FUNCTIONS,
+    Phi3Attention,
+    Phi3MLP,
+    Phi3RMSNorm,
+    eager_attention_forward,
+)
+
+from phlora.lora import products
+from phlora.lora.frozen import FrozenLinear
+from phlora.lora.recipes import Recipe, attach_recipe
+
+# glibc's names for what it gives back to the system, and from which size on it asks the system for each piece anew.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NEVER_TRIM, _LARGEST_KEPT = 2**31 - 1, 2**30
+
+
+@dataclass(frozen=True)
+class SpeedPass:
+    """What was chosen for a model on this machine.
+
+    Attributes:
+        layers: name of the replacement -> how many layers it stands for.
+        products: the library that multiplies matrices.
+        threads: threads of a product on the CPU.
+        keeps_memory: whether freed memory is kept for the next step instead of being given back to the system.
+    """
+
+    layers: dict[str, int]
+    products: str
+    threads: int
+    keeps_memory: bool
+
+    def describe(self) -> str:
+        """One line for the log."""
+        layers = ", ".join(f"{count} {name}" for name, count in self.layers.items()) or "no layers replaced"
+        memory = ", freed memory kept" if self.keeps_memory else ""
+        return f"{layers}; products by {self.products}, {self.threads} threads{memory}"
+
+
+def speed_pass(model: nn.Module) -> SpeedPass:
+    """Exchange the layers of a model, with its adapters in place, for their lean forms; see the module.
+
+    Call it once the parameters that train are known: a layer whose own weight trains is left as it is.
+    """
+    replaced: Counter[str] = Counter()
+    for module in model.modules():
+        lean = _LEAN.get(type(module))
+        if lean is not None and lean.fits(module):
+            module.__class__ = lean
+            replaced[lean.label] += 1
+    device = next(model.parameters()).device
+    return SpeedPass(
+        layers=dict(replaced),
+        products=products.backend(device),
+        threads=torch.get_num_threads(),
+        keeps_memory=device.type == "cpu" and keep_freed_memory(),
+    )
+
+
+def slow_down(model: nn.Module) -> nn.Module:
+    """Undo `speed_pass` on the layers; the same model."""
+    originals = {lean: original for original, lean in _LEAN.items()}
+    for module in model.modules():
+        module.__class__ = originals.get(type(module), type(module))
+    return model
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory for reuse, for the rest of the process; whether it could be told to.
+
+    A training step frees and asks for the same large buffers over and over. By default glibc returns them to the
+    system, which hands them out again page by page, cleared: measured at 8 % of a step.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM))
+
+
+def ask_for_huge_pages() -> None:
+    """Let torch back its large CPU tensors with huge pages; works only before torch is imported."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+class LeanRMSNorm(Phi3RMSNorm):
+    """`y = w · x / sqrt(mean(x²) + eps)`, the mean in fp32, over the last dimension."""
+
+    label = "RMS norms"
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return not module.weight.requires_grad
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _is_recorded(x) or self.weight.requires_grad:
+            return super().forward(x)
+        y, rstd = _RMSNorm.apply(x, self.weight, self.variance_epsilon)
+        return attach_recipe(y, Recipe(_normalize, (x.detach(), rstd, self.weight)))
+
+
+class LeanMLP(Phi3MLP):
+    """`down(up · silu(gate))` with `gate, up` the halves of `gate_up(x)`."""
+
+    label = "gated MLPs"
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return module.config.hidden_act in ("silu", "swish")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj(hidden_states)
+        if not _is_recorded(gate_up):
+            return self.down_proj(_gate(gate_up))
+        product = _Gate.apply(gate_up)
+        return self.down_proj(attach_recipe(product, Recipe(_gate, (gate_up.detach(),))))
+
+
+class LeanAttention(Phi3Attention):
+    """Phi-3's attention; differs from it in how q, k and v come out of the fused projection, in training."""
+
+    label = "attentions"
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if past_key_values is not None or not recorded:
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+            )
+        q, k, v = _SplitAndRotate.apply(
+            self.qkv_proj(hidden_states), *position_embeddings, self.num_key_value_heads, self.head_dim
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=getattr(self.config, "sliding_window", None),
+            **kwargs,
+        )
+        return self.o_proj(output.flatten(-2)), weights
+
+
+_LEAN: dict[type[nn.Module], Any] = {
+    nn.Linear: FrozenLinear,
+    Phi3RMSNorm: LeanRMSNorm,
+    Phi3MLP: LeanMLP,
+    Phi3Attention: LeanAttention,
+}
+
+
+def _is_recorded(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+
+
+def _normalize(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    return weight * (x.float() * rstd).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x (..., D), weight (D,) frozen -> y (..., D) and 1 / rms (..., 1) in fp32.
+
+    With `n = x · rstd` and `c = w · dy`: `dx = rstd · (c - n · mean(c · n))`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        wide = x.float()
+        rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.mark_non_differentiable(rstd)
+        return _normalize(x, rstd, weight), rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        c, n = dy.float() * weight.float(), x.float() * rstd
+        mean = (c * n).mean(-1, keepdim=True)
+        return c.addcmul_(n, mean, value=-1).mul_(rstd).to(x.dtype), None, None
+
+
+def _gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class _Gate(torch.autograd.Function):
+    """gate_up (..., 2I) -> `up · silu(gate)` (..., I); the gradient is written into one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _gate(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        gradient = torch.empty_like(gate_up)
+        d_gate, d_up = gradient.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=d_gate)
+        return gradient
+
+
+class _SplitAndRotate(torch.autograd.Function):
+    """qkv (B, T, (H + 2G) E), cos and sin (B, T, R) with R <= E -> q (B, H, T, E), k and v (B, G, T, E).
+
+    Rotary embedding of the first R numbers of each head: `x cos + (-x₂, x₁) sin` for halves `x₁, x₂`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_kv_heads: int, head_dim: int
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.num_kv_heads = num_kv_heads
+        q, k, v = _heads(qkv, num_kv_heads, head_dim)
+        rotated = (_rotate(x, cos, sin, direction=1) for x in (q, k))
+        # Gaps between the rows of v would keep the whole of qkv.
+        return tuple(x.transpose(1, 2) for x in (*rotated, v.contiguous()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dq, dk, dv = (x.transpose(1, 2) for x in gradients)
+        num_heads = dq.shape[2] + 2 * ctx.num_kv_heads
+        d_qkv = dq.new_empty(*dq.shape[:2], num_heads * dq.shape[3])
+        q, k, v = _heads(d_qkv, ctx.num_kv_heads, dq.shape[3])
+        _rotate(dq, cos, sin, direction=-1, out=q)
+        _rotate(dk, cos, sin, direction=-1, out=k)
+        v.copy_(dv)
+        return d_qkv, None, None, None, None
+
+
+def _heads(qkv: Tensor, num_kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """Views of q (B, T, H, E), k and v (B, T, G, E)."""
+    heads = qkv.unflatten(-1, (-1, head_dim))
+    return heads.split([heads.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, direction: int, out: Tensor | None = None) -> Tensor:
+    """The rotary embedding of x (B, T, heads, E), or with direction -1 its transpose, which is its inverse too."""
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    width, half = cos.shape[-1], cos.shape[-1] // 2
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    torch.mul(x[..., :width], cos, out=out[..., :width])
+    # The transpose takes the other half of sin along with the sign.
+    first, second = (sin[..., :half], sin[..., half:])[::direction]
+    out[..., :half].addcmul_(x[..., half:width], first, value=-direction)
+    out[..., half:width].addcmul_(x[..., :half], second, value=direction)
+    out[..., width:] = x[..., width:]
+    return out
