@@ -307,6 +307,15 @@ class ChatTemplate:
         tokens = sorted(self.control_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
+    def has_control(self, content: str) -> bool:
+        """Whether a content spells out a control token."""
+        # Control tokens mostly begin alike, and most contents hold no such character at all.
+        return self._control_start in content and self.control_pattern.search(content) is not None
+
+    @cached_property
+    def _control_start(self) -> str:
+        return os.path.commonprefix(sorted(self.control_tokens))
+
     @cached_property
     def _control_split(self) -> re.Pattern[str]:
         return re.compile(f"({self.control_pattern.pattern})")
