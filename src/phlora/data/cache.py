@@ -1,10 +1,10 @@
 """Keeps token rows between runs, so that rows that were tokenised once are not tokenised again.
 
-An entry is one safetensors file: the arrays of a `TokenTable`, and in its metadata what was left out, cut and noted,
-and a checksum of it all. Its name is a digest of everything that decides the tokens: the rows and where they stand,
-the chat template, the tokenizer, the settings and the code that puts them together. Entries are mapped into memory, appear by one rename, and
-whatever cannot be read as one is taken for absent. When the folder grows too large the entries that were not used
-for longest go first.
+An entry is one safetensors file: the arrays of a `TokenTable`, and in its metadata what was left out, cut and
+noted, and a checksum of it all. Its name is a digest of everything that decides the tokens: the rows and where
+they stand, the chat template, the tokenizer, the settings and the code that puts them together. Entries are
+mapped into memory, appear by one rename, and whatever cannot be read as one is taken for absent. When the folder
+grows too large the entries that were not used for longest go first.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class TokenCache:
         path = self.folder / f"{key}{_SUFFIX}"
         try:
             found = _read(path)
-            os.utime(path)  # used now: `save` removes what was not
         except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
             return None
+        with contextlib.suppress(OSError):
+            os.utime(path)  # used now: `save` removes what was not
         return found
 
     def save(self, key: str, tokenized: TokenizedSet) -> None:
@@ -88,15 +89,16 @@ class TokenCache:
                 file.unlink(missing_ok=True)
 
 
-def token_key(rows: Selection, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> str:
+def token_key(rows: Selection, tokenizer_digest: bytes, settings: Mapping[str, Any]) -> str:
     """The name of an entry: equal exactly where rows, tokenizer, template and settings are.
 
     Args:
+        tokenizer_digest: see `digest_tokenizer`.
         settings: the arguments of `tokenize_rows` that decide the tokens, as plain values.
     """
     digest = hashlib.sha256()
     survey = rows.survey
-    for part in (*rows.digests(), _tokenizer_state(tokenizer), json.dumps(survey.files).encode()):
+    for part in (*rows.digests(), tokenizer_digest, json.dumps(survey.files).encode()):
         digest.update(part)
     numbers = np.asarray(rows.numbers, dtype=np.int64)
     for places in (survey.lines, survey.file_numbers):
@@ -108,19 +110,18 @@ def token_key(rows: Selection, tokenizer: Tokenizer, settings: Mapping[str, Any]
     return digest.hexdigest()[:32]
 
 
-def _tokenizer_state(tokenizer: Tokenizer) -> bytes:
+def digest_tokenizer(tokenizer: Tokenizer) -> bytes:
     """A digest of all that a fast tokenizer is made of, its chat template included."""
-    # Encoding writes truncation and padding into the state; rows are encoded without either.
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["truncation"] = state["padding"] = None
+    state = tokenizer.backend_tokenizer.to_str()
+    # What stands before the tokens is changed by encoding: truncation and padding, which rows are encoded without.
+    _, _, state = state.partition('"added_tokens"')
     named = [
         type(tokenizer).__name__,
         tokenizer.chat_template,
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
     ]
-    content = json.dumps([state, named], sort_keys=True, default=str)
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256((json.dumps(named) + state).encode("utf-8", "surrogatepass")).digest()
 
 
 # ------------------------------------------------------------------------------------------------ one entry

@@ -15,7 +15,7 @@ from typing import Any
 
 from phlora.adapters.attach import AdapterSummary
 from phlora.config import DataFile, RunConfig, Speed, build_config
-from phlora.data.cache import TokenCache, token_key
+from phlora.data.cache import TokenCache, digest_tokenizer, token_key
 from phlora.data.formats import Origin, Row, Selection, Survey, fingerprint_of, split_keys, survey_rows
 from phlora.data.packing import TokenSequences, share_prefixes
 from phlora.data.table import TokenTable
@@ -181,11 +181,9 @@ def prepare_data(
         DataError: the data cannot be used, or most of it would be dropped.
     """
     train_rows, held_out_rows, formats = _both_sides(config, objects, settings, display)
+    tokenize = _tokenizing(config, tokenizer, settings, display)
     with display.progress("Tokenising", len(train_rows) + len(held_out_rows)) as progress:
-        train, held_out = (
-            _tokenized(rows, config, tokenizer, settings, display, progress)
-            for rows in (train_rows, held_out_rows)
-        )
+        train, held_out = (tokenize(rows, progress) for rows in (train_rows, held_out_rows))
     for tokenized, name in ((train, "training"), (held_out, "held-out")):
         _tell_cuts(tokenized, name, settings, display)
     kept = {held_out.rows.origin(number) for number in range(len(held_out.rows))}
@@ -226,35 +224,36 @@ def _both_sides(
     return train, held_out_rows, survey.formats
 
 
-def _tokenized(
-    rows: Selection,
-    config: RunConfig,
-    tokenizer: LoadedTokenizer,
-    settings: Settings,
-    display: Display,
-    progress: Callable[[int], None],
-) -> TokenizedSet:
-    """The rows as tokens, from the cache where the same rows were tokenised in the same way before."""
-    if not len(rows):
-        return TokenizedSet.empty()
+def _tokenizing(
+    config: RunConfig, tokenizer: LoadedTokenizer, settings: Settings, display: Display
+) -> Callable[[Selection, Callable[[int], None]], TokenizedSet]:
+    """A function of (rows, progress) that gives their tokens, from the cache where it has them."""
     options: dict[str, Any] = {
         "train_on": config.data.train_on,
         "max_length": settings.args.max_length,
         "too_long": config.data.too_long,
         "training_template": tokenizer.training_template,
     }
-    if not config.data.cache:
-        return tokenize_rows(rows, tokenizer.tokenizer, **options, progress=progress)
     cache = TokenCache(cache_root() / "tokens")
-    key = token_key(rows, tokenizer.tokenizer, options)
-    found = cache.load(key)
-    if found is not None:
-        display.note(f"{len(rows):,} rows: tokens from cache ({cache.folder})")
-        progress(len(rows))
-        return found
-    tokenized = tokenize_rows(rows, tokenizer.tokenizer, **options, progress=progress)
-    cache.save(key, tokenized)
-    return tokenized
+    # `tokenize_rows` says what is wrong with a slow tokenizer.
+    use_cache = config.data.cache and tokenizer.tokenizer.is_fast
+    tokenizer_digest = digest_tokenizer(tokenizer.tokenizer) if use_cache else b""
+
+    def tokenize(rows: Selection, progress: Callable[[int], None]) -> TokenizedSet:
+        if not len(rows):
+            return TokenizedSet.empty()
+        key = token_key(rows, tokenizer_digest, options) if use_cache else ""
+        found = cache.load(key) if key else None
+        if found is not None:
+            display.note(f"{len(rows):,} rows: tokens from cache ({cache.folder})")
+            progress(len(rows))
+            return found
+        tokenized = tokenize_rows(rows, tokenizer.tokenizer, **options, progress=progress)
+        if key:
+            cache.save(key, tokenized)
+        return tokenized
+
+    return tokenize
 
 
 def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings) -> Plan:
