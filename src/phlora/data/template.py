@@ -57,6 +57,7 @@ class Rendering:
         ends: per message the character after its end-of-turn token (its content's end when there is none).
         notes: kinds of things a person should know: `system_folded, content_altered, missing_end_token,
             tools_not_rendered, default_system`.
+        frame: what the contents were put into, where the rendering was joined rather than rendered.
     """
 
     text: str
@@ -64,6 +65,7 @@ class Rendering:
     spans: Sequence[Span | None]
     ends: Sequence[int]
     notes: frozenset[str]
+    frame: Frame | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,8 @@ class _Skeleton:
     order: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
+@dataclass(frozen=True)
+class Frame:
     """A skeleton in which every message stands once and in order.
 
     `tails` are the characters after each content that belong to its turn's end.
@@ -92,7 +94,7 @@ class _Frame:
         borders = list(accumulate(map(len, parts)))
         spans = list(zip(borders[::2], borders[1::2], strict=True))
         ends = [span[1] + tail for span, tail in zip(spans, self.tails, strict=True)]
-        return Rendering("".join((*parts, self.literals[-1])), messages, spans, ends, self.notes)
+        return Rendering("".join((*parts, self.literals[-1])), messages, spans, ends, self.notes, self)
 
 
 @dataclass
@@ -107,7 +109,7 @@ class ChatTemplate:
     tokenizer: Tokenizer
     template: str | None = None
     _skeletons: dict[Any, _Skeleton] = field(default_factory=dict, repr=False)
-    _frames: dict[Any, _Frame | None] = field(default_factory=dict, repr=False)
+    _frames: dict[Any, Frame | None] = field(default_factory=dict, repr=False)
     _folds_system: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +172,7 @@ class ChatTemplate:
         known = self._frames[key]
         return known.fill(messages) if known else self._render_really(messages, tools, generation)
 
-    def _frame(self, messages: Sequence[Message], generation: bool) -> _Frame | None:
+    def _frame(self, messages: Sequence[Message], generation: bool) -> Frame | None:
         """The frame of chats of this shape; None where a message has no place or more than one."""
         skeleton = self._skeleton(messages, None, generation)
         if skeleton.order != tuple(range(len(messages))):
@@ -188,7 +190,7 @@ class ChatTemplate:
             notes.add("missing_end_token")
         if messages[0]["role"] != "system" and self.default_system:
             notes.add("default_system")
-        return _Frame(skeleton.literals, tuple(tails), frozenset(notes))
+        return Frame(skeleton.literals, tuple(tails), frozenset(notes))
 
     def _render_really(
         self, messages: Sequence[Message], tools: list[Any] | None, generation: bool
