@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress, count
 from typing import Any, overload
 
 import numpy as np
@@ -149,11 +148,6 @@ class TableBuilder:
             cuts=_view(self.cuts, np.int32),
             files=tuple(self.files),
         )
-
-
-def origins_where(table: TokenTable, chosen: Iterable[Any]) -> list[Origin]:
-    """The origins of the rows whose entry in `chosen` is not zero."""
-    return [table.origin(number) for number in compress(count(), chosen)]
 
 
 def _view(values: array[Any] | bytearray, kind: type[Any]) -> Array:

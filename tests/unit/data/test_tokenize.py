@@ -212,7 +212,7 @@ def test_the_common_templates_need_no_offsets(family, monkeypatch):
 
 @pytest.mark.parametrize("record", [RECORDS["text"], RECORDS["messages"]], ids=["text", "chat"])
 def test_nothing_else_asks_the_tokenizer_while_it_encodes(record, monkeypatch):
-    """The Rust tokenizer refuses to be set up while it encodes on another thread."""
+    """Rust tokenizers refuse to be set up, or change what they do, while they encode on another thread."""
     monkeypatch.setattr("phlora.data.tokenize.BATCH_ROWS", 8)
     rows = load_rows([record(" ".join(LANGUAGES.values()) * 20) for _ in range(120)]).rows
     tokenizer = _tokenizer("llama2" if record is RECORDS["text"] else "chatml")
