@@ -417,9 +417,11 @@ class ChatTemplate:
         return bool(self.__dict__["reads_tools"])
 
 
-# What a template may be made of for its contents to be sure to be written as they are.
+# The function by which templates ask for the date.
+CLOCK = "strftime_now"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _END_GENERATION = re.compile(r"\{%-?\s*endgeneration\s*-?%\}")
+# What a template may be made of for its contents to be sure to be written as they are.
 _STATEMENTS = (nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Assign)
 
 
@@ -452,7 +454,7 @@ def _is_harmless(node: nodes.Node, parents: dict[nodes.Node, nodes.Node], items:
         while isinstance(parent, nodes.Add | nodes.Concat):
             parent = parents[parent]
         return isinstance(parent, nodes.Output)
-    if key in ("previtem", "nextitem") or (isinstance(node, nodes.Name) and node.name == "self"):
+    if key in ("previtem", "nextitem") or _is_name(node, "self") or _is_name(node, CLOCK):
         return False
     if _is_name(node, "messages"):
         parent = parents[node]
