@@ -18,6 +18,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors.numpy import save_file
 
 from phlora.data.formats import Origin, Problem, Selection
 from phlora.data.table import Array, TokenTable
-from phlora.data.template import Tokenizer
+from phlora.data.template import CLOCK, Tokenizer
 from phlora.data.tokenize import Skipped, TokenizedSet
 
 MAX_BYTES = 2_000_000_000
@@ -115,12 +116,10 @@ def digest_tokenizer(tokenizer: Tokenizer) -> bytes:
     state = tokenizer.backend_tokenizer.to_str()
     # What stands before the tokens is changed by encoding: truncation and padding, which rows are encoded without.
     _, _, state = state.partition('"added_tokens"')
-    named = [
-        type(tokenizer).__name__,
-        tokenizer.chat_template,
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-    ]
+    template = tokenizer.chat_template
+    named = [type(tokenizer).__name__, template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if CLOCK in str(template):
+        named.append(str(date.today()))  # the template may write it into every chat
     return hashlib.sha256((json.dumps(named) + state).encode("utf-8", "surrogatepass")).digest()
 
 

@@ -104,6 +104,19 @@ def test_encoding_does_not_change_the_key():
     assert _key(tokenizer=tokenizer) == before
 
 
+def test_a_template_that_writes_the_date_has_tokens_for_each_day(monkeypatch):
+    class Tomorrow:
+        @staticmethod
+        def today():
+            return "tomorrow"
+
+    dated, plain = phi3_tokenizer("{{ strftime_now('%d') }}" + CHATML), phi3_tokenizer()
+    before = [_key(tokenizer=tokenizer) for tokenizer in (dated, plain)]
+    monkeypatch.setattr("phlora.data.cache.date", Tomorrow)
+    after = [_key(tokenizer=tokenizer) for tokenizer in (dated, plain)]
+    assert before[0] != after[0] and before[1] == after[1]
+
+
 def test_the_same_rows_in_another_file_are_named_after_it(tmp_path):
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for path in paths:

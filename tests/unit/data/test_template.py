@@ -122,6 +122,7 @@ def test_a_template_that_is_not_what_its_syntax_shows_is_rendered_from_then_on(m
         ("{% for m in messages %}{% filter trim %}{{ m.content }}{% endfilter %}{% endfor %}", False),
         ("{% macro f(x) %}{{ x }}{% endmacro %}{% for m in messages %}{{ f(m.content) }}{% endfor %}", False),
         ("{{ messages[0]['content'] }}{% for m in messages %}{{ m.content }}{% endfor %}", False),
+        ("{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", False),
         ("{{ messages }}", False),
         ("{% unknown %}", False),
     ],
