@@ -83,6 +83,9 @@ class DataConfig:
         default="truncate_history",
         metadata={"help": "for rows over max_length: drop the oldest turns, the row, or stop"},
     )
+    cache: bool = field(
+        default=True, metadata={"help": "keep tokenised rows in the cache folder for the next start"}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

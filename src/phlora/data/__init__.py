@@ -3,7 +3,9 @@
     sources.py    files, folders and hub data sets -> records, with the line that each came from
     formats.py    records of every common schema -> Row; duplicates, fingerprints and the eval split
     template.py   what a chat template does to each message; where its text stands in the rendering
+    table.py      token rows as flat arrays
     tokenize.py   Row -> input_ids, labels and weights; what was dropped or cut, and why
+    cache.py      token rows kept between runs
     packing.py    which rows share one sequence
     collate.py    rows -> tensors
     checks.py     everything wrong with a file, in one pass

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from phlora.config import TooLong, TrainOn
-from phlora.data.formats import Loaded, Message, Origin, Problem, Row, Source, load_rows, row_key
+from phlora.data.formats import Message, Origin, Problem, Row, Source, Survey, survey_rows
 from phlora.data.template import Tokenizer
 from phlora.data.tokenize import (
     IGNORED,
@@ -149,18 +149,26 @@ def check(
     Raises:
         DataError: a source that cannot be read at all or is empty.
     """
-    loaded = load_rows(sources, format=format, on_bad="collect")
-    held_out = load_rows(eval_sources, format=format, on_bad="collect") if eval_sources is not None else None
-    problems = [*loaded.problems, *(held_out.problems if held_out else ())]
-    for row in [*loaded.rows, *(held_out.rows if held_out else ())]:
-        problems += _structure(row, train_on)
-    duplicates = _duplicates(loaded.rows)
-    leaked = _leaked(loaded.rows, held_out.rows if held_out else ())
+    structural: list[Problem] = []
+
+    def survey(sources: Source | Sequence[Source]) -> Survey:
+        return survey_rows(
+            sources,
+            format=format,
+            on_bad="collect",
+            inspect=lambda row: structural.extend(_structure(row, train_on)),
+        )
+
+    found = survey(sources)
+    held_out = survey(eval_sources) if eval_sources is not None else None
+    problems = [*found.problems, *(held_out.problems if held_out else ()), *structural]
+    duplicates = _duplicates(found)
+    leaked = _leaked(found, held_out) if held_out else []
     tokenized = None
-    if tokenizer is not None and loaded.rows:
+    if tokenizer is not None and len(found):
         # A row over max_length is a finding here, whatever training would do about it.
         tokenized = tokenize_rows(
-            loaded.rows,
+            found.all(),
             tokenizer,
             train_on=train_on,
             max_length=max_length,
@@ -171,7 +179,7 @@ def check(
         )
         problems += _token_problems(tokenized, is_error=too_long == "error")
     merged = _merge([*problems, *duplicates, *leaked])
-    return _report(loaded, tokenized, merged, num_duplicates=len(duplicates), num_leaked=len(leaked))
+    return _report(found, tokenized, merged, num_duplicates=len(duplicates), num_leaked=len(leaked))
 
 
 def preview(
@@ -263,22 +271,24 @@ def _warning(kind: str, message: str, row: Row) -> Problem:
     return Problem(kind, "warning", message, (row.origin,))
 
 
-def _duplicates(rows: Sequence[Row]) -> list[Problem]:
-    first: dict[str, Origin] = {}
+def _duplicates(survey: Survey) -> list[Problem]:
+    seen: set[bytes] = set()
     found = []
-    for row in rows:
-        origin = first.setdefault(row_key(row), row.origin)
-        if origin is not row.origin:
-            found.append(_warning("duplicate", "The row repeats an earlier one", row))
+    for number, key in enumerate(survey.keys):
+        if key in seen:
+            origins = (survey.origin(number),)
+            found.append(Problem("duplicate", "warning", "The row repeats an earlier one", origins))
+        seen.add(key)
     return found
 
 
-def _leaked(train: Sequence[Row], held_out: Sequence[Row]) -> list[Problem]:
-    keys = {row_key(row) for row in train} if held_out else set()
+def _leaked(train: Survey, held_out: Survey) -> list[Problem]:
+    keys = set(train.keys)
+    message = "The held-out row also stands in the training data"
     return [
-        _warning("leaked_eval_row", "The held-out row also stands in the training data", row)
-        for row in held_out
-        if row_key(row) in keys
+        Problem("leaked_eval_row", "warning", message, (held_out.origin(number),))
+        for number, key in enumerate(held_out.keys)
+        if key in keys
     ]
 
 
@@ -321,7 +331,7 @@ def _merge(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 
 def _report(
-    loaded: Loaded,
+    survey: Survey,
     tokenized: TokenizedSet | None,
     problems: tuple[Problem, ...],
     *,
@@ -329,20 +339,20 @@ def _report(
     num_leaked: int,
 ) -> CheckReport:
     unreadable = {
-        origin for problem in loaded.problems if problem.severity == "error" for origin in problem.origins
+        origin for problem in survey.problems if problem.severity == "error" for origin in problem.origins
     }
     unanswered = {origin for problem in problems if problem.kind == "no_answer" for origin in problem.origins}
-    num_usable = sum(row.origin not in unanswered for row in loaded.rows)
+    num_usable = sum(origin not in unanswered for origin in survey.all().origins())
     return CheckReport(
         problems=problems,
-        formats=loaded.formats,
-        num_rows=len(loaded.rows) + len(unreadable),
+        formats=survey.formats,
+        num_rows=len(survey) + len(unreadable),
         num_usable_rows=len(tokenized.rows) if tokenized else num_usable,
         num_tokens=tokenized.num_tokens if tokenized else None,
         num_trained_tokens=tokenized.num_trained_tokens if tokenized else None,
         num_duplicates=num_duplicates,
         num_leaked_eval_rows=num_leaked,
-        lengths=histogram([len(row.input_ids) for row in tokenized.rows]) if tokenized else (),
+        lengths=histogram(tokenized.rows.lengths.tolist()) if tokenized else (),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from phlora.data.packing import share_prefixes
-from phlora.data.tokenize import IGNORED, TokenizedRow
+from phlora.data.table import IGNORED, TokenizedRow
 
 Feature: TypeAlias = TokenizedRow | Mapping[str, Any]
 Batch: TypeAlias = dict[str, Any]

@@ -12,9 +12,10 @@ import json
 import math
 import random
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -54,6 +55,8 @@ PAIRS = (
     ("human", "assistant"),
 )
 NUM_ROWS_FOR_DETECTION = 64
+DIGEST_BYTES = 16
+_CONTENT = json.JSONEncoder(sort_keys=True, default=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,82 @@ class Loaded:
     rows: list[Row]
     problems: list[Problem]
     formats: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one reading of all sources found. The rows are not kept: they are read again when they are needed.
+
+    Attributes:
+        sources, format: what was read, and as which schema.
+        keys: `row_key` of each row, as bytes.
+        digests: `row_digest` of each row, one after the other.
+        lines, file_numbers: where each row stands; `files` are the names that the numbers count.
+        problems: what was wrong with other rows.
+        formats: the schema of each source.
+    """
+
+    sources: list[Source]
+    format: str
+    keys: list[bytes]
+    digests: bytearray
+    lines: array[int]
+    file_numbers: array[int]
+    files: tuple[str, ...]
+    problems: list[Problem]
+    formats: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def origin(self, number: int) -> Origin:
+        """Where a row stands."""
+        return Origin(self.files[self.file_numbers[number]], self.lines[number])
+
+    def digest(self, number: int) -> bytes:
+        """`row_digest` of a row."""
+        return bytes(self.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
+
+    def all(self) -> Selection:
+        """All rows."""
+        return Selection(self, range(len(self)))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some rows of a survey, in its order; each iteration reads the sources anew.
+
+    Raises:
+        DataError: from an iteration, when the sources no longer hold the rows that were surveyed.
+    """
+
+    survey: Survey
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Row]:
+        wanted = iter(self.numbers)
+        number = next(wanted, None)
+        for found, row in enumerate(_rows_of(self.survey.sources, self.survey.format)):
+            if number is None:
+                return
+            if found == number:
+                if row_digest(row) != self.survey.digest(number):
+                    break
+                yield row
+                number = next(wanted, None)
+        if number is not None:
+            raise DataError("The data changed while it was read", where=str(self.survey.origin(number)))
+
+    def digests(self) -> Iterator[bytes]:
+        """`row_digest` of each row."""
+        return map(self.survey.digest, self.numbers)
+
+    def origins(self) -> Iterator[Origin]:
+        """Where each row stands."""
+        return map(self.survey.origin, self.numbers)
 
 
 @dataclass
@@ -155,17 +234,64 @@ def load_rows(
     rows: list[Row] = []
     problems: list[Problem] = []
     formats: dict[str, str] = {}
-    for source in _as_list(sources):
+    for item in _read_all(_as_list(sources), format, formats):
+        (rows if isinstance(item, Row) else problems).append(item)  # type: ignore[arg-type]
+    _raise_for(problems, on_bad)
+    return Loaded(rows, problems, formats)
+
+
+def survey_rows(
+    sources: Source | Sequence[Source],
+    *,
+    format: str = "auto",
+    on_bad: Literal["raise", "collect"] = "raise",
+    inspect: Callable[[Row], None] | None = None,
+) -> Survey:
+    """Read all rows once, for what is to be known about them before they are used.
+
+    A data set of any size is read in the same memory, but for some 150 bytes a row.
+
+    Args:
+        inspect: called with each row as it is read.
+
+    The other arguments and what is raised are those of `load_rows`.
+    """
+    # What can be read only once is kept.
+    kept = [list(source) if isinstance(source, Iterator) else source for source in _as_list(sources)]
+    survey = Survey(kept, format, [], bytearray(), array("q"), array("i"), (), [], {})
+    files: dict[str, int] = {}
+    for item in _read_all(kept, format, survey.formats):
+        if isinstance(item, Problem):
+            survey.problems.append(item)
+            continue
+        survey.keys.append(bytes.fromhex(row_key(item)))
+        survey.digests.extend(row_digest(item))
+        survey.lines.append(item.origin.line)
+        survey.file_numbers.append(files.setdefault(item.origin.file, len(files)))
+        if inspect:
+            inspect(item)
+    _raise_for(survey.problems, on_bad)
+    return replace(survey, files=tuple(files))
+
+
+def _rows_of(sources: Sequence[Source], format: str) -> Iterator[Row]:
+    return (item for item in _read_all(sources, format, {}) if isinstance(item, Row))
+
+
+def _read_all(sources: Sequence[Source], format: str, formats: dict[str, str]) -> Iterator[Row | Problem]:
+    """The rows and problems of all sources; their schemata go into `formats`."""
+    for source in sources:
         shape, records = _open_source(source, format, 1.0)
         formats[shape.name] = shape.schema.name
-        for item in _convert(shape, records):
-            (rows if isinstance(item, Row) else problems).append(item)  # type: ignore[arg-type]
+        yield from _convert(shape, records)
         if shape.ignored:
-            problems.append(_ignored_columns(shape))
+            yield _ignored_columns(shape)
+
+
+def _raise_for(problems: Sequence[Problem], on_bad: Literal["raise", "collect"]) -> None:
     errors = [problem for problem in problems if problem.severity == "error"]
     if on_bad == "raise" and errors:
         raise _error(errors)
-    return Loaded(rows, problems, formats)
 
 
 def row_key(row: Row) -> str:
@@ -181,18 +307,35 @@ def row_key(row: Row) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+def row_digest(row: Row) -> bytes:
+    """A digest of the exact content of a row and its weight."""
+    content = [row.messages, row.prompt, row.completion, row.text, row.tools, row.weight]
+    return hashlib.blake2b(_CONTENT.encode(content).encode(), digest_size=DIGEST_BYTES).digest()
+
+
 def fingerprint(rows: Iterable[Row]) -> str:
     """SHA-256 over the exact content of the rows, their weights and their order."""
+    return fingerprint_of(map(row_digest, rows))
+
+
+def fingerprint_of(digests: Iterable[bytes]) -> str:
+    """The `fingerprint` of rows whose `row_digest` is known."""
     digest = hashlib.sha256()
-    for row in rows:
-        content = [row.messages, row.prompt, row.completion, row.text, row.tools, row.weight]
-        digest.update(json.dumps(content, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
-        digest.update(b"\n")
+    for part in digests:
+        digest.update(part)
     return digest.hexdigest()
 
 
 def split_rows(rows: Sequence[Row], *, eval_size: float | int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Split into training and held-out rows; rows that say the same always stay on one side.
+    """Split into training and held-out rows; the arguments are those of `split_keys`."""
+    train, held_out = split_keys([row_key(row) for row in rows], eval_size=eval_size, seed=seed)
+    return [rows[index] for index in train], [rows[index] for index in held_out]
+
+
+def split_keys(
+    keys: Sequence[str | bytes], *, eval_size: float | int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of the training and of the held-out rows; rows of equal keys always stay on one side.
 
     Args:
         eval_size: a share of the rows when below 1, else a number of rows. The held-out side never gets more;
@@ -201,24 +344,28 @@ def split_rows(rows: Sequence[Row], *, eval_size: float | int, seed: int) -> tup
     Raises:
         DataError: there are not enough different rows to leave some on both sides.
     """
-    wanted = _num_eval_rows(len(rows), eval_size)
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row_key(row), []).append(index)
-    order = list(groups.values())
+    wanted = _num_eval_rows(len(keys), eval_size)
+    groups: dict[str | bytes, int] = {}
+    group_of = array("q", (groups.setdefault(key, len(groups)) for key in keys))
+    sizes = Counter(group_of)
+    order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
     held_out: set[int] = set()
-    for group in order:
-        if len(held_out) + len(group) <= wanted:
-            held_out.update(group)
-    if wanted and (not held_out or len(held_out) == len(rows)):
+    num_held_out = 0
+    for group in order if wanted else ():
+        if num_held_out + sizes[group] <= wanted:
+            held_out.add(group)
+            num_held_out += sizes[group]
+    if wanted and num_held_out in (0, len(keys)):
         raise DataError(
-            f"The {len(rows)} rows hold only {len(groups)} different ones, so no eval set can be split off",
+            f"The {len(keys)} rows hold only {len(groups)} different ones, so no eval set can be split off",
             expected="duplicates stay on one side of the split",
             fix="remove the duplicates, add rows, or give an eval file",
         )
-    train = [row for index, row in enumerate(rows) if index not in held_out]
-    return train, [rows[index] for index in sorted(held_out)]
+    sides: tuple[list[int], list[int]] = [], []
+    for index, group in enumerate(group_of):
+        sides[group in held_out].append(index)
+    return sides
 
 
 def _num_eval_rows(num_rows: int, eval_size: float | int) -> int:

@@ -9,6 +9,10 @@ A template that looks into the contents (strips reasoning, drops empty turns) br
 chat is rendered once more per message, with only that message replaced; its span is what the two renderings
 do not share.
 
+A template whose syntax shows that it only writes contents out, and never looks into them, is not rendered for
+every chat: literals and contents are joined. That is compared with the real rendering once for every order of
+roles, and given up for good where they differ.
+
 The end-of-turn text is what follows an assistant turn both in the middle and at the end of a chat.
 """
 
@@ -20,9 +24,11 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import jinja2
+from jinja2 import nodes
 
 from phlora.data.formats import Message
 from phlora.errors import ModelError
@@ -51,6 +57,7 @@ class Rendering:
         ends: per message the character after its end-of-turn token (its content's end when there is none).
         notes: kinds of things a person should know: `system_folded, content_altered, missing_end_token,
             tools_not_rendered, default_system`.
+        frame: what the contents were put into, where the rendering was joined rather than rendered.
     """
 
     text: str
@@ -58,6 +65,7 @@ class Rendering:
     spans: Sequence[Span | None]
     ends: Sequence[int]
     notes: frozenset[str]
+    frame: Frame | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,27 @@ class _Skeleton:
 
     literals: tuple[str, ...]
     order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A skeleton in which every message stands once and in order.
+
+    `tails` are the characters after each content that belong to its turn's end.
+    """
+
+    literals: tuple[str, ...]
+    tails: tuple[int, ...]
+    notes: frozenset[str]
+
+    def fill(self, messages: Sequence[Message]) -> Rendering:
+        """The rendering of messages of these roles."""
+        contents = [message["content"] for message in messages]
+        parts = list(chain.from_iterable(zip(self.literals, contents, strict=False)))
+        borders = list(accumulate(map(len, parts)))
+        spans = list(zip(borders[::2], borders[1::2], strict=True))
+        ends = [span[1] + tail for span, tail in zip(spans, self.tails, strict=True)]
+        return Rendering("".join((*parts, self.literals[-1])), messages, spans, ends, self.notes, self)
 
 
 @dataclass
@@ -80,6 +109,7 @@ class ChatTemplate:
     tokenizer: Tokenizer
     template: str | None = None
     _skeletons: dict[Any, _Skeleton] = field(default_factory=dict, repr=False)
+    _frames: dict[Any, Frame | None] = field(default_factory=dict, repr=False)
     _folds_system: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +155,46 @@ class ChatTemplate:
         return replace(rendering, notes=rendering.notes | {"system_folded"})
 
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> Rendering:
+        if not self._writes_contents_only or tools:
+            return self._render_really(messages, tools, generation)
+        key = _shape(messages, generation)
+        if key is None:
+            return self._render_really(messages, tools, generation)
+        if key not in self._frames:
+            rendering = self._render_really(messages, tools, generation)
+            frame = self._frame(messages, generation)
+            if frame is not None and frame.fill(messages) != rendering:
+                self.__dict__["_writes_contents_only"] = False
+            if len(self._frames) >= _MAX_SKELETONS:
+                self._frames.clear()
+            self._frames[key] = frame
+            return rendering
+        known = self._frames[key]
+        return known.fill(messages) if known else self._render_really(messages, tools, generation)
+
+    def _frame(self, messages: Sequence[Message], generation: bool) -> Frame | None:
+        """The frame of chats of this shape; None where a message has no place or more than one."""
+        skeleton = self._skeleton(messages, None, generation)
+        if skeleton.order != tuple(range(len(messages))):
+            return None
+        tails = []
+        for literal in skeleton.literals[1:]:
+            if self.turn_end.startswith(literal) and literal != self.turn_end:
+                return None  # what ends the turn would depend on the next content
+            tails.append(len(self.turn_end) if literal.startswith(self.turn_end) else 0)
+        final = skeleton.literals[-1]
+        if not generation and final[tails[-1] :].strip() == self.tokenizer.eos_token:
+            tails[-1] = len(final)
+        notes = set()
+        if any(m["role"] == "assistant" and not tail for m, tail in zip(messages, tails, strict=True)):
+            notes.add("missing_end_token")
+        if messages[0]["role"] != "system" and self.default_system:
+            notes.add("default_system")
+        return Frame(skeleton.literals, tuple(tails), frozenset(notes))
+
+    def _render_really(
+        self, messages: Sequence[Message], tools: list[Any] | None, generation: bool
+    ) -> Rendering:
         text = self._apply(messages, tools, generation)
         spans = self._align(text, messages, tools, generation) or self._differ(
             text, messages, tools, generation
@@ -188,11 +258,9 @@ class ChatTemplate:
         return spans if position == len(text) and len(set(skeleton.order)) == len(skeleton.order) else None
 
     def _skeleton(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> _Skeleton:
-        key: Any = None
-        if not tools and all(message.keys() <= _PLAIN_KEYS for message in messages):
-            key = (generation, *[(message["role"], bool(message["content"])) for message in messages])
-            if key in self._skeletons:
-                return self._skeletons[key]
+        key = None if tools else _shape(messages, generation)
+        if key is not None and key in self._skeletons:
+            return self._skeletons[key]
         marked = [
             {**message, "content": f"\ue0f0{index}\ue0f1"} if _is_marked(message) else message
             for index, message in enumerate(messages)
@@ -259,6 +327,11 @@ class ChatTemplate:
     # ---------------------------------------------------------------------------------------- facts
 
     @cached_property
+    def _writes_contents_only(self) -> bool:
+        """Whether the template's syntax rules out that the rendering depends on what a content says."""
+        return writes_contents_only(self.template or str(self.tokenizer.chat_template))
+
+    @cached_property
     def turn_end(self) -> str:
         """The text that ends an assistant turn, or nothing when the template has none."""
         chat = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
@@ -307,6 +380,15 @@ class ChatTemplate:
         tokens = sorted(self.control_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
+    def has_control(self, content: str) -> bool:
+        """Whether a content spells out a control token."""
+        # Control tokens mostly begin alike, and most contents hold no such character at all.
+        return self._control_start in content and self.control_pattern.search(content) is not None
+
+    @cached_property
+    def _control_start(self) -> str:
+        return os.path.commonprefix(sorted(self.control_tokens))
+
     @cached_property
     def _control_split(self) -> re.Pattern[str]:
         return re.compile(f"({self.control_pattern.pattern})")
@@ -335,6 +417,74 @@ class ChatTemplate:
         return bool(self.__dict__["reads_tools"])
 
 
+# The function by which templates ask for the date.
+CLOCK = "strftime_now"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_END_GENERATION = re.compile(r"\{%-?\s*endgeneration\s*-?%\}")
+# What a template may be made of for its contents to be sure to be written as they are.
+_STATEMENTS = (nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Assign)
+
+
+def writes_contents_only(template: str) -> bool:
+    """Whether a chat template provably writes contents as they are and decides nothing by them.
+
+    Sufficient, not necessary: contents are only added to texts and written, messages are only looped over and
+    asked for their role. What is kept in a variable, filtered, tested or captured counts as looked into.
+    """
+    try:
+        # Generation markers write what stands between them as it is.
+        tree = jinja2.Environment().parse(
+            _GENERATION.sub("{% if true %}", _END_GENERATION.sub("{% endif %}", template))
+        )
+    except jinja2.TemplateError:
+        return False  # tags of other extensions
+    parents = {child: node for node in _all_nodes(tree) for child in node.iter_child_nodes()}
+    loops = [loop for loop in tree.find_all(nodes.For) if _is_name(loop.iter, "messages")]
+    items = {loop.target.name for loop in loops if isinstance(loop.target, nodes.Name)}
+    if any(isinstance(n, nodes.Stmt) and not isinstance(n, _STATEMENTS) for n in _all_nodes(tree)):
+        return False
+    return all(_is_harmless(node, parents, items) for node in _all_nodes(tree))
+
+
+def _is_harmless(node: nodes.Node, parents: dict[nodes.Node, nodes.Node], items: set[str]) -> bool:
+    """Whether one node uses messages and contents only as `writes_contents_only` allows."""
+    key = _key_of(node)
+    if key == "content":
+        parent = parents[node]
+        while isinstance(parent, nodes.Add | nodes.Concat):
+            parent = parents[parent]
+        return isinstance(parent, nodes.Output)
+    if key in ("previtem", "nextitem") or _is_name(node, "self") or _is_name(node, CLOCK):
+        return False
+    if _is_name(node, "messages"):
+        parent = parents[node]
+        is_first_or_last = isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Const)
+        return isinstance(parent, nodes.For) or (is_first_or_last and _key_of(parents[parent]) == "role")
+    if isinstance(node, nodes.Name) and node.name in items:
+        parent = parents[node]
+        return _key_of(parent) in ("role", "content") or (
+            isinstance(parent, nodes.For) and parent.target is node
+        )
+    return True
+
+
+def _all_nodes(tree: nodes.Node) -> list[nodes.Node]:
+    return [tree, *tree.find_all(nodes.Node)]
+
+
+def _is_name(node: nodes.Node, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
+
+
+def _key_of(node: nodes.Node) -> Any:
+    """The key of `a.key` or `a['key']`; None for other nodes."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        return node.arg.value
+    return None
+
+
 _templates: weakref.WeakKeyDictionary[Tokenizer, dict[Any, ChatTemplate]] = weakref.WeakKeyDictionary()
 
 
@@ -361,6 +511,13 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
             rest[index] = {**message, "content": content}
             return rest
     raise TemplateRefusal("the chat template has no system role, and the chat has no user turn to put it in")
+
+
+def _shape(messages: Sequence[Message], generation: bool) -> tuple[Any, ...] | None:
+    """What a rendering depends on besides the contents; None where more than roles and contents is given."""
+    if not all(message.keys() <= _PLAIN_KEYS for message in messages):
+        return None
+    return generation, *[(message["role"], bool(message["content"])) for message in messages]
 
 
 def _is_marked(message: Message) -> bool:

@@ -14,9 +14,11 @@ invisible space breaks the control token up.
 from __future__ import annotations
 
 import json
+import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -24,8 +26,10 @@ from typing import Any, Literal
 
 from phlora.config import TooLong, TrainOn
 from phlora.data.formats import Message, Origin, Problem, Row, Severity
+from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
 from phlora.data.template import (
     ChatTemplate,
+    Frame,
     Rendering,
     Span,
     TemplateRefusal,
@@ -34,8 +38,21 @@ from phlora.data.template import (
 )
 from phlora.errors import DataError, ModelError
 
-IGNORED = -100
+__all__ = [
+    "IGNORED",
+    "PromptItem",
+    "Skipped",
+    "TokenizedRow",
+    "TokenizedSet",
+    "encode_chat",
+    "encode_prompt",
+    "tokenize_row",
+    "tokenize_rows",
+]
+
 BATCH_ROWS = 512
+# A note may concern every row of a large file; beyond this many it counts them and names no more.
+MAX_NAMED_ORIGINS = 1000
 ZERO_WIDTH_SPACE = "\u200b"
 
 SkipKind = Literal["no_answer", "not_rendered", "too_long", "no_trained_token"]
@@ -72,29 +89,6 @@ NOTES: dict[str, tuple[Severity, str]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedRow:
-    """One row as tokens.
-
-    Attributes:
-        input_ids: (T,)
-        labels: (T,), the same ids, -100 where nothing is learned. Not shifted.
-        weights: (T,) loss weight of each token, 0 where nothing is learned; None means 1 for all trained
-            tokens.
-        num_cut_messages: how many of the oldest messages were left out so that the row fits.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    weights: list[float] | None
-    origin: Origin
-    num_cut_messages: int = 0
-
-    @property
-    def num_trained_tokens(self) -> int:
-        return len(self.labels) - self.labels.count(IGNORED)
-
-
-@dataclass(frozen=True, slots=True)
 class Skipped:
     """A row that is not trained on, and why."""
 
@@ -114,18 +108,22 @@ class TokenizedSet:
         notes: what a person should know, one entry a kind, with the rows concerned.
     """
 
-    rows: list[TokenizedRow]
+    rows: TokenTable
     skipped: list[Skipped]
     cut: list[Origin]
     notes: list[Problem]
 
+    @classmethod
+    def empty(cls) -> TokenizedSet:
+        return cls(TableBuilder().table(), [], [], [])
+
     @property
     def num_tokens(self) -> int:
-        return sum(len(row.input_ids) for row in self.rows)
+        return len(self.rows.input_ids)
 
     @property
     def num_trained_tokens(self) -> int:
-        return sum(row.num_trained_tokens for row in self.rows)
+        return self.rows.num_trained_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +148,12 @@ def tokenize_row(
 ) -> TokenizedRow | Skipped:
     """Tokenise one row; the arguments are those of `tokenize_rows`."""
     options = _Options(train_on, max_length, too_long, training_template)
-    return next(iter(_RowTokenizer(tokenizer, options).run([row])))
+    (result,) = _RowTokenizer(tokenizer, options).run([row])
+    if isinstance(result, Skipped):
+        return result
+    table = TableBuilder()
+    result.add_to(table)
+    return table.table()[0]
 
 
 def tokenize_rows(
@@ -182,17 +185,22 @@ def tokenize_rows(
         ModelError: the tokenizer has no chat template or is not a fast one.
     """
     worker = _RowTokenizer(tokenizer, _Options(train_on, max_length, too_long, training_template))
-    done: list[TokenizedRow] = []
+    table = TableBuilder()
     skipped: list[Skipped] = []
-    remaining = iter(rows)
-    while batch := list(islice(remaining, BATCH_ROWS)):
-        for result in worker.run(batch):
-            (done if isinstance(result, TokenizedRow) else skipped).append(result)  # type: ignore[arg-type]
+    cut: list[Origin] = []
+    for results in worker.run_batches(rows):
+        for result in results:
+            if isinstance(result, Skipped):
+                skipped.append(result)
+                continue
+            result.add_to(table)
+            if result.num_cut_messages:
+                cut.append(result.origin)
         if progress:
-            progress(len(batch))
+            progress(len(results))
+    done = table.table()
     if on_bad == "raise":
-        _raise_for(done, skipped)
-    cut = [row.origin for row in done if row.num_cut_messages]
+        _raise_for(len(done), skipped)
     return TokenizedSet(done, skipped, cut, worker.problems())
 
 
@@ -246,19 +254,36 @@ class _Encoder:
                 fix="save the model's tokenizer in the fast format",
             )
         self.tokenizer = tokenizer
+        # The Rust tokenizer cannot be given options while it encodes on another thread.
+        self.lock = threading.Lock()
 
     def texts(self, texts: list[str], *, split_special_tokens: bool = False) -> list[Encoded]:
         if not texts:
             return []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            split_special_tokens=split_special_tokens,
-            verbose=False,
-        )
-        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        with self.lock:
+            encoded = self.tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                split_special_tokens=split_special_tokens,
+                verbose=False,
+            )
+        # The encodings give their offsets in one go; as a column of the result they are built token by token.
+        return [
+            (ids, encoding.offsets)
+            for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True)
+        ]
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """As `texts`, without offsets, which take a fifth of the time of encoding."""
+        backend = self.tokenizer.backend_tokenizer
+        with self.lock:
+            # As the tokenizer itself sets it before it encodes.
+            backend.encode_special_tokens = False
+            backend.no_truncation()
+            backend.no_padding()
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def plain(self, text: str) -> Encoded:
         """Text that no template rendered: it begins with the one BOS token that the tokenizer would add."""
@@ -273,7 +298,8 @@ class _Encoder:
     @cached_property
     def _bos(self) -> list[int]:
         """The BOS token where the tokenizer adds one."""
-        first: list[int] = self.tokenizer("")["input_ids"][:1]
+        with self.lock:
+            first: list[int] = self.tokenizer("")["input_ids"][:1]
         return first if first == [self.tokenizer.bos_token_id] else []
 
     def rendering(
@@ -334,11 +360,74 @@ class _Encoder:
         return new_ids, new_offsets
 
 
+@dataclass(frozen=True)
+class _Landmarks:
+    """Where the turns of a frame stand among the tokens, counted from its control tokens.
+
+    No token reaches over a control token, so a content lies between the tokens of its header and the control
+    token that follows it. That needs no offsets, and holds for all contents without control tokens of their own.
+
+    Attributes:
+        headers: per message the control tokens up to its content, and the ids between the last of them and it.
+        ends: per message the control tokens up to the end of its turn; None: it ends with the row.
+        num_controls: of the whole frame.
+    """
+
+    control_ids: frozenset[int]
+    headers: tuple[tuple[int, list[int]], ...]
+    ends: tuple[int | None, ...]
+    num_controls: int
+
+    def ranges(self, ids: list[int]) -> list[Span] | None:
+        """The tokens of each turn, content and end; None where a header is merged with its content."""
+        places = [place for place, token in enumerate(ids) if token in self.control_ids]
+        if len(places) != self.num_controls:
+            return None
+        found = []
+        for (num_before, header), end in zip(self.headers, self.ends, strict=True):
+            start = places[num_before - 1] + 1
+            stop = start + len(header)
+            if ids[start:stop] != header:
+                return None
+            found.append((stop, len(ids) if end is None else places[end - 1] + 1))
+        return found
+
+
+def _landmarks(frame: Frame, template: ChatTemplate, encoder: _Encoder) -> _Landmarks | None:
+    """The landmarks of a frame; None where control tokens do not stand all around its contents."""
+    tokenizer = encoder.tokenizer
+    control_ids = {tokenizer.convert_tokens_to_ids(token): token for token in template.control_tokens}
+    added = [
+        token for token in tokenizer.added_tokens_decoder.values() if token.content in template.control_tokens
+    ]
+    if any(token.lstrip or token.single_word or token.normalized for token in added):
+        return None
+    headers, ends, num_controls = [], [], 0
+    for number, literal in enumerate(frame.literals):
+        matches = list(template.control_pattern.finditer(literal))
+        if number:
+            tail = frame.tails[number - 1]
+            stops = [match.end() for match in matches]
+            if not matches or matches[0].start() or (tail != len(literal) and tail not in stops):
+                return None
+            is_whole = number == len(frame.tails) and tail == len(literal)
+            ends.append(None if is_whole else num_controls + stops.index(tail) + 1)
+        num_controls += len(matches)
+        if number < len(frame.tails):
+            if not matches:
+                return None
+            header = encoder.texts([literal[matches[-1].start() :]])[0][0]
+            if header[0] not in control_ids or tokenizer.unk_token_id in header:
+                return None
+            headers.append((num_controls, header[1:]))
+    return _Landmarks(frozenset(control_ids), tuple(headers), tuple(ends), num_controls)
+
+
 def control_spans(rendering: Rendering, template: ChatTemplate) -> list[Span]:
     """Where the contents of a rendered chat spell out control tokens."""
     spans = []
     for message, span in zip(rendering.messages, rendering.spans, strict=True):
-        if span and template.control_pattern.search(message["content"]):
+        if span and template.has_control(message["content"]):
             matches = template.control_pattern.finditer(rendering.text, span[0], span[1])
             spans += [match.span() for match in matches]
     return spans
@@ -364,21 +453,59 @@ class _Options:
     training_template: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _TokenRow:
+    """A row as tokens, with a byte for each that says whether it is trained."""
+
+    input_ids: list[int]
+    trained: bytearray
+    weights: list[float] | None
+    origin: Origin
+    num_cut_messages: int = 0
+
+    def add_to(self, table: TableBuilder) -> None:
+        table.add(self.input_ids, self.trained, self.weights, self.origin, self.num_cut_messages)
+
+
+@dataclass(slots=True)
+class _Noted:
+    """The rows that a note concerns: all counted, the first ones named."""
+
+    origins: list[Origin] = field(default_factory=list)
+    count: int = 0
+    last: Origin | None = None
+
+    def add(self, origin: Origin) -> None:
+        # A row that is cut is tokenised several times in a row.
+        if origin != self.last:
+            self.last = origin
+            self.count += 1
+            if self.count <= MAX_NAMED_ORIGINS:
+                self.origins.append(origin)
+
+
 @dataclass(slots=True)
 class _Draft:
-    """A row on its way: what will be encoded, and for a chat where its messages stand in it."""
+    """A row on its way: what will be encoded, and for a chat where its messages stand in it.
+
+    Simple is what holds no control tokens but the template's own, so that it can be encoded with others. Where
+    its turns can be told from landmarks it is encoded without offsets.
+    """
 
     row: Row
     text: str
     rendering: Rendering | None = None
     num_cut_messages: int = 0
+    is_simple: bool = True
+    landmarks: _Landmarks | None = None
 
 
 @dataclass
 class _RowTokenizer:
     tokenizer: Tokenizer
     options: _Options
-    notes: dict[str, dict[Origin, None]] = field(default_factory=dict)
+    notes: dict[str, _Noted] = field(default_factory=dict)
+    landmarks: dict[Frame, _Landmarks | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.encoder = _Encoder(self.tokenizer)
@@ -387,26 +514,46 @@ class _RowTokenizer:
     def template(self) -> ChatTemplate:
         return chat_template(self.tokenizer, self.options.training_template)
 
-    def run(self, rows: Sequence[Row]) -> list[TokenizedRow | Skipped]:
+    def run(self, rows: Sequence[Row]) -> list[_TokenRow | Skipped]:
         """Render all rows, encode them in one call, then place the labels."""
         drafts = [self._draft(row) for row in rows]
-        simple = [draft for draft in drafts if isinstance(draft, _Draft) and not self._has_control(draft)]
-        encoded = {
-            id(draft): result
-            for draft, result in zip(
-                simple, self.encoder.texts([draft.text for draft in simple]), strict=True
-            )
-        }
+        return self._finish_all(drafts, self._encode(drafts))
+
+    def run_batches(self, rows: Iterable[Row]) -> Iterator[list[_TokenRow | Skipped]]:
+        """As `run`, batch after batch; one is rendered while the Rust tokenizer encodes the one before it."""
+        remaining = iter(rows)
+        waiting: tuple[list[_Draft | Skipped], Future[Iterator[Encoded]]] | None = None
+        with ThreadPoolExecutor(1) as pool:
+            while batch := list(islice(remaining, BATCH_ROWS)):
+                drafts = [self._draft(row) for row in batch]
+                ready, waiting = waiting, (drafts, pool.submit(self._encode, drafts))
+                if ready:
+                    yield self._finish_all(ready[0], ready[1].result())
+            if waiting:
+                yield self._finish_all(waiting[0], waiting[1].result())
+
+    def _encode(self, drafts: Sequence[_Draft | Skipped]) -> Iterator[Encoded]:
+        """Ids and offsets of the simple drafts, in their order; no offsets where landmarks do."""
+        simple = [draft for draft in drafts if isinstance(draft, _Draft) and draft.is_simple]
+        ids = iter(self.encoder.ids([draft.text for draft in simple if draft.landmarks]))
+        full = iter(self.encoder.texts([draft.text for draft in simple if not draft.landmarks]))
+        return iter([(next(ids), []) if draft.landmarks else next(full) for draft in simple])
+
+    def _finish_all(
+        self, drafts: Sequence[_Draft | Skipped], encoded: Iterator[Encoded]
+    ) -> list[_TokenRow | Skipped]:
         return [
-            draft if isinstance(draft, Skipped) else self._finish(draft, encoded.get(id(draft)))
+            draft
+            if isinstance(draft, Skipped)
+            else self._finish(draft, next(encoded) if draft.is_simple else None)
             for draft in drafts
         ]
 
     def problems(self) -> list[Problem]:
         """The notes so far, one entry a kind."""
         return [
-            Problem(kind, NOTES[kind][0], self._note_text(kind), tuple(origins), len(origins))
-            for kind, origins in self.notes.items()
+            Problem(kind, NOTES[kind][0], self._note_text(kind), tuple(noted.origins), noted.count)
+            for kind, noted in self.notes.items()
         ]
 
     def _note_text(self, kind: str) -> str:
@@ -415,10 +562,7 @@ class _RowTokenizer:
 
     def _note(self, kinds: Iterable[str], origin: Origin) -> None:
         for kind in sorted(kinds):
-            self.notes.setdefault(kind, {})[origin] = None
-
-    def _has_control(self, draft: _Draft) -> bool:
-        return draft.rendering is not None and bool(control_spans(draft.rendering, self.template))
+            self.notes.setdefault(kind, _Noted()).add(origin)
 
     def _draft(self, row: Row) -> _Draft | Skipped:
         if row.messages is None:
@@ -430,20 +574,37 @@ class _RowTokenizer:
             rendering = self.template.render(row.messages, row.tools)
         except TemplateRefusal as refusal:
             return Skipped(row.origin, str(refusal), "not_rendered")
-        return _Draft(row, rendering.text, rendering)
+        simple = not any(self.template.has_control(message["content"]) for message in rendering.messages)
+        landmarks = self._landmarks_of(rendering) if simple and rendering.frame else None
+        return _Draft(row, rendering.text, rendering, is_simple=simple, landmarks=landmarks)
 
-    def _finish(self, draft: _Draft, encoded: Encoded | None) -> TokenizedRow | Skipped:
+    def _landmarks_of(self, rendering: Rendering) -> _Landmarks | None:
+        """None also where offsets are needed for more: for a template's own mask, for swallowed white space."""
+        frame = rendering.frame
+        if frame is None or (self.options.training_template is not None and self.options.train_on != "all"):
+            return None
+        if any(m["role"] == "assistant" and m["content"][:1].isspace() for m in rendering.messages):
+            return None
+        if frame not in self.landmarks:
+            self.landmarks[frame] = _landmarks(frame, self.template, self.encoder)
+        return self.landmarks[frame]
+
+    def _finish(self, draft: _Draft, encoded: Encoded | None) -> _TokenRow | Skipped:
         result = self._tokens(draft, encoded)
         limit = self.options.max_length
         if limit is not None and len(result.input_ids) > limit:
             return self._shorten(draft.row, len(result.input_ids), limit)
         return _unless_untrained(result)
 
-    def _tokens(self, draft: _Draft, encoded: Encoded | None = None) -> TokenizedRow:
+    def _tokens(self, draft: _Draft, encoded: Encoded | None = None) -> _TokenRow:
         """The draft as a token row, whatever its length; encoded here when it was not in the batch."""
         if draft.rendering is None:
             return self._plain(draft, encoded or self.encoder.texts([draft.text])[0])
-        if encoded:
+        if encoded and draft.landmarks:
+            ranges = draft.landmarks.ranges(encoded[0])
+            if ranges is not None:
+                return self._chat_between(draft, draft.rendering, encoded[0], ranges)
+        elif encoded:
             return self._chat(draft, draft.rendering, *encoded)
         return self._chat(
             draft, *self.encoder.rendering(draft.rendering, self.template, tools=draft.row.tools)
@@ -451,7 +612,7 @@ class _RowTokenizer:
 
     # ---------------------------------------------------------------------------------------- plain rows
 
-    def _plain(self, draft: _Draft, encoded: Encoded) -> TokenizedRow:
+    def _plain(self, draft: _Draft, encoded: Encoded) -> _TokenRow:
         """Train the completion (or the whole text) and the end token after it."""
         row = draft.row
         ids, offsets = self.encoder.with_bos(encoded)
@@ -463,9 +624,9 @@ class _RowTokenizer:
             offsets.append((len(draft.text), len(draft.text) + 1))
         span = (len(row.prompt or ""), len(draft.text))
         first, _ = _token_range(offsets, span, ids, self._control_ids)
-        labels = [IGNORED] * first + ids[first:]
+        trained = bytearray(first) + b"\x01" * (len(ids) - first)
         weights = None if row.weight == 1 else [0.0] * first + [float(row.weight)] * (len(ids) - first)
-        return TokenizedRow(ids, labels, weights, row.origin)
+        return _TokenRow(ids, trained, weights, row.origin)
 
     def _pre_rendered_end(self, draft: _Draft) -> bool:
         """Note a text that is a rendered chat already; whether it brings its own end token."""
@@ -484,14 +645,22 @@ class _RowTokenizer:
 
     # ---------------------------------------------------------------------------------------- chats
 
-    def _chat(self, draft: _Draft, rendering: Rendering, ids: list[int], offsets: list[Span]) -> TokenizedRow:
+    def _chat(self, draft: _Draft, rendering: Rendering, ids: list[int], offsets: list[Span]) -> _TokenRow:
         """Train the answers and the tokens that end them."""
-        labels, weights = self._place(rendering, ids, offsets, draft.row)
+        trained, weights = self._place(rendering, ids, offsets, draft.row)
         notes = set(rendering.notes)
         if self._loses_whitespace(rendering, ids, offsets):
             notes.add("leading_whitespace")
         self._note(notes, draft.row.origin)
-        return TokenizedRow(ids, labels, weights, draft.row.origin, draft.num_cut_messages)
+        return _TokenRow(ids, trained, weights, draft.row.origin, draft.num_cut_messages)
+
+    def _chat_between(
+        self, draft: _Draft, rendering: Rendering, ids: list[int], ranges: list[Span]
+    ) -> _TokenRow:
+        """As `_chat`, with the tokens of each turn known."""
+        trained, weights = self._mark(rendering, ids, ranges.__getitem__, None, draft.row)
+        self._note(rendering.notes, draft.row.origin)
+        return _TokenRow(ids, trained, weights, draft.row.origin, draft.num_cut_messages)
 
     def _is_trained(self, message: Message, *, is_last: bool) -> bool:
         """A message's own `train` wins over `train_on`."""
@@ -500,28 +669,41 @@ class _RowTokenizer:
 
     def _place(
         self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row
-    ) -> tuple[list[int], list[float] | None]:
-        """Labels and weights of a chat."""
-        trains_all = self.options.train_on == "all"
-        labels = list(ids) if trains_all else [IGNORED] * len(ids)
-        weights = [float(row.weight)] * len(ids)
+    ) -> tuple[bytearray, list[float] | None]:
+        """Which tokens of a chat are trained, and their weights."""
         mask = self._generation_mask(rendering, ids, row)
+
+        def tokens_of(index: int) -> Span:
+            return self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)
+
+        return self._mark(rendering, ids, tokens_of, mask, row)
+
+    def _mark(
+        self,
+        rendering: Rendering,
+        ids: list[int],
+        tokens_of: Callable[[int], Span],
+        mask: list[int] | None,
+        row: Row,
+    ) -> tuple[bytearray, list[float] | None]:
+        trains_all = self.options.train_on == "all"
+        trained = bytearray(b"\x01" * len(ids) if trains_all else len(ids))
+        weights = [float(row.weight)] * len(ids)
         last = _last_assistant(rendering.messages)
         for index, message in enumerate(rendering.messages):
             is_trained = self._is_trained(message, is_last=index == last)
             if is_trained == trains_all and "weight" not in message:
                 continue
-            first, end = self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)
-            kept = mask[first:end] if mask is not None else [1] * (end - first)
-            labels[first:end] = [
-                token if is_trained and keep else IGNORED
-                for token, keep in zip(ids[first:end], kept, strict=True)
-            ]
+            first, end = tokens_of(index)
+            if not is_trained:
+                trained[first:end] = bytes(end - first)
+            else:
+                trained[first:end] = b"\x01" * (end - first) if mask is None else bytes(mask[first:end])
             weights[first:end] = [row.weight * message.get("weight", 1.0)] * (end - first)
         if row.weight == 1 and not any("weight" in message for message in rendering.messages):
-            return labels, None
-        return labels, [
-            0.0 if label == IGNORED else weight for label, weight in zip(labels, weights, strict=True)
+            return trained, None
+        return trained, [
+            weight if is_trained else 0.0 for is_trained, weight in zip(trained, weights, strict=True)
         ]
 
     def _tokens_of(
@@ -546,13 +728,14 @@ class _RowTokenizer:
             {key: value for key, value in message.items() if key not in ("train", "weight")}
             for message in rendering.messages
         ]
-        encoded = self.tokenizer.apply_chat_template(
-            chat,
-            tools=row.tools,
-            chat_template=self.options.training_template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        with self.encoder.lock:
+            encoded = self.tokenizer.apply_chat_template(
+                chat,
+                tools=row.tools,
+                chat_template=self.options.training_template,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
         mask: list[int] = encoded["assistant_masks"]
         return mask if encoded["input_ids"] == ids and any(mask) else None
 
@@ -567,7 +750,7 @@ class _RowTokenizer:
 
     # ---------------------------------------------------------------------------------------- long rows
 
-    def _shorten(self, row: Row, num_tokens: int, limit: int) -> TokenizedRow | Skipped:
+    def _shorten(self, row: Row, num_tokens: int, limit: int) -> _TokenRow | Skipped:
         reason = f"the row has {num_tokens} tokens, more than max_length={limit}"
         if self.options.too_long == "error":
             raise DataError(
@@ -582,22 +765,22 @@ class _RowTokenizer:
             return Skipped(row.origin, f"{reason}, even with its last exchange alone", "too_long")
         return shorter if isinstance(shorter, Skipped) else _unless_untrained(shorter)
 
-    def _without_history(self, row: Row, limit: int) -> TokenizedRow | Skipped | None:
+    def _without_history(self, row: Row, limit: int) -> _TokenRow | Skipped | None:
         """The row without just as many of its oldest exchanges as make it fit; None when none does."""
         messages = row.messages or ()
         starts = _exchange_starts(messages)
-        best: TokenizedRow | Skipped | None = None
+        best: _TokenRow | Skipped | None = None
         low, high = 1, len(starts) - 1
         while low <= high:
             middle = (low + high) // 2
             result = self._from_exchange(row, starts[middle], starts[0])
-            if isinstance(result, TokenizedRow) and len(result.input_ids) > limit:
+            if isinstance(result, _TokenRow) and len(result.input_ids) > limit:
                 low = middle + 1
             else:
                 best, high = result, middle - 1
         return best
 
-    def _from_exchange(self, row: Row, start: int, head: int) -> TokenizedRow | Skipped:
+    def _from_exchange(self, row: Row, start: int, head: int) -> _TokenRow | Skipped:
         messages = row.messages or ()
         shorter = replace(row, messages=(*messages[:head], *messages[start:]))
         draft = self._draft(shorter)
@@ -621,8 +804,8 @@ def _token_range(
     return first, max(first, bisect_left(offsets, (span[1],)))
 
 
-def _unless_untrained(row: TokenizedRow) -> TokenizedRow | Skipped:
-    if row.num_trained_tokens:
+def _unless_untrained(row: _TokenRow) -> _TokenRow | Skipped:
+    if any(row.trained):
         return row
     return Skipped(row.origin, "none of the row's tokens is trained", "no_trained_token")
 
@@ -647,7 +830,7 @@ def _last_assistant(messages: Sequence[Message]) -> int:
     )
 
 
-def _raise_for(done: Sequence[TokenizedRow], skipped: Sequence[Skipped]) -> None:
+def _raise_for(num_done: int, skipped: Sequence[Skipped]) -> None:
     mistakes = [skip for skip in skipped if skip.kind in MISTAKES]
     if mistakes:
         more = f" ({len(mistakes) - 1} more rows cannot be used either)" if len(mistakes) > 1 else ""
@@ -656,7 +839,7 @@ def _raise_for(done: Sequence[TokenizedRow], skipped: Sequence[Skipped]) -> None
             where=str(mistakes[0].origin),
             fix="correct or remove the rows; `phlora data check FILE` lists all of them",
         )
-    if not done:
+    if not num_done:
         reasons = Counter(skip.kind for skip in skipped)
         counted = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in reasons.most_common())
         first = f"; the first: {skipped[0].origin}: {skipped[0].reason}" if skipped else ""

@@ -13,11 +13,18 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import PrinterCallback
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from phlora.adapters.attach import recorded_blocks
 from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
-from phlora.data.tokenize import TokenizedRow
+from phlora.data.packing import TokenSequences
+from phlora.data.table import TokenizedRow
 from phlora.display import Display
 from phlora.models.load import ADAPTER_FACTS, LoadedModel
 from phlora.train.callbacks import (
@@ -38,19 +45,37 @@ from phlora.train.trainer import SFTTrainer
 class SequenceCollator:
     """Batches of sequences by their number: rows padded side by side, packs end to end, or common starts shared.
 
-    The trainer's data set holds numbers and lengths only, so the rows exist once.
+    The trainer's data set holds numbers and lengths only, so the rows exist once. The numbers of held-out rows follow
+    those of the training sequences.
     """
 
-    sequences: Sequence[Sequence[TokenizedRow]]
+    train: TokenSequences
+    held_out: TokenSequences
     pad_token_id: int
     packed: bool
     shared: bool = False
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
-        rows = [row for feature in features for row in self.sequences[feature["sequence"]]]
+        rows = [row for feature in features for row in self._rows(feature["sequence"])]
         if self.shared:
             return SharedPrefixCollator()(rows)
         return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
+
+    def _rows(self, number: int) -> list[TokenizedRow]:
+        is_trained = number < len(self.train)
+        return self.train[number] if is_trained else self.held_out[number - len(self.train)]
+
+
+class NewPacks(TrainerCallback):
+    """Packs the rows anew for each epoch, also for the one that a resumed run continues."""
+
+    def __init__(self, sequences: TokenSequences) -> None:
+        self.sequences = sequences
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.sequences.set_epoch(int(state.epoch or 0))
 
 
 def fit(
@@ -86,15 +111,17 @@ def fit(
     progress, stop = TrainingProgress(display), GentleStop(display)
     sharing = decide_sharing(
         model,
-        [*data.train, *([row] for row in data.held_out)],
+        data.train,
         speed=data.speed,
         batch_size=settings.args.per_device_train_batch_size,
         settings=settings,
+        held_out=data.held_out,
     )
     display.note(f"shared prefixes {'on' if sharing.on else 'off'}: {sharing.reason}")
     trainer = _trainer(model, loaded, data, settings, shared=sharing.on)
     trainer.remove_callback(PrinterCallback)
     for callback in (
+        NewPacks(data.train),
         EventLog(folder.events),
         progress,
         stop,
@@ -153,23 +180,24 @@ def _trainer(
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")
-    sequences = [*data.train, *([row] for row in data.held_out)]
-    numbers = _numbers(sequences)
+    # Workers that outlive an epoch would keep its packs.
+    args.dataloader_persistent_workers = False
+    held_out = TokenSequences(data.held_out)
+    numbers = _numbers([*data.train.lengths, *held_out.lengths])
     return SFTTrainer(
         model=model,
         args=args,
         train_dataset=numbers.select(range(len(data.train))),
-        eval_dataset=numbers.select(range(len(data.train), len(sequences))) if data.held_out else None,
+        eval_dataset=numbers.select(range(len(data.train), len(numbers))) if data.held_out else None,
         processing_class=loaded.tokenizer.tokenizer,
         data_collator=SequenceCollator(
-            sequences, loaded.tokenizer.tokenizer.pad_token_id, packed=packed, shared=shared
+            data.train, held_out, loaded.tokenizer.tokenizer.pad_token_id, packed=packed, shared=shared
         ),
     )
 
 
-def _numbers(sequences: Sequence[Sequence[TokenizedRow]]) -> Dataset:
-    lengths = [sum(len(row.input_ids) for row in sequence) for sequence in sequences]
-    return Dataset.from_dict({"sequence": list(range(len(sequences))), "length": lengths})
+def _numbers(lengths: Sequence[int]) -> Dataset:
+    return Dataset.from_dict({"sequence": list(range(len(lengths))), "length": lengths})
 
 
 def _best_before(folder: RunFolder) -> dict[str, Any]:

@@ -7,19 +7,23 @@ import json
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from phlora.adapters.attach import AdapterSummary
 from phlora.config import DataFile, RunConfig, Speed, build_config
-from phlora.data.formats import Loaded, Origin, Row, fingerprint, load_rows, row_key, split_rows
-from phlora.data.packing import pack_rows, share_prefixes
+from phlora.data.cache import TokenCache, digest_tokenizer, token_key
+from phlora.data.formats import Origin, Row, Selection, Survey, fingerprint_of, split_keys, survey_rows
+from phlora.data.packing import TokenSequences, share_prefixes
+from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedRow, TokenizedSet, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem
 from phlora.models.attention import sharing_obstacle
+from phlora.models.embedded import cache_root
 from phlora.models.load import LoadedTokenizer
 from phlora.train.settings import Settings
 
@@ -51,7 +55,7 @@ class PreparedData:
     """Tokenised rows on both sides of the split.
 
     Attributes:
-        train: rows, or packs of rows, to train on; each is a list of rows that share a sequence.
+        train: rows, or packs of rows, to train on.
         held_out: rows that training never sees.
         held_out_rows: the same rows before tokenisation.
         facts: counts for people, the run folder and the report.
@@ -59,8 +63,8 @@ class PreparedData:
         speed: whether rows may share the computation of their common starts.
     """
 
-    train: list[list[TokenizedRow]]
-    held_out: list[TokenizedRow]
+    train: TokenSequences
+    held_out: TokenTable
     held_out_rows: list[Row]
     facts: dict[str, Any]
     fingerprint: str
@@ -176,53 +180,80 @@ def prepare_data(
     Raises:
         DataError: the data cannot be used, or most of it would be dropped.
     """
-    loaded = load_rows(_sources(config.data.files, objects.train), format=config.data.format)
-    _tell(loaded, display)
-    if config.data.eval:
-        held_out = load_rows(_sources(config.data.eval, objects.held_out), format=config.data.format)
-        _tell(held_out, display)
-        train_rows, held_out_rows = _without_leaks(loaded.rows, held_out.rows, display)
-    else:
-        train_rows, held_out_rows = split_rows(
-            loaded.rows, eval_size=config.data.eval_size, seed=settings.args.seed
-        )
+    train_rows, held_out_rows, formats = _both_sides(config, objects, settings, display)
+    tokenize = _tokenizing(config, tokenizer, settings, display)
     with display.progress("Tokenising", len(train_rows) + len(held_out_rows)) as progress:
-        train, held_out_set = (
-            tokenize_rows(
-                rows,
-                tokenizer.tokenizer,
-                train_on=config.data.train_on,
-                max_length=settings.args.max_length,
-                too_long=config.data.too_long,
-                training_template=tokenizer.training_template,
-                progress=progress,
-            )
-            if rows
-            else TokenizedSet([], [], [], [])
-            for rows in (train_rows, held_out_rows)
-        )
-    for tokenized, name in ((train, "training"), (held_out_set, "held-out")):
+        train, held_out = (tokenize(rows, progress) for rows in (train_rows, held_out_rows))
+    for tokenized, name in ((train, "training"), (held_out, "held-out")):
         _tell_cuts(tokenized, name, settings, display)
-    kept = {row.origin for row in held_out_set.rows}
+    kept = {held_out.rows.origin(number) for number in range(len(held_out.rows))}
     sequences = _sequences(train.rows, settings)
     return PreparedData(
         train=sequences,
-        held_out=held_out_set.rows,
+        held_out=held_out.rows,
         held_out_rows=[row for row in held_out_rows if row.origin in kept],
         facts={
             "files": [file.path for file in config.data.files],
-            "formats": loaded.formats,
+            "formats": formats,
             "train_rows": len(train.rows),
-            "held_out_rows": len(held_out_set.rows),
+            "held_out_rows": len(held_out.rows),
             "sequences": len(sequences),
             "tokens": train.num_tokens,
             "trained_tokens": train.num_trained_tokens,
-            "dropped": [f"{skip.origin}: {skip.reason}" for skip in (*train.skipped, *held_out_set.skipped)],
-            "cut": [str(origin) for origin in (*train.cut, *held_out_set.cut)],
+            "dropped": [f"{skip.origin}: {skip.reason}" for skip in (*train.skipped, *held_out.skipped)],
+            "cut": [str(origin) for origin in (*train.cut, *held_out.cut)],
         },
-        fingerprint=fingerprint([*train_rows, *held_out_rows]),
+        fingerprint=fingerprint_of(chain(train_rows.digests(), held_out_rows.digests())),
         speed=config.speed,
     )
+
+
+def _both_sides(
+    config: RunConfig, objects: Objects, settings: Settings, display: Display
+) -> tuple[Selection, Selection, dict[str, str]]:
+    """The training rows, the held-out rows, and the schema of each training source."""
+    data = config.data
+    survey = survey_rows(_sources(data.files, objects.train), format=data.format)
+    _tell(survey, display)
+    if data.eval:
+        held_out = survey_rows(_sources(data.eval, objects.held_out), format=data.format)
+        _tell(held_out, display)
+        return _without_leaks(survey, held_out, display), held_out.all(), survey.formats
+    sides = split_keys(survey.keys, eval_size=data.eval_size, seed=settings.args.seed)
+    train, held_out_rows = (Selection(survey, numbers) for numbers in sides)
+    return train, held_out_rows, survey.formats
+
+
+def _tokenizing(
+    config: RunConfig, tokenizer: LoadedTokenizer, settings: Settings, display: Display
+) -> Callable[[Selection, Callable[[int], None]], TokenizedSet]:
+    """A function of (rows, progress) that gives their tokens, from the cache where it has them."""
+    options: dict[str, Any] = {
+        "train_on": config.data.train_on,
+        "max_length": settings.args.max_length,
+        "too_long": config.data.too_long,
+        "training_template": tokenizer.training_template,
+    }
+    cache = TokenCache(cache_root() / "tokens")
+    # `tokenize_rows` says what is wrong with a slow tokenizer.
+    use_cache = config.data.cache and tokenizer.tokenizer.is_fast
+    tokenizer_digest = digest_tokenizer(tokenizer.tokenizer) if use_cache else b""
+
+    def tokenize(rows: Selection, progress: Callable[[int], None]) -> TokenizedSet:
+        if not len(rows):
+            return TokenizedSet.empty()
+        key = token_key(rows, tokenizer_digest, options) if use_cache else ""
+        found = cache.load(key) if key else None
+        if found is not None:
+            display.note(f"{len(rows):,} rows: tokens from cache ({cache.folder})")
+            progress(len(rows))
+            return found
+        tokenized = tokenize_rows(rows, tokenizer.tokenizer, **options, progress=progress)
+        if key:
+            cache.save(key, tokenized)
+        return tokenized
+
+    return tokenize
 
 
 def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings) -> Plan:
@@ -256,6 +287,7 @@ def decide_sharing(
     speed: Speed,
     batch_size: int,
     settings: Settings | None = None,
+    held_out: TokenTable | None = None,
 ) -> Sharing:
     """Share where it is exact and computes at least a tenth fewer positions than the plain layout.
 
@@ -264,10 +296,11 @@ def decide_sharing(
         sequences: rows or packs of rows, `batch_size` of which meet in a forward pass.
         speed: the run's setting.
         settings: of the training; None for an evaluation.
+        held_out: rows that the training evaluates in the same layout.
     """
     if speed == "reference":
         return Sharing(False, "speed is reference")
-    lengths = [len(row.input_ids) for rows in sequences for row in rows]
+    lengths = _row_lengths(sequences) + (held_out.lengths.tolist() if held_out is not None else [])
     if not lengths:
         return Sharing(False, "there are no rows")
     obstacle = (settings and _training_obstacle(settings.args)) or sharing_obstacle(
@@ -283,6 +316,13 @@ def decide_sharing(
     if packed or saved >= _WORTHWHILE_SHARING:
         return Sharing(True, f"{saved:.0%} fewer positions to compute")
     return Sharing(False, f"it would save {saved:.0%} of the positions, too few to pay")
+
+
+def _row_lengths(sequences: Sequence[Sequence[TokenizedRow]]) -> list[int]:
+    """Tokens of each row."""
+    if isinstance(sequences, TokenSequences):
+        return sequences.rows.lengths.tolist()
+    return [len(row.input_ids) for rows in sequences for row in rows]
 
 
 def _training_obstacle(args: Any) -> str | None:
@@ -332,41 +372,40 @@ def _sources(files: Sequence[DataFile], rows: Any) -> Any:
     return list(files) if rows is None else rows
 
 
-def _without_leaks(train: list[Row], held_out: list[Row], display: Display) -> tuple[list[Row], list[Row]]:
+def _without_leaks(survey: Survey, held_out: Survey, display: Display) -> Selection:
     """Training rows that also stand in the held-out file are left out of training, and counted."""
-    keys = {row_key(row) for row in held_out}
-    kept = [row for row in train if row_key(row) not in keys]
-    if len(kept) < len(train):
+    keys = set(held_out.keys)
+    kept = [number for number, key in enumerate(survey.keys) if key not in keys]
+    if len(kept) < len(survey):
         display.warn(
-            f"{len(train) - len(kept)} training rows also stand in the held-out rows; not trained on"
+            f"{len(survey) - len(kept)} training rows also stand in the held-out rows; not trained on"
         )
     if not kept:
         raise DataError("Every training row also stands in the held-out rows", fix="name another eval file")
-    return kept, held_out
+    return Selection(survey, kept)
 
 
-def _sequences(rows: list[TokenizedRow], settings: Settings) -> list[list[TokenizedRow]]:
+def _sequences(rows: TokenTable, settings: Settings) -> TokenSequences:
     """One row a sequence, or with `packing` as many whole rows as fit into max_length."""
     args = settings.args
     if not args.packing:
-        return [[row] for row in rows]
+        return TokenSequences(rows)
     if not args.max_length:
         raise ConfigError(
             "Packing needs a length", where="training_config.max_length", expected="a number of tokens"
         )
-    packs = pack_rows([len(row.input_ids) for row in rows], max_length=args.max_length, seed=args.seed)
-    return [[rows[index] for index in pack] for pack in packs]
+    return TokenSequences(rows, max_length=args.max_length, seed=args.seed)
 
 
-def _tell(loaded: Loaded, display: Display) -> None:
-    for problem in loaded.problems:
+def _tell(survey: Survey, display: Display) -> None:
+    for problem in survey.problems:
         (display.warn if problem.severity == "warning" else display.note)(problem.message)
 
 
 def _tell_cuts(tokenized: TokenizedSet, name: str, settings: Settings, display: Display) -> None:
     for note in tokenized.notes:
         (display.warn if note.severity == "warning" else display.note)(
-            f"{note.message} ({note.count} {name} rows: {_named(note.origins)})"
+            f"{note.message} ({note.count} {name} rows: {_named(note.origins, note.count)})"
         )
     if tokenized.cut:
         display.warn(
@@ -387,6 +426,7 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, settings: Settings, display: 
             )
 
 
-def _named(origins: Sequence[Origin]) -> str:
+def _named(origins: Sequence[Origin], count: int | None = None) -> str:
     shown = ", ".join(str(origin) for origin in origins[:3])
-    return shown + (f" and {len(origins) - 3} more" if len(origins) > 3 else "")
+    count = len(origins) if count is None else count
+    return shown + (f" and {count - 3} more" if count > 3 else "")

@@ -10,7 +10,18 @@ import pytest
 from chat_tokenizers import LANGUAGES
 
 from phlora.config import DataFile
-from phlora.data.formats import Origin, fingerprint, load_rows, read_rows, row_key, split_rows
+from phlora.data.formats import (
+    Origin,
+    Selection,
+    fingerprint,
+    fingerprint_of,
+    load_rows,
+    read_rows,
+    row_key,
+    split_keys,
+    split_rows,
+    survey_rows,
+)
 from phlora.errors import ConfigError, DataError, NetworkError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -349,3 +360,44 @@ def test_fingerprint_sees_content_order_and_weight():
     one, two = _texts("a", "b"), _texts("b", "a")
     assert fingerprint(one) == fingerprint(_texts("a", "b"))
     assert len({fingerprint(one), fingerprint(two), fingerprint(one[:1])}) == 3
+
+
+def test_a_survey_knows_what_loading_finds_and_reads_the_rows_again(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    lines = [
+        {"messages": CHAT, "id": 1},
+        {"messages": 3},
+        *({"messages": [*CHAT, *CHAT[:n]]} for n in range(3)),
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    loaded = load_rows(path, on_bad="collect")
+    seen = []
+    survey = survey_rows(path, on_bad="collect", inspect=seen.append)
+    assert seen == list(survey.all()) == list(survey.all()) == loaded.rows
+    assert (survey.problems, survey.formats) == (loaded.problems, loaded.formats)
+    assert [key.hex() for key in survey.keys] == [row_key(row) for row in loaded.rows]
+    assert fingerprint_of(survey.all().digests()) == fingerprint(loaded.rows)
+    some = Selection(survey, [1, 3])
+    assert list(some) == [loaded.rows[1], loaded.rows[3]]
+    assert list(some.origins()) == [row.origin for row in some]
+    with pytest.raises(DataError, match="messages"):
+        survey_rows(path)
+
+
+def test_what_can_be_read_only_once_is_kept_and_what_changes_is_told(tmp_path):
+    survey = survey_rows({"text": text} for text in "ab")
+    assert [row.text for row in survey.all()] == [row.text for row in survey.all()] == ["a", "b"]
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
+    survey = survey_rows(path)
+    for changed in ('{"text": "a"}\n{"text": "c"}\n', '{"text": "a"}\n'):
+        path.write_text(changed, encoding="utf-8")
+        with pytest.raises(DataError, match="changed while it was read"):
+            list(survey.all())
+
+
+def test_the_split_by_keys_is_that_of_the_rows():
+    rows = _texts("a", "b", "a", *map(str, range(40)))
+    train, held_out = split_keys([row_key(row) for row in rows], eval_size=0.2, seed=3)
+    assert split_rows(rows, eval_size=0.2, seed=3) == ([rows[i] for i in train], [rows[i] for i in held_out])
+    assert sorted([*train, *held_out]) == list(range(43))

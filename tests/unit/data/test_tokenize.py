@@ -147,6 +147,94 @@ def test_ids_are_those_of_inference(family):
         assert prompt.reference == messages[-1]["content"]
 
 
+RECORDS = {
+    "messages": lambda text: {"messages": [user(text), assistant(text), user(f"{text}?"), assistant(text)]},
+    "system": lambda text: {"messages": [system(text), user(text), assistant(f"{text} <|end|> {text}")]},
+    "conversations": lambda text: {
+        "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]
+    },
+    "prompt_completion": lambda text: {"prompt": text, "completion": text},
+    "chat_prompt_completion": lambda text: {"prompt": [user(text)], "completion": [assistant(text)]},
+    "alpaca": lambda text: {"instruction": text, "input": text, "output": text},
+    "qa": lambda text: {"question": text, "answer": text},
+    "text": lambda text: {"text": text},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_all_formats_and_languages_are_tokenised_as_row_by_row_with_every_chat_rendered(
+    family, train_on, monkeypatch
+):
+    rows = [
+        row
+        for record in RECORDS.values()
+        for row in load_rows([record(text) for text in LANGUAGES.values()]).rows
+    ]
+    options = {"train_on": train_on, "max_length": 300, "too_long": "truncate_history"}
+    fast = list(tokenize_rows(rows, _tokenizer(family), **options, on_bad="collect").rows)
+    monkeypatch.setattr("phlora.data.template.writes_contents_only", lambda template: False)
+    oracle = _tokenizer(family)
+    results = [tokenize_row(row, oracle, **options) for row in rows]
+    assert fast == [result for result in results if isinstance(result, TokenizedRow)]
+    assert len(fast) > len(rows) / 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_turns_found_between_control_tokens_are_those_found_by_offsets(family, train_on, monkeypatch):
+    generator = random.Random(1)
+    chats = [_random_chat(seed) for seed in range(120)]
+    for chat in chats:
+        chat[-1].update(generator.choice([{}, {}, {"train": False}, {"weight": 0.5}]))
+        chat[-2].update(generator.choice([{}, {}, {"train": True}]))
+    rows = [_row(*chat) for chat in chats]
+    options = {"train_on": train_on, "on_bad": "collect"}
+    fast = tokenize_rows(rows, _tokenizer(family), **options)
+    monkeypatch.setattr("phlora.data.template.writes_contents_only", lambda template: False)
+    oracle = tokenize_rows(rows, _tokenizer(family), **options)
+    assert list(fast.rows) == list(oracle.rows) and fast.skipped == oracle.skipped
+
+    def by_kind(result):
+        return {note.kind: note.origins for note in result.notes}
+
+    assert by_kind(fast) == by_kind(oracle)
+
+
+@pytest.mark.parametrize("family", ["phi3", "phi3_plain", "chatml"])
+def test_the_common_templates_need_no_offsets(family, monkeypatch):
+    tokenizer = _tokenizer(family)
+    rows = [_row(user(text), assistant(text)) for text in LANGUAGES.values()]
+    tokenize_rows(rows, tokenizer)
+    monkeypatch.setattr("phlora.data.tokenize._token_range", None)
+    assert len(tokenize_rows(rows, tokenizer).rows) == len(rows)
+
+
+@pytest.mark.parametrize("record", [RECORDS["text"], RECORDS["messages"]], ids=["text", "chat"])
+def test_nothing_else_asks_the_tokenizer_while_it_encodes(record, monkeypatch):
+    """Rust tokenizers refuse to be set up, or change what they do, while they encode on another thread."""
+    monkeypatch.setattr("phlora.data.tokenize.BATCH_ROWS", 8)
+    rows = load_rows([record(" ".join(LANGUAGES.values()) * 20) for _ in range(120)]).rows
+    tokenizer = _tokenizer("llama2" if record is RECORDS["text"] else "chatml")
+    training = None
+    if record is RECORDS["messages"]:
+        training = CHATML.replace(
+            "message['content'] ", "'' }}{% generation %}{{ message['content'] "
+        ).replace("{% endfor %}", "{% endgeneration %}{% endfor %}")
+    assert len(tokenize_rows(rows, tokenizer, training_template=training).rows) == 120
+
+
+def test_more_rows_than_a_batch_keep_their_order_and_their_notes(monkeypatch):
+    monkeypatch.setattr("phlora.data.tokenize.BATCH_ROWS", 4)
+    monkeypatch.setattr("phlora.data.tokenize.MAX_NAMED_ORIGINS", 3)
+    records = [{"messages": [user(f"{n}"), assistant(f" {n} <|end|>" if n % 2 else "b")]} for n in range(21)]
+    result = tokenize_rows(load_rows(records).rows, _tokenizer("phi3"))
+    assert [row.origin.line for row in result.rows] == list(range(1, 22))
+    notes = {note.kind: note for note in result.notes}
+    assert notes["control_tokens"].count == 10
+    assert [origin.line for origin in notes["control_tokens"].origins] == [2, 4, 6]
+
+
 def test_batches_give_what_single_rows_give():
     tokenizer = _tokenizer("phi3")
     rows = [_row(*_random_chat(seed)) for seed in range(30)]

@@ -1,0 +1,131 @@
+"""Joined literals and contents are what the template renders; templates that look into contents are rendered."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from chat_tokenizers import (
+    CHATML,
+    LANGUAGES,
+    LLAMA2,
+    PHI3,
+    PHI3_WITHOUT_SYSTEM,
+    REASONING,
+    TRIMMED,
+    chatml_tokenizer,
+    llama2_tokenizer,
+    phi3_tokenizer,
+)
+
+from phlora.data.template import ChatTemplate, TemplateRefusal, writes_contents_only
+
+DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nI am Bot<|im_end|>\n' }}{% endif %}"
+    + CHATML
+)
+GENERATION = CHATML.replace("{{ '<|im_start|>'", "{%- generation -%}{{ '<|im_start|>'").replace(
+    "{% endfor %}", "{%- endgeneration -%}{% endfor %}"
+)
+# Ends without the text that ends a turn elsewhere, or with only a part of it.
+OPEN_END = CHATML.replace("+ '<|im_end|>\n' }}", "}}{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}")
+TEMPLATES = {
+    "phi3": (phi3_tokenizer, PHI3),
+    "phi3_without_system": (phi3_tokenizer, PHI3_WITHOUT_SYSTEM),
+    "chatml": (chatml_tokenizer, CHATML),
+    "default_system": (chatml_tokenizer, DEFAULT_SYSTEM),
+    "open_end": (chatml_tokenizer, OPEN_END),
+    "no_end": (chatml_tokenizer, CHATML.replace("<|im_end|>", "")),
+    "twice": (chatml_tokenizer, CHATML.replace("message['content']", "message.content + message.content")),
+    "trimmed": (chatml_tokenizer, TRIMMED),
+    "reasoning": (chatml_tokenizer, REASONING),
+    "llama2": (llama2_tokenizer, LLAMA2),
+}
+PARTS = [
+    *LANGUAGES.values(),
+    "user",
+    "\n",
+    "  ",
+    "<|end|>",
+    "</think>",
+    "<|im_end|>",
+    "\ue0f00\ue0f1",
+    "👩‍👩‍👧",
+    "",
+]
+
+
+def _chats(num_chats):
+    generator = random.Random(0)
+    for _ in range(num_chats):
+        roles = ["system"] * (generator.random() < 0.3) + ["user", "assistant"] * generator.randint(1, 4)
+        yield [
+            {"role": role, "content": "".join(generator.choices(PARTS, k=generator.randint(1, 3)))}
+            for role in roles
+        ]
+
+
+def _outcome(render, messages, generation):
+    try:
+        return render(messages, None, generation)
+    except TemplateRefusal as refusal:
+        return str(refusal)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chats_are_rendered_as_the_template_renders_them(name):
+    make, text = TEMPLATES[name]
+    tokenizer = make(text)
+    fast, oracle = ChatTemplate(tokenizer), ChatTemplate(tokenizer)
+    for generation in (False, True):
+        for messages in _chats(150):
+            expected = _outcome(oracle._render_really, messages, generation)
+            assert _outcome(fast._render, messages, generation) == expected
+
+
+def test_known_shapes_are_not_rendered_again(monkeypatch):
+    template = ChatTemplate(phi3_tokenizer())
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    template.render(chat)
+    monkeypatch.setattr(template, "_apply", None)
+    rendering = template.render([{**message, "content": LANGUAGES["hi"]} for message in chat])
+    assert rendering.text.count(LANGUAGES["hi"]) == 2
+
+
+def test_a_template_that_is_not_what_its_syntax_shows_is_rendered_from_then_on(monkeypatch):
+    template = ChatTemplate(phi3_tokenizer())
+    render = ChatTemplate._apply
+    monkeypatch.setattr(
+        ChatTemplate, "_apply", lambda self, chat, *rest: render(self, chat, *rest).replace("secret", "")
+    )
+    chat = [{"role": "user", "content": "secret x"}, {"role": "assistant", "content": "b"}]
+    assert "secret" not in template.render(chat).text
+    assert "secret" not in template.render(chat).text
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (PHI3, True),
+        (CHATML, True),
+        (DEFAULT_SYSTEM, True),
+        (GENERATION, True),
+        (TRIMMED, False),
+        (REASONING, False),
+        ("{% for m in messages %}{% if m.content %}x{% endif %}{% endfor %}", False),
+        ("{% for m in messages %}{% set c = m.content %}{{ c }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m.role + m['content'] }}{{ loop.previtem }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m | tojson }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m[key] }}{% endfor %}", False),
+        ("{% for m in messages if m.content %}{{ m.content }}{% endfor %}", False),
+        ("{% set rest = messages[1:] %}{% for m in rest %}{{ m.content }}{% endfor %}", False),
+        ("{% for m in messages %}{% filter trim %}{{ m.content }}{% endfilter %}{% endfor %}", False),
+        ("{% macro f(x) %}{{ x }}{% endmacro %}{% for m in messages %}{{ f(m.content) }}{% endfor %}", False),
+        ("{{ messages[0]['content'] }}{% for m in messages %}{{ m.content }}{% endfor %}", False),
+        ("{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", False),
+        ("{{ messages }}", False),
+        ("{% unknown %}", False),
+    ],
+)
+def test_only_templates_that_provably_write_contents_as_they_are_count(template, expected):
+    assert writes_contents_only(template) is expected
