@@ -158,6 +158,9 @@ def _root(
     epilog="\b\nExamples:\n"
     "  phlora train --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl --output runs/support\n"
     "  phlora train run.yaml --set training_config.learning_rate=3e-4 --set peft_config.r=16\n"
+    "  phlora train run.yaml --quantization nf4                       QLoRA\n"
+    "  phlora train run.yaml --set peft_config.loraplus_lr_ratio=16   LoRA+\n"
+    "  phlora train run.yaml --set peft_config.use_dora=true          DoRA\n"
     "  phlora train run.yaml --resume",
 )
 def train(
