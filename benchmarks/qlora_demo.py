@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -97,6 +98,7 @@ def main() -> None:
         if name in ("output", "fp32_run")
     }
     os.chdir(ROOT)
+    logging.disable(logging.WARNING)
 
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(options, paths["output"] or Path(scratch), paths["fp32_run"])
