@@ -70,6 +70,14 @@ class AdapterFormat(StrEnum):
     merged = "merged"
 
 
+class MergeBase(StrEnum):
+    """The base that an adapter of a quantised one is merged into."""
+
+    auto = "auto"
+    full = "full"
+    dequantized = "dequantized"
+
+
 class TrainOn(StrEnum):
     """The turns whose tokens are trained."""
 
@@ -150,6 +158,9 @@ def _root(
     epilog="\b\nExamples:\n"
     "  phlora train --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl --output runs/support\n"
     "  phlora train run.yaml --set training_config.learning_rate=3e-4 --set peft_config.r=16\n"
+    "  phlora train run.yaml --quantization nf4                       QLoRA\n"
+    "  phlora train run.yaml --set peft_config.loraplus_lr_ratio=16   LoRA+\n"
+    "  phlora train run.yaml --set peft_config.use_dora=true          DoRA\n"
     "  phlora train run.yaml --resume",
 )
 def train(
@@ -326,11 +337,20 @@ def chat(
     short_help="Merge an adapter into its base, and prove it.",
     epilog="\b\nExamples:\n"
     "  phlora merge runs/support -o models/support\n"
+    "  phlora merge runs/support -o models/support --base dequantized\n"
     "  phlora merge some/adapter -o models/support --rows chats.jsonl --dtype bfloat16",
 )
 def merge(
     source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run folder or adapter folder.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="New model folder.")],
+    base: Annotated[
+        MergeBase,
+        typer.Option(
+            "--base",
+            help="Trained on nf4 or int8: merge into the full or the dequantized base; auto: the lower loss.",
+            show_default=True,
+        ),
+    ] = MergeBase.auto,
     model: BaseModel = None,
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
@@ -348,6 +368,7 @@ def merge(
 
     What was saved is loaded again and compared with base and adapter on the run's held-out rows: largest and
     mean difference of the logits, changed greedy tokens. Beyond the bound nothing is kept and the exit code is 1.
+    For an adapter of a quantised base the loss merged into either base is measured and shown.
     """
     if offline:
         _forbid_network()
@@ -357,6 +378,7 @@ def merge(
         report = merge_run(
             source,
             output,
+            base=base.value,
             model=model,
             dtype=dtype,
             rows=rows or None,

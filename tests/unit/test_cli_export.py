@@ -109,13 +109,27 @@ def test_merge_passes_its_options_on(phlora: Callable[..., Outcome], monkeypatch
     monkeypatch.setattr("phlora.train.fold.merge_run", merge_run)
     assert phlora("merge", "runs/a", "-o", "out").out == "8 modules merged\n"
     options = ["--model", "base", "--dtype", "bfloat16", "--rows", "r.jsonl", "--max-rows", "5", "--json"]
-    done = phlora("merge", "runs/a", "-o", "out", *options, "--device", "cpu")
+    done = phlora("merge", "runs/a", "-o", "out", *options, "--device", "cpu", "--base", "full")
     assert done.json == {"changed_tokens": 0}
-    plain = {"model": None, "dtype": "auto", "rows": None, "max_rows": 64, "device": "auto", "offline": False}
+    plain: dict[str, Any] = {"base": "auto"}
+    plain |= {
+        "model": None,
+        "dtype": "auto",
+        "rows": None,
+        "max_rows": 64,
+        "device": "auto",
+        "offline": False,
+    }
     asked = {"model": "base", "dtype": "bfloat16", "rows": ["r.jsonl"], "max_rows": 5, "device": "cpu"}
+    asked["base"] = "full"
     assert calls == [("runs/a", "out", plain), ("runs/a", "out", plain | asked)]
     phlora("convert", "runs/a", "--to", "merged", "-o", "out", "--dtype", "float16")
     assert calls[2] == ("runs/a", "out", {"model": None, "dtype": "float16", "rows": None, "offline": False})
+
+
+def test_a_base_that_there_is_not_is_exit_code_2(phlora: Callable[..., Outcome]) -> None:
+    done = phlora("merge", "runs/a", "-o", "out", "--base", "quantised")
+    assert done.code == 2 and "dequantized" in done.err
 
 
 def test_a_refused_merge_is_exit_code_1(

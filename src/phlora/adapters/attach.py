@@ -57,6 +57,10 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
 }
 
 
+# Keys of `peft_config` that are for the optimizer, which PEFT keeps out of `LoraConfig`.
+_OPTIMIZER_KEYS = ("loraplus_lr_ratio",)
+
+
 @dataclass(frozen=True)
 class AdapterSummary:
     """What will be trained.
@@ -115,15 +119,17 @@ def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
 
     Args:
         peft_config: fields of `peft.LoraConfig`; `lora_alpha` is twice the rank where it is not given.
+            `loraplus_lr_ratio` is for the optimizer, and not looked at here.
 
     Raises:
         ConfigError: an unknown key (with the nearest name), a value of the wrong type, or one out of range.
     """
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    known = {field.name for field in dataclasses.fields(LoraConfig)} | set(_OPTIMIZER_KEYS)
     for key in peft_config:
         if key not in known:
             raise ConfigError(f"Unknown key `{key}`", where=_WHERE, fix=did_you_mean(str(key), known))
     values = {**{key: default for key, (default, _) in DEFAULTS.items()}, **peft_config}
+    values = {key: value for key, value in values.items() if key not in _OPTIMIZER_KEYS}
     values["r"] = _whole(values["r"], "r")
     values["lora_alpha"] = _positive(values.get("lora_alpha", 2 * values["r"]), "lora_alpha")
     values["lora_dropout"] = _share(values.get("lora_dropout", 0.0), "lora_dropout")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from phlora.adapters.operands import is_quantized
 from phlora.adapters.targets import block_linears
-from phlora.config import QuantizationConfig
+from phlora.config import QuantizationConfig, quantization_config
 from phlora.errors import ConfigError, MissingExtraError, ModelError
 from phlora.models.choices import DTYPES
 from phlora.models.fingerprint import keep_fingerprint
@@ -105,7 +105,8 @@ def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Modu
 
     Args:
         model: a transformers model, bare or under PEFT; one without quantised layers is left as it is.
-        dtype: of the dense layers; by default that of the weights before they were quantised.
+        dtype: of the dense layers, which are the matrices that products in this dtype multiply by; by default that
+            of the weights before they were quantised.
 
     Returns:
         The same model.
@@ -127,6 +128,14 @@ def _storage_name(quantization: QuantizationConfig) -> str:
     return "nf4-single" if single else quantization.type
 
 
+def quantization_of(storage: str) -> QuantizationConfig | None:
+    """How a base was quantised that a fingerprint names so; None for an empty name."""
+    if not storage:
+        return None
+    kind, _, single = storage.partition("-")
+    return quantization_config({"type": kind, "double_quant": not single})
+
+
 def _quantized_linear(linear: nn.Module, quantization: QuantizationConfig, device: torch.device) -> nn.Module:
     from phlora.adapters import bnb
 
@@ -143,7 +152,8 @@ def _dense_linear(layer: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
 
     with torch.device("meta"):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    linear.weight = nn.Parameter(bnb.dense_weight(layer).to(dtype), requires_grad=False)
+    weight = bnb.dense_weight(layer) if dtype is None else bnb.operand(layer).dense(dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = layer.bias
     return linear.train(layer.training)
 

@@ -64,7 +64,7 @@ def finetune(
         data: file(s), a `datasets.Dataset`, a list of rows, or a mapping of `DataConfig` fields.
         eval_data: held-out rows in the same forms; by default a tenth is split off.
         training_config: fields of TRL's `SFTConfig`.
-        peft_config: fields of PEFT's `LoraConfig`.
+        peft_config: fields of PEFT's `LoraConfig`, and `loraplus_lr_ratio`.
         evaluation: fields of `EvaluationConfig`.
         output: the run folder; by default `runs/` and the name of the data file.
         resume: continue the run in `output` from its last complete checkpoint.
@@ -84,7 +84,12 @@ def finetune(
 
     folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
     device = choose_device(config.model.device)
-    settings = training_settings(config.training_config, output_dir=folder.checkpoints, device=device.type)
+    settings = training_settings(
+        config.training_config,
+        output_dir=folder.checkpoints,
+        device=device.type,
+        peft_config=config.peft_config,
+    )
     lora = lora_settings(config.peft_config)
     resolve_metrics(config.evaluation.metrics)
 

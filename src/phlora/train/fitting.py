@@ -187,6 +187,7 @@ def _trainer(
     return SFTTrainer(
         model=model,
         args=args,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
         train_dataset=numbers.select(range(len(data.train))),
         eval_dataset=numbers.select(range(len(data.train), len(numbers))) if data.held_out else None,
         processing_class=loaded.tokenizer.tokenizer,

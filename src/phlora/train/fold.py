@@ -1,8 +1,13 @@
 """An adapter in other forms: converted, or merged into its base with the proof that nothing was lost.
 
-For a merge the base is loaded in fp32, whatever it was trained in (also in 4 bits), so that both sides of the proof
-compute alike and differ only by the rounding of the weights that were saved. Both see the same real rows, and are
-compared where it matters: at the tokens of the answers.
+For a merge the base is loaded in fp32, whatever it was trained in, so that both sides of the proof compute alike and
+differ only by the rounding of the weights that were saved. Both see the same real rows, and are compared where it
+matters: at the tokens of the answers.
+
+An adapter that was trained on a quantised base has two bases to go into: the full one, whose weights were never
+rounded, and the dequantised one, dense with the rounded weights. The adapter has also learned to make up for the
+rounding, so which is better is measured: the loss of both, merged, beside that of the adapter where it was trained.
+One merged model waits, in the dtype that is saved, while the other is made: never more than two are in memory.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -36,7 +42,7 @@ from phlora.adapters.convert import (
     write_peft_tensors,
 )
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
-from phlora.config import ModelConfig, TrainOn, build_config
+from phlora.config import ModelConfig, QuantizationConfig, TrainOn, build_config
 from phlora.data.formats import Row, load_rows
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
@@ -49,8 +55,10 @@ from phlora.errors import (
     RunError,
     did_you_mean,
 )
+from phlora.models.fingerprint import split_fingerprint
 from phlora.models.head import IGNORED, trunk_and_head
 from phlora.models.load import (
+    ADAPTER_FACTS,
     DTYPES,
     LoadedModel,
     LoadedTokenizer,
@@ -59,13 +67,16 @@ from phlora.models.load import (
     prepare_tokenizer,
 )
 from phlora.models.phi3 import context_lengths, fused_row_blocks
+from phlora.models.quantized import dequantize, quantization_of
 from phlora.models.sources import locate, read_json, reading, resolve_source
 from phlora.train.checkpoints import RUN_FILE, RunFolder, replaced_folder, write_json
 from phlora.train.planning import HELD_OUT_FILE
 
 MERGE_FILE = "merge.json"
-# Reference logits that are kept while the base makes room for the merged model.
-_LOGITS_BYTES = 512 << 20
+MergeBase = Literal["auto", "full", "dequantized"]
+MERGE_BASES: tuple[MergeBase, ...] = ("auto", "full", "dequantized")
+# Logits of one model over all rows; those of two are in memory at once.
+_LOGITS_BYTES = 256 << 20
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin")
 # Configuration, tokenizer, chat template and card of an adapter; no optimizer states.
 _SIDE_FILES = (".json", ".jinja", ".txt", ".model", ".md")
@@ -83,6 +94,11 @@ class MergeReport:
         folder: the model folder that was written.
         base_model, adapter: what was merged.
         dtype: of the saved weights.
+        base: `full` or `dequantized`: the weights that the adapter was merged into.
+        why: the reason for that base.
+        storage: what the base was quantised to while the adapter was trained; empty: it was not.
+        losses: of the answers in the rows compared, in nats per token. `adapter`: base and adapter as they were
+            trained; `full`, `dequantized`: merged into that base, in the dtype that is saved.
         num_modules: modules whose weights changed.
         num_rows: rows compared.
         num_tokens: answer tokens compared, each with its whole vocabulary of logits.
@@ -97,6 +113,10 @@ class MergeReport:
     base_model: str
     adapter: str
     dtype: str
+    base: str
+    why: str
+    storage: str
+    losses: dict[str, float]
     num_modules: int
     num_rows: int
     num_tokens: int
@@ -118,9 +138,27 @@ class MergeReport:
     def summary(self) -> str:
         """A few lines for people."""
         share = self.largest_difference / self.largest_logit if self.largest_logit else 0.0
+        into = (
+            f"{self.base_model}, dequantised from {self.storage}" if self.base != "full" else self.base_model
+        )
+        labels = {
+            "adapter": "loss with the adapter",
+            "full": "loss, full base" if self.storage else "loss, merged",
+            "dequantized": "loss, dequantized base",
+        }
+        remarks = {
+            "adapter": f" on the {self.storage} base, as trained",
+            "full": " merged",
+            "dequantized": " merged",
+        }
         return "\n".join(
             [
-                f"{self.num_modules} modules merged into {self.base_model}, saved in {self.dtype}",
+                f"{self.num_modules} modules merged into {into}, saved in {self.dtype}",
+                *([f"  why this base           {self.why}"] if self.storage else []),
+                *(
+                    f"  {labels[name]:<24}{loss:.4f}{remarks[name] if self.storage else ''}"
+                    for name, loss in self.losses.items()
+                ),
                 f"  rows compared           {self.num_rows:,} ({self.num_tokens:,} answer tokens)",
                 f"  largest difference      {self.largest_difference:.3g} "
                 f"({share:.2g} of the largest logit; accepted: {self.bound_largest:g})",
@@ -133,19 +171,29 @@ class MergeReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """An adapter and its base model; of a run also the rows that it held out, and how they are tokenised."""
+    """An adapter and its base model; of a run also the rows that it held out, and how they are tokenised.
+
+    `quantization` is that of the base while the adapter was trained, and `trained_dtype` what it was rounded from.
+    """
 
     adapter: Path
     base: ModelConfig
     rows: Path | None = None
     train_on: TrainOn = "assistant"
     max_length: int | None = None
+    quantization: QuantizationConfig | None = None
+    trained_dtype: str = "float32"
+
+    @property
+    def storage(self) -> str:
+        return self.quantization.type if self.quantization else ""
 
 
 def merge_run(
     source: str | Path,
     output: str | Path,
     *,
+    base: MergeBase = "auto",
     model: str | None = None,
     dtype: str = "auto",
     rows: Any = None,
@@ -160,9 +208,15 @@ def merge_run(
     configuration with every stop token; stock transformers loads it. What was saved is loaded again and compared
     with base and adapter, both computed in fp32; beyond `phlora.adapters.merge.BOUNDS` nothing is left behind.
 
+    An adapter that was trained on a quantised base is compared with the model that the merge is meant to reproduce:
+    merged into the dequantised base, with the adapter on the quantised one; merged into the full base, with the
+    adapter on the full one. How far these two models are from each other, the losses tell.
+
     Args:
         source: a run folder (its best adapter is taken), or an adapter folder.
         output: the new folder; it may not hold anything yet.
+        base: for an adapter that was trained on a quantised base: merge into the `full` or the `dequantized` one;
+            `auto` measures the loss of both and saves the one with the lower. Any other adapter has the full one.
         model: the base, in the place of the one that the run or the adapter names.
         dtype: of the saved weights: `auto` for that of the base's own files, or a key of `DTYPES`.
         rows: file(s) or rows for the proof, in the place of the run's held-out rows.
@@ -171,44 +225,74 @@ def merge_run(
 
     Raises:
         Finding: the merged model differs from base and adapter by more than the bound.
-        ConfigError: an unknown dtype or device.
+        ConfigError: an unknown base, dtype or device, or `dequantized` for an adapter of a base that was dense.
         RunError: the run has no adapter, or the output folder is taken.
         ModelError: base and adapter do not fit, or the adapter changes tied embeddings.
         DataError: there are no rows for the proof.
         NoRoomError: the disk has no room for the model.
+        MissingExtraError: the base was quantised, and bitsandbytes is not installed.
     """
     display = display or Display()
     output = Path(output).expanduser()
     require_new(output)
     found = _find(Path(source).expanduser(), model=model, offline=offline)
+    _require_base(base, found)
     saved_dtype = _saved_dtype(found.base, dtype)
     chosen = _load_rows(found, rows)[:max_rows]
 
     display.stage(f"Loading {found.base.name} in float32, and its adapter")
     loaded = _load(found.base, device)
-    adapted = load_adapter(loaded.model, found.adapter)
-    for note in (*loaded.notes, *adapted.report.notes):
-        display.note(note)
+    _tell(loaded, display)
     _require_room(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
     tokenizer = _tokenizer_of(found.adapter, loaded)
     compared = _tokenize(chosen, found, tokenizer, loaded.model)
 
-    display.stage(f"Running base and adapter on {len(compared)} rows")
-    reference = list(_answer_logits(adapted.model, compared, display))
+    how = _How(rows=compared, dtype=DTYPES[saved_dtype], choosing=bool(found.storage), display=display)
+    merged = {"full": _merge(loaded, found.adapter, how)}
+    if found.storage:
+        display.stage(f"Loading {found.base.name} in {found.storage}, as it was trained")
+        loaded = _load_as_trained(found, device)
+        merged["dequantized"] = _merge(loaded, found.adapter, how)
+    as_trained = merged.get("dequantized", merged["full"])
+    losses = {"adapter": _loss(compared, as_trained.reference)}
+    losses |= {name: candidate.loss for name, candidate in merged.items() if candidate.loss is not None}
+    into, why = _choose(base, losses)
+
     with replaced_folder(output) as part:
-        display.stage(f"Merging, and saving in {saved_dtype}")
-        merged, num_modules = fold_adapter(adapted.model)
-        _save(merged.to(DTYPES[saved_dtype]), tokenizer, part)
-        # The merged model is loaded in the room of the first.
-        del merged, adapted, loaded
+        display.stage(f"Saving it in {saved_dtype}")
+        kept = merged[into]
+        _save(kept.model, tokenizer, part)
+        reference, num_modules = kept.reference, kept.num_modules
+        # The saved model is loaded in the room of these.
+        del merged, as_trained, kept, loaded
         gc.collect()
 
         display.stage("Loading what was saved, and comparing")
         again = _load(replace(found.base, name=str(part), revision=None, offline=True), device)
+        logits = list(_answer_logits(again.model, compared, display))
+        losses[into] = _loss(compared, logits)
         differences = LogitDifferences()
-        for before, after in zip(reference, _answer_logits(again.model, compared, display), strict=True):
+        for before, after in zip(reference, logits, strict=True):
             differences.add(before, after)
-        report = _report(differences, found, output, saved_dtype, num_modules, len(reference))
+        report = MergeReport(
+            folder=str(output),
+            base_model=found.base.name,
+            adapter=str(found.adapter),
+            dtype=saved_dtype,
+            base=into,
+            why=why,
+            storage=found.storage,
+            losses=losses,
+            num_modules=num_modules,
+            num_rows=len(compared),
+            num_tokens=differences.num_tokens,
+            changed_tokens=differences.changed_tokens,
+            largest_difference=differences.largest,
+            mean_difference=differences.mean,
+            largest_logit=differences.scale,
+            bound_largest=BOUNDS[saved_dtype].largest,
+            bound_changed=BOUNDS[saved_dtype].changed,
+        )
         _require_kept(differences, report)
         write_json(part / MERGE_FILE, report.evidence())
     return report
@@ -393,13 +477,19 @@ def _find(source: Path, *, model: str | None, offline: bool, needs_base: bool = 
     base = found.base
     if model is not None and model != base.name:
         base = ModelConfig(name=model)
+    file = found.adapter / ADAPTER_FACTS
+    fingerprint = (read_json(file).get("base_fingerprint") or "") if file.is_file() else ""
     if needs_base and not base.name:
         raise ModelError(
             "The adapter does not say what its base model is",
             where=str(source / "adapter_config.json"),
             fix="name it: --model BASE",
         )
-    return replace(found, base=replace(base, offline=offline or base.offline))
+    return replace(
+        found,
+        base=replace(base, offline=offline or base.offline),
+        quantization=quantization_of(split_fingerprint(fingerprint)[1]),
+    )
 
 
 def _of_run(run: Path) -> _Source:
@@ -417,6 +507,7 @@ def _of_run(run: Path) -> _Source:
         rows=folder.path / HELD_OUT_FILE,
         train_on=config.data.train_on,
         max_length=facts["max_length"],
+        trained_dtype=facts["model"]["dtype"],
     )
 
 
@@ -434,10 +525,17 @@ def _of_adapter(folder: Path) -> _Source:
     return _Source(adapter=folder, base=ModelConfig(name=base, revision=facts.get("revision")))
 
 
-def _load(base: ModelConfig, device: str) -> LoadedModel:
+def _load(
+    base: ModelConfig,
+    device: str,
+    *,
+    dtype: str = "float32",
+    quantization: QuantizationConfig | None = None,
+) -> LoadedModel:
     return load_model(
         base.name,
-        dtype="float32",
+        dtype=dtype,
+        quantization=asdict(quantization) if quantization else None,
         # It stands in the configuration that is saved, and chatting wants it.
         use_cache=True,
         revision=base.revision,
@@ -445,6 +543,15 @@ def _load(base: ModelConfig, device: str) -> LoadedModel:
         trust_remote_code=base.trust_remote_code,
         device=device,
     )
+
+
+def _load_as_trained(found: _Source, device: str) -> LoadedModel:
+    """The quantised base, with the weights of the training; its products and all the rest in fp32."""
+    assert found.quantization is not None
+    exact = replace(found.quantization, compute_dtype="auto")
+    loaded = _load(found.base, device, dtype=found.trained_dtype, quantization=exact)
+    loaded.model.float()
+    return loaded
 
 
 def _tokenizer_of(adapter: Path, base: LoadedModel) -> LoadedTokenizer:
@@ -459,6 +566,76 @@ def _tokenizer_of(adapter: Path, base: LoadedModel) -> LoadedTokenizer:
     return prepare_tokenizer(
         tokenizer, config=base.model.config, generation_config=base.model.generation_config
     )
+
+
+# --------------------------------------------------------------------------------------------- the merging
+
+
+@dataclass(frozen=True, kw_only=True)
+class _How:
+    """Rows to measure on, the dtype that is saved, and whether several merged models are to choose from."""
+
+    rows: Sequence[TokenizedRow]
+    dtype: torch.dtype
+    choosing: bool
+    display: Display
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Merged:
+    """A merged model in the dtype that is saved, its loss, and the logits of the model that it has to equal."""
+
+    model: Any
+    num_modules: int
+    reference: list[Tensor]
+    loss: float | None
+
+
+def _merge(loaded: LoadedModel, adapter: Path, how: _How) -> _Merged:
+    """The model with the adapter in its weights, made in place; a quantised one becomes dense."""
+    adapted = load_adapter(loaded.model, adapter)
+    if not how.choosing:
+        for note in adapted.report.notes:
+            how.display.note(note)
+    how.display.stage(f"Running base and adapter on {len(how.rows)} rows")
+    reference = list(_answer_logits(adapted.model, how.rows, how.display))
+    dequantize(adapted.model, dtype=torch.float32)
+    model, num_modules = fold_adapter(adapted.model)
+    loss = None
+    if how.choosing:
+        how.display.stage("Running the merged model")
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(how.dtype).float()
+        loss = _loss(how.rows, _answer_logits(model, how.rows, how.display))
+    return _Merged(model=model.to(how.dtype), num_modules=num_modules, reference=reference, loss=loss)
+
+
+def _require_base(base: str, found: _Source) -> None:
+    if base not in MERGE_BASES:
+        raise ConfigError(f"There is no base `{base}`", where="--base", fix=did_you_mean(base, MERGE_BASES))
+    if base == "dequantized" and not found.storage:
+        raise ConfigError(
+            "The adapter was not trained on a quantised base, so there is none to dequantise",
+            where="--base",
+            fix="leave it out",
+        )
+
+
+def _choose(base: MergeBase, losses: Mapping[str, float]) -> tuple[str, str]:
+    """The base to merge into, and why."""
+    if "dequantized" not in losses:
+        return "full", "the base that the adapter was trained on"
+    lower = min(("dequantized", "full"), key=lambda name: losses[name])
+    if base == "auto":
+        return lower, f"of both merged models the {lower} one has the lower loss"
+    if base == lower:
+        return base, "asked for; it also has the lower loss"
+    return base, f"asked for, although {lower} has the lower loss"
+
+
+def _tell(loaded: LoadedModel, display: Display) -> None:
+    for note in loaded.notes:
+        display.note(note)
 
 
 # ---------------------------------------------------------------------------------------- what is written
@@ -591,24 +768,14 @@ def _answer_logits(model: Any, rows: Sequence[TokenizedRow], display: Display) -
             advance(1)
 
 
-def _report(
-    differences: LogitDifferences, found: _Source, output: Path, dtype: str, num_modules: int, num_rows: int
-) -> MergeReport:
-    return MergeReport(
-        folder=str(output),
-        base_model=found.base.name,
-        adapter=str(found.adapter),
-        dtype=dtype,
-        num_modules=num_modules,
-        num_rows=num_rows,
-        num_tokens=differences.num_tokens,
-        changed_tokens=differences.changed_tokens,
-        largest_difference=differences.largest,
-        mean_difference=differences.mean,
-        largest_logit=differences.scale,
-        bound_largest=BOUNDS[dtype].largest,
-        bound_changed=BOUNDS[dtype].changed,
-    )
+def _loss(rows: Sequence[TokenizedRow], logits: Iterable[Tensor]) -> float:
+    """Mean cross-entropy of the answers' tokens, in nats."""
+    total, count = 0.0, 0
+    for row, predicted in zip(rows, logits, strict=True):
+        targets = torch.tensor([label for label in row.labels[1:] if label != IGNORED])
+        total += F.cross_entropy(predicted.double(), targets, reduction="sum").item()
+        count += len(targets)
+    return total / max(1, count)
 
 
 def _require_kept(differences: LogitDifferences, report: MergeReport) -> None:

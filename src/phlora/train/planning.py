@@ -80,6 +80,8 @@ class Plan:
     sequences_per_step: int
     num_optimizer_steps: int
     disk_bytes: int
+    learning_rate: float
+    loraplus_lr_ratio: float | None = None
 
     def render(self) -> str:
         """A few lines for the terminal, shown before anything is trained."""
@@ -87,11 +89,13 @@ class Plan:
         share = data["trained_tokens"] / max(1, data["tokens"])
         packed = f" in {data['sequences']:,} packs" if data["sequences"] != data["train_rows"] else ""
         kind = "packs" if packed else "rows"
+        ratio, rate = self.loraplus_lr_ratio, self.learning_rate
+        loraplus = f"\n  LoRA+: learning rate {rate:g}, for lora_B {ratio * rate:g}" if ratio else ""
         return (
             f"{self.adapter.render()}\n"
             f"  {data['train_rows']:,} training rows{packed}, {data['held_out_rows']:,} held out; "
             f"{data['tokens']:,} tokens an epoch, {data['trained_tokens']:,} of them trained ({share:.0%})\n"
-            f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}"
+            f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}{loraplus}"
         )
 
 
@@ -269,6 +273,8 @@ def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings) -
         sequences_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
         num_optimizer_steps=steps,
         disk_bytes=(kept * _CHECKPOINT_COPIES + 2) * adapter.adapter_bytes + _SMALL_FILES_BYTES,
+        learning_rate=args.learning_rate,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
     )
 
 

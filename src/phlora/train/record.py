@@ -104,6 +104,7 @@ def run_facts(
             [loaded.tokenizer.tokenizer.chat_template, len(loaded.tokenizer.tokenizer)]
         ),
         "peft_config": digest({k: v for k, v in lora.to_dict().items() if k != "base_model_name_or_path"}),
+        "peft_config.loraplus_lr_ratio": settings.loraplus_lr_ratio,
         "train_on": config.data.train_on,
         "too_long": config.data.too_long,
         **{f"training_config.{name}": trained[name] for name in sorted(settings.origins) if name in trained},

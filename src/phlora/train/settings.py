@@ -82,8 +82,9 @@ REMOVED = {
     "group_by_length": 'use train_sampling_strategy: "group_by_length"',
 }
 
-# Fields that would change model or tokenizer after the rows were made with them, and where their wish belongs.
+# Fields that belong elsewhere, most because they would change model or tokenizer after the rows were made with them.
 ELSEWHERE = {
+    "loraplus_lr_ratio": "say it in `peft_config`, beside the adapter that it is about",
     "model_init_kwargs": "say it in the `model` section: name, revision, dtype, attn_implementation",
     "chat_template_path": "set the template on the model's tokenizer and save it with the model",
     "eos_token": "stop tokens are known for each model family; set another one on the model's tokenizer",
@@ -119,15 +120,21 @@ class Settings:
         args: TRL's configuration object, with every field set.
         notes: what was renamed, converted or left out, one sentence each.
         origins: field name -> `user` or `phlora`; fields that are not listed have TRL's default.
+        loraplus_lr_ratio: learning rate of every lora_B, as a multiple of that of all else; None: the same.
     """
 
     args: SFTConfig
     notes: tuple[str, ...]
     origins: Mapping[str, str]
+    loraplus_lr_ratio: float | None = None
 
 
 def training_settings(
-    training_config: Mapping[str, Any], *, output_dir: str | Path, device: str = "cpu"
+    training_config: Mapping[str, Any],
+    *,
+    output_dir: str | Path,
+    device: str = "cpu",
+    peft_config: Mapping[str, Any] | None = None,
 ) -> Settings:
     """Check `training_config` and build the trainer's arguments from it.
 
@@ -135,6 +142,7 @@ def training_settings(
         training_config: fields of `trl.SFTConfig`, current or older names; a TRL script's dictionary as it is.
         output_dir: where checkpoints go; an `output_dir` in the dictionary is replaced by it.
         device: type of the device that trains: cpu, cuda or mps.
+        peft_config: its `loraplus_lr_ratio` is the optimizer's; everything else is the adapter's.
 
     Raises:
         ConfigError: an unknown key (with the nearest name), a value of the wrong type, or one out of range.
@@ -154,7 +162,7 @@ def training_settings(
         origins["per_device_eval_batch_size"] = "phlora"
     values |= {"output_dir": str(output_dir), "dataloader_pin_memory": device == "cuda"}
     try:
-        return Settings(SFTConfig(**values), tuple(notes), origins)
+        return Settings(SFTConfig(**values), tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"The settings contradict each other: {error}", where=_WHERE) from None
 
@@ -236,6 +244,20 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
             value = values.get(key)
             if isinstance(value, int | float) and not holds(value):
                 raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected=expected)
+
+
+def _loraplus_lr_ratio(peft_config: Mapping[str, Any]) -> float | None:
+    ratio = peft_config.get("loraplus_lr_ratio")
+    if ratio is None:
+        return None
+    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio < math.inf:
+        raise ConfigError(
+            f"`{ratio}` was given",
+            where="peft_config.loraplus_lr_ratio",
+            expected="a number above 0: the learning rate of lora_B, as a multiple of learning_rate",
+        )
+    return float(ratio)
 
 
 def _check_trackers(report_to: Any) -> None:

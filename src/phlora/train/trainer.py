@@ -11,6 +11,7 @@ What is overridden, and why:
 - `train`: resuming a finished run takes no further step.
 - `__init__`: an adapter on a quantised base keeps PEFT's dtype, fp32 unless the caller has set another. TRL 1.16
   casts it to bf16, to which most of AdamW's updates are too small to be added.
+- `create_optimizer`: with `loraplus_lr_ratio` every B of the adapter has a learning rate of its own.
 
 Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a caller's loss function, label smoothing,
 `loss_type="dft"`) goes through TRL's own path.
@@ -34,6 +35,7 @@ from transformers.trainer_utils import TrainOutput
 from phlora.errors import ConfigError, NonFiniteError
 from phlora.models.head import token_losses as _token_losses
 from phlora.models.head import trained_weight
+from phlora.train.optimizer import raise_rate_of_B
 
 _LOSS_WEIGHTS = "loss_weights"
 
@@ -49,15 +51,27 @@ class SFTTrainer(trl.SFTTrainer):
 
     whatever the number of micro-batches.
 
+    Args:
+        loraplus_lr_ratio: the learning rate of every `lora_B`, as a multiple of that of all else (LoRA+); the other
+            arguments are those of `trl.SFTTrainer`.
+
     Raises:
+        ConfigError: `loraplus_lr_ratio` beside an optimizer of one's own, or for a model without LoRA.
         NonFiniteError: from `train`, at the first loss or gradient that is NaN or infinite.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
         given = args[0] if args else kwargs.get("model")
         before = _trained_values(given) if isinstance(given, PeftModel) else None
         super().__init__(*args, **kwargs)
         _keep_dtypes(self.model, before)
+        if loraplus_lr_ratio is not None and self.optimizer is not None:
+            raise ConfigError(
+                "An optimizer was given, which has its learning rates already",
+                where="loraplus_lr_ratio",
+                fix="leave out one of the two",
+            )
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         _offer_token_losses(model)
         self._step_losses: list[torch.Tensor] = []
@@ -130,6 +144,13 @@ class SFTTrainer(trl.SFTTrainer):
                     "the last checkpoint is intact and can be resumed from",
                 )
         return grad_norm
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.loraplus_lr_ratio is not None:
+            raise_rate_of_B(optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
+        return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         finished = _finished_step(resume_from_checkpoint, self._num_planned_steps)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import phlora.lora as lora
 from phlora.adapters.merge import BOUNDS
+from phlora.data.formats import load_rows
+from phlora.data.tokenize import tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
 from phlora.models.embedded import tiny_phi3
@@ -56,6 +60,24 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         peft_config={"r": 4},
         evaluation={"enabled": False},
         output=tmp_path_factory.mktemp("runs") / "run",
+        display=QUIET,
+    )
+    assert done.folder is not None
+    return done.folder
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def quantized_run(base: Path, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Path:
+    """A run on a quantised base, trained far enough that the adapter makes up for the rounding."""
+    pytest.importorskip("bitsandbytes")
+    done = finetune(
+        model={"name": str(base), "dtype": "float32", "device": "cpu", "quantization": request.param},
+        data=ROWS[:14],
+        eval_data=ROWS[14:],
+        training_config={"max_steps": 8, "learning_rate": 2e-2},
+        peft_config={"r": 4, "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"]},
+        evaluation={"enabled": False},
+        output=tmp_path_factory.mktemp("runs") / request.param,
         display=QUIET,
     )
     assert done.folder is not None
@@ -234,6 +256,107 @@ def test_a_source_without_an_adapter_is_one_message(
         with pytest.raises(error):
             act(tmp_path / source, tmp_path / "out", display=QUIET)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------- a quantised base
+
+
+def held_out_loss(model: Any, tokenizer: Any) -> float:
+    """The loss of the answers, by transformers' own forward."""
+    total, count = 0.0, 0
+    for row in tokenize_rows(load_rows(ROWS[14:]).rows, tokenizer).rows:
+        ids, targets = torch.tensor([row.input_ids]), torch.tensor(row.labels[1:])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += int((targets != -100).sum())
+    return total / count
+
+
+def test_an_adapter_of_a_quantised_base_goes_where_the_measured_loss_is_lower(
+    quantized_run: Path, base: Path, tmp_path: Path
+) -> None:
+    reports = {
+        name: merge_run(quantized_run, tmp_path / name, base=name, display=QUIET)
+        for name in ("auto", "full", "dequantized")
+    }
+    for report in reports.values():
+        assert report.losses == pytest.approx(reports["auto"].losses, rel=1e-6)
+        assert report.storage == quantized_run.name and report.changed_tokens == 0
+        assert report.largest_difference < 1e-5 * report.largest_logit
+    losses = reports["auto"].losses
+    assert losses["dequantized"] == pytest.approx(losses["adapter"], rel=1e-6)
+    assert losses["full"] != pytest.approx(losses["adapter"], rel=1e-6)
+    lower = min(("full", "dequantized"), key=losses.__getitem__)
+    higher = {"full": "dequantized", "dequantized": "full"}[lower]
+    assert reports["auto"].base == lower and lower in reports["auto"].why
+    assert reports[higher].base == higher and f"although {lower} has the lower loss" in reports[higher].why
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "full")
+    for name in ("full", "dequantized"):
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert held_out_loss(saved, tokenizer) == pytest.approx(losses[name], rel=1e-5)
+        assert "quantization_config" not in saved.config.to_dict()
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), quantized_run / "adapter" / "best"
+    )
+    assert held_out_loss(tuned, tokenizer) == pytest.approx(losses["full"], rel=1e-5)
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", lower))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    text = reports["auto"].summary()
+    assert f"on the {quantized_run.name} base, as trained" in text and reports["auto"].why in text
+    evidence = json.loads((tmp_path / "auto" / "merge.json").read_text())
+    assert evidence["losses"] == losses and evidence["base"] == lower
+
+
+@pytest.mark.parametrize("quantized_run", ["nf4"], indirect=True)
+def test_an_adapter_alone_knows_that_its_base_was_quantised(quantized_run: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(quantized_run / "adapter" / "best", tmp_path / "adapter")
+    report = merge_run(alone, tmp_path / "model", rows=ROWS[14:], base="dequantized", display=QUIET)
+    assert (report.base, report.storage) == ("dequantized", quantized_run.name)
+
+
+@pytest.mark.parametrize("quantized_run", ["nf4"], indirect=True)
+def test_losses_are_those_of_the_rounded_weights_that_are_saved(quantized_run: Path, tmp_path: Path) -> None:
+    exact = merge_run(quantized_run, tmp_path / "a", display=QUIET).losses
+    rounded = merge_run(quantized_run, tmp_path / "b", dtype="float16", display=QUIET).losses
+    assert rounded["adapter"] == exact["adapter"]
+    for name in ("full", "dequantized"):
+        assert rounded[name] != exact[name] and rounded[name] == pytest.approx(exact[name], rel=1e-2)
+
+
+@pytest.mark.parametrize("quantized_run", ["nf4"], indirect=True)
+def test_no_more_than_two_models_are_in_memory(
+    quantized_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at every load, after the new one is there."""
+    alive: list[Any] = []
+    counts = []
+    honest = fold.load_model
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        loaded = honest(*arguments, **options)
+        alive.append(weakref.ref(loaded.model))
+        gc.collect()
+        counts.append(sum(model() is not None for model in alive))
+        return loaded
+
+    monkeypatch.setattr(fold, "load_model", counting)
+    merge_run(quantized_run, tmp_path / "model", display=QUIET)
+    assert counts == [1, 2, 1]
+
+
+@pytest.mark.parametrize("quantized_run", ["nf4"], indirect=True)
+def test_a_base_that_was_not_quantised_cannot_be_dequantised(
+    run: Path, quantized_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="not trained on a quantised base"):
+        merge_run(run, tmp_path / "model", base="dequantized", display=QUIET)
+    with pytest.raises(ConfigError, match="did you mean `dequantized`"):
+        merge_run(quantized_run, tmp_path / "model", base="dequantised", display=QUIET)  # type: ignore[arg-type]
+    assert not (tmp_path / "model").exists()
+    report = merge_run(run, tmp_path / "model", base="full", display=QUIET)
+    assert report.base == "full" and report.losses["full"] == pytest.approx(report.losses["adapter"])
 
 
 # ------------------------------------------------------------------------------------------------- convert

@@ -1,0 +1,43 @@
+"""LoRA+: every B of an adapter learns at a multiple of the learning rate, everything else at the learning rate.
+
+B starts at zero and meets large activations, A the other way round; with one rate for both, the one that suits A
+leaves B behind in wide models. Source: LoRA+ (Hayou et al. 2024), section 4: a ratio of 2 to 16, larger where the task
+is far from the base.
+
+Whatever optimizer was chosen, with its weight decay, keeps its groups, and the B of each become a group of their own.
+PEFT 0.21's `create_loraplus_optimizer` does otherwise: it takes biases and magnitudes of DoRA along, trains embeddings
+at a rate of 1e-6, and knows nothing of the trainer's weight decay.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from phlora.errors import ConfigError
+
+
+def is_lora_B(name: str) -> bool:
+    """Whether a parameter is a B: of a linear layer, of a row block, of an embedding."""
+    return ".lora_B." in name or ".lora_embedding_B." in name
+
+
+def raise_rate_of_B(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
+    """Give the B of every group a group with `ratio` times its learning rate, in place, behind all others.
+
+    For an optimizer that has made no step and has no scheduler yet. A scheduler scales every group from its own rate,
+    and logs the first, which is that of the A.
+
+    Raises:
+        ConfigError: the model has no B.
+    """
+    ups = {id(parameter) for name, parameter in model.named_parameters() if is_lora_B(name)}
+    if not ups:
+        raise ConfigError(
+            "The model has no lora_B", where="loraplus_lr_ratio", expected="a model with a LoRA adapter"
+        )
+    for group in list(optimizer.param_groups):
+        raised = [parameter for parameter in group["params"] if id(parameter) in ups]
+        if raised:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ups]
+            optimizer.add_param_group({**group, "params": raised, "lr": ratio * group["lr"]})
