@@ -170,7 +170,8 @@ class _LoraBlocks(torch.autograd.Function):
         dx = dA = None
         with _without_autocast(dy.device.type):
             leading, dy = dy.shape[:-1], _flat(dy).contiguous()
-            x = _flat(ctx.make_x(*kept) if ctx.make_x else kept[0]) if kept else None
+            if need_A or need_weight:
+                x = _flat(ctx.make_x(*kept) if ctx.make_x else kept[0])
             if need_x or need_A:
                 g = _rank_gradient(dy, lora_B, blocks, keep)
                 shape = len(dy), lora_A.shape[1]

@@ -3,8 +3,9 @@
 Legend: `T` tokens (any leading dimensions), `D` model width, `I` width inside the MLP, `H` query heads, `G` kv heads,
 `E` head width.
 
-Chosen once, after the adapter is in place, and undone by `slow_down`. The classes of modules are exchanged, never
-their parameters, hooks or names, so that whatever holds them (PEFT, an optimizer, a checkpoint) sees no difference.
+Chosen once, after the adapter is in place, and undone by `slow_down`; `at_speed` does what a run's setting says. The
+classes of modules are exchanged, never their parameters, hooks or names, so that whatever holds them (PEFT, an
+optimizer, a checkpoint) sees no difference.
 
 - `FrozenLinear`: a frozen linear layer keeps nothing for backward but its weight.
 - `LeanRMSNorm`: keeps its input and one number per token. Its output carries the recipe (`lora.recipes`), so that a
@@ -18,9 +19,10 @@ All compute with torch's own operations on any device, in the same precision as 
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,8 @@ from transformers.models.phi3.modeling_phi3 import (
     eager_attention_forward,
 )
 
+from phlora.adapters import peft_layer
+from phlora.config import Speed
 from phlora.lora import products
 from phlora.lora.frozen import FrozenLinear
 from phlora.lora.recipes import Recipe, attach_recipe
@@ -66,6 +70,23 @@ class SpeedPass:
         layers = ", ".join(f"{count} {name}" for name, count in self.layers.items()) or "no layers replaced"
         memory = ", freed memory kept" if self.keeps_memory else ""
         return f"{layers}; products by {self.products}, {self.threads} threads{memory}"
+
+
+@contextmanager
+def at_speed(model: nn.Module, speed: Speed) -> Iterator[str]:
+    """Compute at this setting: `auto` with everything that is exact and faster, `reference` with nothing of it.
+
+    The layers stay as they were made when the context is left; both kinds compute the same.
+
+    Yields:
+        One line for the log.
+    """
+    if speed == "auto":
+        yield speed_pass(peft_layer.speed_up(model)).describe()
+        return
+    slow_down(peft_layer.slow_down(model))
+    with products.torch_products():
+        yield "speed is reference: the layers of PEFT and transformers, products by torch"
 
 
 def speed_pass(model: nn.Module) -> SpeedPass:
@@ -108,11 +129,6 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM))
-
-
-def ask_for_huge_pages() -> None:
-    """Let torch back its large CPU tensors with huge pages; works only before torch is imported."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class LeanRMSNorm(Phi3RMSNorm):

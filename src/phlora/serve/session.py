@@ -23,6 +23,7 @@ from phlora.errors import InputError, ModelError, RunError, did_you_mean
 from phlora.models.generate import stream
 from phlora.models.load import LoadedModel, LoadedTokenizer, load_adapter, load_model, prepare_tokenizer
 from phlora.models.phi3 import context_lengths
+from phlora.models.speed import speed_pass
 
 Speaker = Literal["base", "tuned"]
 
@@ -189,6 +190,7 @@ def open_chat(
         notes += adapted.report.notes
     for note in notes:
         display.note(note)
+    speed_pass(model.requires_grad_(False))
     return ChatSession(
         model=model,
         tokenizer=tokenizer,

@@ -27,6 +27,7 @@ from phlora.data.packing import TokenSequences
 from phlora.data.table import TokenizedRow
 from phlora.display import Display
 from phlora.models.load import ADAPTER_FACTS, LoadedModel
+from phlora.models.speed import at_speed
 from phlora.train.callbacks import (
     BestAdapter,
     CompleteCheckpoints,
@@ -130,7 +131,9 @@ def fit(
     ):
         trainer.add_callback(callback)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with at_speed(model, data.speed) as chosen:
+            display.note(chosen)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
         stop.restore()

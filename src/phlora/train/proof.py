@@ -20,6 +20,7 @@ from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.models.generate import generate
 from phlora.models.load import LoadedTokenizer, load_adapter, load_model
+from phlora.models.speed import at_speed
 from phlora.train import record
 from phlora.train.checkpoints import RunFolder
 from phlora.train.planning import HELD_OUT_FILE, decide_sharing
@@ -72,9 +73,11 @@ def compare_on(
                 progress=scored,
             )
 
-    with model.disable_adapter():
-        base = side("Base")
-    return compare(base, side("Tuned"), items)
+    with at_speed(model, speed):
+        with model.disable_adapter():
+            base = side("Base")
+        tuned = side("Tuned")
+    return compare(base, tuned, items)
 
 
 def evaluate_run(
