@@ -19,15 +19,13 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import phlora
-from common import ALPHA, LAYOUTS, LINEARS, RANK, Shapes, forget_peak, synchronize
+from common import ALPHA, LAYOUTS, LINEARS, RANK, Row, Shapes, forget_peak, synchronize
 from phlora.adapters.attach import attach
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.models.embedded import tiny_phi3, tiny_tokenizer
 from phlora.models.load import load_model, load_tokenizer
 from phlora.train.callbacks import peak_bytes
 from rowsets import make_rows
-
-Row = dict[str, list[int]]
 
 
 def build_base(size: str) -> nn.Module:

@@ -21,6 +21,8 @@ import torch
 
 from phlora.data.packing import Segments
 
+Row = dict[str, list[int]]
+
 RANK, ALPHA = 16, 32
 # The rate at which the goals count the floor of a CPU step.
 FIXED_RATE = 160e9
@@ -118,7 +120,7 @@ class Work:
     trained: int
 
 
-def work_of_rows(rows: Sequence[dict[str, list[int]]]) -> Work:
+def work_of_rows(rows: Sequence[Row]) -> Work:
     """Every row on its own, without padding."""
     lengths = [len(row["input_ids"]) for row in rows]
     return Work(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(map(num_trained, rows)))
@@ -133,7 +135,7 @@ def work_of_segments(segments: Segments, trained: int) -> Work:
     return Work(segments.num_positions, pairs, trained)
 
 
-def num_trained(row: dict[str, list[int]]) -> int:
+def num_trained(row: Row) -> int:
     """Predictions of a row that are trained; nothing predicts its first token."""
     return sum(label != -100 for label in row["labels"][1:])
 

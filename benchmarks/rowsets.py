@@ -6,10 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from common import Row
 from phlora.data.formats import load_rows
 from phlora.data.tokenize import tokenize_rows
-
-Row = dict[str, list[int]]
 
 _WORDS = (
     "the river water stone garden window table letter morning winter music paper bridge market silver kitchen "

@@ -35,6 +35,7 @@ from common import (
     SETS,
     SIDES,
     SIZES,
+    Row,
     Shapes,
     Work,
     Worker,
@@ -49,8 +50,6 @@ from common import (
     work_of_segments,
 )
 from phlora.data.collate import SharedPrefixCollator
-
-Row = dict[str, list[int]]
 
 # The sets of each size unless --set names others.
 DEFAULT_SETS = {
