@@ -145,8 +145,8 @@ def step_flops(
 ) -> dict[str, int]:
     """FLOPs that no exact LoRA step can leave out, forward and backward; a multiply-add is two.
 
-    Linears: forward, and the input gradient except below the lowest adapted one. LoRA: six per parameter and position.
-    Attention: two products forward and five backward over the causal pairs. Head: forward and input gradient of the
+    Linears: forward, and the input gradient except below the lowest adapted one. LoRA: six per parameter and position,
+    with the same exception. Attention: two products forward and five backward over the causal pairs. Head: forward and input gradient of the
     trained predictions. No gradient of a frozen weight.
     """
     sizes = {name: rows * columns for name, (rows, columns) in shapes.linears.items()}
@@ -158,7 +158,7 @@ def step_flops(
     backward_layers = shapes.layers if lowest == 0 else shapes.layers - 1
     return {
         "linears": 2 * forward - unneeded,
-        "lora": 6 * lora * work.positions,
+        "lora": (6 * lora - 2 * rank * shapes.linears[LINEARS[lowest]][0]) * work.positions,
         "attention": attention * (2 * shapes.layers + 5 * backward_layers),
         "head": 4 * shapes.vocab * shapes.hidden * work.trained,
     }
