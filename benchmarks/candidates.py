@@ -24,6 +24,7 @@ from phlora.adapters.attach import attach
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.models.embedded import tiny_phi3, tiny_tokenizer
 from phlora.models.load import load_model, load_tokenizer
+from phlora.models.speed import speed_pass
 from phlora.train.callbacks import peak_bytes
 from rowsets import make_rows
 
@@ -76,8 +77,10 @@ def lora_settings(rank: int = RANK, targets: Sequence[str] = LINEARS) -> LoraCon
 
 
 def with_phlora(base: nn.Module, lora: LoraConfig | None = None) -> nn.Module:
-    """The adapted model as `phlora train` makes it."""
-    return attach(base, lora or lora_settings()).model
+    """The adapted model with everything that Phlora does for speed."""
+    model = attach(base, lora or lora_settings()).model
+    speed_pass(model)
+    return model
 
 
 def with_loralib(base: nn.Module) -> nn.Module:
@@ -165,14 +168,14 @@ class Candidate:
         self.model.train()
         self.shared = side == "phlora-shared"
 
-    def step(self, rows: Sequence[Row], layout: str = "padded") -> dict[str, Any]:
+    def step(self, rows: Sequence[Row], layout: str = "padded", *, trim: bool = False) -> dict[str, Any]:
         """Forward and backward of all rows, as one optimizer step has them.
 
         Returns `seconds`, in which laying out the rows counts, `loss`, `gradient` (the norm over all LoRA parameters),
         `positions` that went through the layers, `peak` and `step_bytes`; or `out_of_memory` on a GPU.
         """
         kind, size = LAYOUTS[layout]
-        held = forget_peak()
+        held = forget_peak(trim=trim)
         collate = self._collator(kind)
         started = time.perf_counter()
         try:

@@ -146,8 +146,8 @@ def step_flops(
     """FLOPs that no exact LoRA step can leave out, forward and backward; a multiply-add is two.
 
     Linears: forward, and the input gradient except below the lowest adapted one. LoRA: six per parameter and position,
-    with the same exception. Attention: two products forward and five backward over the causal pairs. Head: forward and input gradient of the
-    trained predictions. No gradient of a frozen weight.
+    with the same exception. Attention: two products forward and five backward over the causal pairs. Head: forward and
+    input gradient of the trained predictions. No gradient of a frozen weight.
     """
     sizes = {name: rows * columns for name, (rows, columns) in shapes.linears.items()}
     lowest = min(LINEARS.index(name) for name in targets)
@@ -192,16 +192,22 @@ def synchronize() -> None:
 # -------------------------------------------------------------------------------------------- peak memory
 
 
-def forget_peak() -> int:
-    """Give free memory back and begin a new peak; returns the bytes that are held now."""
+def forget_peak(*, trim: bool) -> int:
+    """Begin a new peak; returns the bytes that are held now.
+
+    Args:
+        trim: give free memory back first. Training keeps it from one step to the next, so timed steps need it warm.
+    """
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        if trim:
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if sys.platform != "linux":
         return 0
-    ctypes.CDLL(None).malloc_trim(0)
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

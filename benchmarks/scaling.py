@@ -69,7 +69,7 @@ class Case:
         from phlora.models.head import token_losses
         from phlora.train.callbacks import peak_bytes
 
-        held = forget_peak()
+        held = forget_peak(trim=not self.seconds)
         started = time.perf_counter()
         losses, _, weights = token_losses(self.model, SharedPrefixCollator()(self.rows))
         ((losses * weights).sum() / weights.sum()).backward()

@@ -12,7 +12,8 @@ vs TRL     the median over rounds of the ratio within a round
 positions  what goes through the layers: with padding, or with shared starts once
 floor      FLOPs that no exact step of that layout can leave out, by the rate of the model's own GEMMs in the same round
            and by 160 GFLOP/s. The floor of `phlora-shared` counts shared starts once, that of the others each row
-peak       resident memory of the process, with weights and libraries; `step` is what the step added to it
+peak       resident memory of the process, with weights and libraries; `step` is what the first step added to it, from
+           the state in which free memory was given back. Later rounds find it warm, as training does
 loss       that of PEFT, and the relative difference of each candidate's from it; `gradient`: that of the norm of the
            gradient of all LoRA parameters
 
@@ -74,7 +75,8 @@ def measure(
     for round_number in range(steps):
         rates.append(gemm_rate(shapes, min(2048, sum(len(row["input_ids"]) for row in rows)), device=device))
         for side in workers if round_number == 0 else EVERY_ROUND:
-            result = workers[side].call("step", rows, layout if side == "trl-best" else "padded")
+            chosen = layout if side == "trl-best" else "padded"
+            result = workers[side].call("step", rows, chosen, trim=round_number == 0)
             if not result.get("out_of_memory"):
                 seconds[side].append(result["seconds"])
                 floor_rates[side].append(rates[-1])
