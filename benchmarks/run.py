@@ -1,46 +1,62 @@
-"""Runs every benchmark in turn and keeps its JSON line, with commit and versions, in benchmarks/results/."""
+"""Runs every benchmark in turn and keeps its JSON line, with commit and versions, in benchmarks/results/.
+
+python benchmarks/run.py [--only train_step --only scaling]
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("lora_layers.py", "train_step.py")
+RESULTS = HERE / "results"
+BENCHMARKS = ("lora_layers", "train_step", "scaling", "end_to_end", "data_pipeline")
+PACKAGES = ("phlora", "torch", "transformers", "peft", "trl", "loralib")
+
+
+def facts() -> dict[str, Any]:
+    """What the figures depend on beside the code of the benchmark."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def run(name: str) -> dict[str, Any]:
+    """Show what a benchmark prints, and return the JSON of its last line."""
+    lines = []
+    command = [sys.executable, str(HERE / f"{name}.py")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        for line in running.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    if running.returncode:
+        sys.exit(running.returncode)
+    return json.loads(lines[-1])
 
 
 def main() -> None:
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    facts = {
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "packages": {
-            name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl", "phlora")
-        },
-    }
-    for name in BENCHMARKS:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=BENCHMARKS, help="may be given several times")
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    for name in options.only or BENCHMARKS:
         print(f"== {name}", flush=True)
-        lines = []
-        with subprocess.Popen(
-            [sys.executable, str(HERE / name)], stdout=subprocess.PIPE, text=True
-        ) as running:
-            for line in running.stdout or ():
-                print(line, end="", flush=True)
-                lines.append(line)
-        if running.returncode:
-            sys.exit(running.returncode)
-        document = {**facts, **json.loads(lines[-1])}
-        (results / f"{Path(name).stem}.json").write_text(
-            json.dumps(document, indent=1) + "\n", encoding="utf-8"
-        )
+        document = facts() | run(name)
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

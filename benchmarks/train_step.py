@@ -1,129 +1,302 @@
-"""Forward and backward of a step: Phlora's trainer, plain and with shared starts, against TRL with PEFT.
+"""A training step, forward and backward: Phlora against TRL + PEFT, PEFT alone and loralib, beside the GEMM floor.
 
-    python benchmarks/train_step.py [--steps 3] [--rows 8]
+    python benchmarks/train_step.py [--set mixed --set shared] [--size smollm2-135m] [--steps 3] [--quick]
 
-The embedded model, the rows of the demo (a long shared system prompt, a short answer), the same weights and order. All
-trainers are built once; in each round each takes one step, in turn. TRL runs at its best for this machine: fp32, no
-gradient checkpointing. Peak memory is that of one step in a process of its own. The last line is JSON.
+All candidates have the same base weights, the same non-zero adapter (r=16 on all linears), rows, order and loss, and
+each lives in a process of its own. In every round each takes one step on all rows of the set, in turn. The candidates
+that no goal is about (`phlora` where `phlora-shared` is the default, TRL's defaults, PEFT, loralib) do so in the first
+round only. TRL's best settings are searched for on the first rows of each set, among the layouts that do not leak.
+
+tokens/s   tokens of the rows, without padding, each counted once for its row, per second; the median over rounds
+vs TRL     the median over rounds of the ratio within a round
+positions  what goes through the layers: with padding, or with shared starts once
+floor      FLOPs that no exact step of that layout can leave out, by the rate of the model's own GEMMs in the same round
+           and by 160 GFLOP/s. The floor of `phlora-shared` counts shared starts once, that of the others each row
+peak       resident memory of the process, with weights and libraries; `step` is what the first step added to it, from
+           the state in which free memory was given back. Later rounds find it warm, as training does
+loss       that of PEFT, and the relative difference of each candidate's from it; `gradient`: that of the norm of the
+           gradient of all LoRA parameters
+
+The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SIDES = ("phlora", "phlora-shared", "trl")
+import torch
+
+from common import (
+    FIXED_RATE,
+    LAYOUTS,
+    SETS,
+    SIDES,
+    SIZES,
+    Row,
+    Shapes,
+    Work,
+    Worker,
+    available_sides,
+    gemm_rate,
+    median,
+    num_trained,
+    print_table,
+    quiet,
+    step_flops,
+    work_of_rows,
+    work_of_segments,
+)
+from phlora.data.collate import SharedPrefixCollator
+
+# The sets of each size unless --set names others.
+DEFAULT_SETS = {
+    "smollm2-135m": ["mixed", "shared", "multi_turn", "long_row", "full_loss"],
+    "phi3-layers": ["full_loss"],
+    "phi3-mini": ["pack_4k", "pack_16k", "pack_64k"],
+    "tiny": ["mixed", "shared", "multi_turn", "long_row", "full_loss"],
+}
+EVERY_ROUND = ("phlora-shared", "trl-best")
+PROBED_ROWS = 8
 
 
-def trainer_of(side: str, num_rows: int) -> Any:
-    import torch
-    import trl
-    from datasets import Dataset
-    from peft import LoraConfig
+def measure(
+    workers: dict[str, Worker], rows: list[Row], *, shapes: Shapes, steps: int, device: str
+) -> dict[str, Any]:
+    """All candidates on one set."""
+    layout = best_layout(workers["trl-best"], rows, device=device)
+    seconds: dict[str, list[float]] = {side: [] for side in workers}
+    results: dict[str, Any] = {}
+    rates: list[float] = []
+    floor_rates: dict[str, list[float]] = {side: [] for side in workers}
+    for round_number in range(steps):
+        rates.append(gemm_rate(shapes, min(2048, sum(len(row["input_ids"]) for row in rows)), device=device))
+        for side in workers if round_number == 0 else EVERY_ROUND:
+            chosen = layout if side == "trl-best" else "padded"
+            result = workers[side].call("step", rows, chosen, trim=round_number == 0)
+            if not result.get("out_of_memory"):
+                seconds[side].append(result["seconds"])
+                floor_rates[side].append(rates[-1])
+            kept = results.setdefault(side, result)
+            kept["peak"] = max(kept.get("peak", 0), result.get("peak", 0))
+    plain = work_of_rows(rows)
+    works = {side: shared_work(rows) if side == "phlora-shared" else plain for side in workers}
+    return {
+        "rows": len(rows),
+        "lengths": [len(row["input_ids"]) for row in rows],
+        "tokens": plain.positions,
+        "trained_tokens": plain.trained,
+        "trl_layout": layout,
+        "gemm_gflops": round(median(rates) / 1e9, 1),
+        "sides": {
+            side: _row_of(
+                results[side], seconds, side, tokens=plain.positions, flops=flops_of(shapes, works[side])
+            )
+            | {"floor_share": _share(flops_of(shapes, works[side]), seconds[side], floor_rates[side])}
+            for side in workers
+        },
+        "loss": results["peft"].get("loss"),
+        "loss_differences": _differences(results, "loss"),
+        "gradient_differences": _differences(results, "gradient"),
+    }
 
-    import phlora
-    from phlora.data.collate import SharedPrefixCollator
-    from phlora.data.formats import load_rows
-    from phlora.data.tokenize import tokenize_rows
-    from phlora.models.load import load_model
 
-    logging.disable(logging.WARNING)
-    loaded = load_model("smollm2-135m", dtype="float32")
-    rows = load_rows(Path(__file__).parents[1] / "examples/home_assistant/train.jsonl").rows[:num_rows]
-    tokens = tokenize_rows(rows, loaded.tokenizer.tokenizer)
-    data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in tokens.rows])
-    arguments = trl.SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=num_rows,
-        max_length=None,
-        dataloader_pin_memory=False,
-        report_to="none",
-        disable_tqdm=True,
+def _differences(results: dict[str, Any], key: str) -> dict[str, float]:
+    """Relative to PEFT."""
+    if key not in results["peft"]:
+        return {}
+    return {
+        side: abs(result[key] / results["peft"][key] - 1) for side, result in results.items() if key in result
+    }
+
+
+def best_layout(worker: Worker, rows: list[Row], *, device: str) -> str:
+    """The fastest of TRL's layouts on the first rows, leaving out those that mix rows."""
+    if len({len(row["input_ids"]) for row in rows}) == 1:
+        return "padded"
+    seconds = {}
+    for layout, (kind, size) in LAYOUTS.items():
+        if size == 0 and device == "cpu":
+            continue  # the attention mask of one long stream is its squared length
+        if kind == "padding-free" and worker.call("leaks", layout):
+            continue
+        probed = worker.call("step", rows[:PROBED_ROWS] if device == "cpu" else rows, layout)
+        seconds[layout] = probed.get("seconds", float("inf"))
+    return min(seconds, key=seconds.__getitem__)
+
+
+def shared_work(rows: Sequence[Row]) -> Work:
+    segments = SharedPrefixCollator()(rows)["segments"]
+    return work_of_segments(segments, sum(map(num_trained, rows)))
+
+
+def flops_of(shapes: Shapes, work: Work) -> int:
+    return sum(step_flops(shapes, work).values())
+
+
+def _row_of(
+    result: dict[str, Any], seconds: dict[str, list[float]], side: str, *, tokens: int, flops: int
+) -> dict[str, Any]:
+    if not seconds[side]:
+        return {"out_of_memory": True}
+    reference = seconds["trl-best"]
+    pairs = zip(reference, seconds[side], strict=False)
+    return {
+        "seconds": round(median(seconds[side]), 4),
+        "tokens_per_second": round(tokens / median(seconds[side]), 1),
+        "faster_than_trl": round(median(trl / own for trl, own in pairs), 3) if reference else None,
+        "positions": result["positions"],
+        "floor_tflop": round(flops / 1e12, 4),
+        "floor_share_at_160": round(flops / FIXED_RATE / median(seconds[side]), 3),
+        "peak_gb": round(result["peak"] / 1e9, 3),
+        "step_gb": round(result["step_bytes"] / 1e9, 3),
+    }
+
+
+def _share(flops: int, seconds: Sequence[float], rates: Sequence[float]) -> float | None:
+    if not seconds:
+        return None
+    return round(median(flops / rate / own for own, rate in zip(seconds, rates, strict=True)), 3)
+
+
+def show(name: str, size: str, measured: dict[str, Any], *, device: str) -> None:
+    print(
+        f"\n{size}, {name}: {SETS[name]}\n"
+        f"{measured['rows']} rows, {measured['tokens']:,} tokens, {measured['trained_tokens']:,} trained; "
+        f"GEMMs at {measured['gemm_gflops']:,} GFLOP/s; TRL's best layout: {measured['trl_layout']}; "
+        f"loss of PEFT {measured['loss'] or float('nan'):.6f}"
     )
-    torch.manual_seed(0)
-    trainer_class = trl.SFTTrainer if side == "trl" else phlora.SFTTrainer
-    return trainer_class(
-        data_collator=SharedPrefixCollator() if side == "phlora-shared" else None,
-        model=loaded.model,
-        args=arguments,
-        train_dataset=data,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        processing_class=loaded.tokenizer.tokenizer,
+    rows = []
+    for side, values in measured["sides"].items():
+        if values.get("out_of_memory"):
+            rows.append([side, "out of memory", *[""] * 9])
+            continue
+        rows.append(
+            [
+                side,
+                values["seconds"],
+                values["tokens_per_second"],
+                f"{values['faster_than_trl']}×",
+                f"{values['positions']:,}",
+                f"{values['floor_share']:.0%}",
+                f"{values['floor_share_at_160']:.0%}" if device == "cpu" else "",
+                f"{values['peak_gb']:.2f} GB",
+                f"{values['step_gb']:.2f} GB",
+                f"{measured['loss_differences'].get(side, float('nan')):.1e}",
+                f"{measured['gradient_differences'].get(side, float('nan')):.1e}",
+            ]
+        )
+    print_table(
+        ("", "s", "tokens/s", "vs TRL", "positions", "floor", "at 160", "peak", "step", "loss", "gradient"),
+        rows,
     )
 
 
-def seconds_of_step(trainer: Any) -> tuple[float, float]:
-    """Forward and backward of one batch of all rows; the loss goes along to see that both do the same."""
-    batch = next(iter(trainer.get_train_dataloader()))
-    num_items = trainer._get_num_items_in_batch([batch], trainer.args.device)
-    started = time.perf_counter()
-    loss = trainer.training_step(trainer.model, batch, num_items)
-    seconds = time.perf_counter() - started
-    trainer.model.zero_grad()
-    return seconds, float(loss)
+def goals_of(sets: dict[str, Any], *, device: str) -> list[dict[str, Any]]:
+    """Each goal with its figure, for the sets that were measured."""
+    goals = []
+
+    def add(name: str, key: str, side: str, goal: float) -> None:
+        value = sets[name]["sides"][side].get(key)
+        if value is not None:
+            goals.append(
+                {
+                    "set": name,
+                    "side": side,
+                    "figure": key,
+                    "value": value,
+                    "goal": goal,
+                    "reached": value >= goal,
+                }
+            )
+
+    if device != "cpu":
+        for name in sets:
+            add(name, "faster_than_trl", "phlora-shared", 1.5)
+            add(name, "floor_share", "phlora-shared", 0.6)
+        return goals
+    for name, goal in (("mixed", 3.0), ("shared", 8.0)):
+        if name in sets:
+            add(name, "faster_than_trl", "phlora-shared", goal)
+    for name in ("full_loss", "shared"):
+        if name in sets:
+            add(name, "floor_share_at_160", "phlora-shared", 0.85)
+            sides = sets[name]["sides"]
+            value = round(sides["phlora-shared"]["peak_gb"] / sides["peft"]["peak_gb"], 3)
+            goals.append(
+                {
+                    "set": name,
+                    "side": "phlora-shared",
+                    "figure": "peak_of_peft",
+                    "value": value,
+                    "goal": 0.55,
+                    "reached": value <= 0.55,
+                }
+            )
+    return goals
 
 
-def peak_gb(side: str, num_rows: int) -> float:
-    command = [sys.executable, __file__, "--peak-of", side, "--rows", str(num_rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+def show_goals(size: str, goals: list[dict[str, Any]]) -> None:
+    for goal in goals:
+        sign = "<=" if goal["figure"] == "peak_of_peft" else ">="
+        print(
+            f"goal, {size}, {goal['set']}: {goal['figure']} {sign} {goal['goal']}: {goal['value']}, "
+            f"{'reached' if goal['reached'] else 'missed'}"
+        )
+
+
+def run_size(size: str, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    device = "cuda" if size == "phi3-mini" else "cpu"
+    scale = 0.2 if options.quick else 1.0
+    workers = {side: Worker("candidates", "Candidate", side, size) for side in available_sides(device)}
+    shapes = workers["peft"].call("shapes")
+    warm_up = workers["peft"].call("rows", "mixed", scale=0.1)
+    for worker in workers.values():
+        worker.call("step", warm_up)
+    sets = {}
+    for name in names:
+        rows = workers["peft"].call("rows", name, scale=scale, long_row=options.long_row)
+        rows = rows[: 8 if options.quick else None]
+        sets[name] = measure(workers, rows, shapes=shapes, steps=options.steps, device=device)
+        show(name, size, sets[name], device=device)
+    for worker in workers.values():
+        worker.close()
+    # The goals were set for the embedded model and for Phi-3-mini on a GPU, on whole sets.
+    goals = [] if size in ("phi3-layers", "tiny") or options.quick else goals_of(sets, device=device)
+    return {"sets": sets, "goals": goals}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--peak-of", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--set", action="append", choices=sorted(SETS), help="may be given several times")
+    parser.add_argument("--size", action="append", choices=sorted(SIZES), help="may be given several times")
+    parser.add_argument("--steps", type=int, default=3, help="rounds")
+    parser.add_argument("--long-row", type=int, default=2048, help="tokens of the row of `long_row`")
+    parser.add_argument("--quick", action="store_true", help="a fifth of each length, 8 rows, one round")
+    parser.add_argument("--out", type=Path, help="also write the JSON there")
     options = parser.parse_args()
-    if options.peak_of:
-        seconds_of_step(trainer_of(options.peak_of, options.rows))
-        from phlora.train.callbacks import peak_bytes
-
-        print(peak_bytes() / 1e9)
-        return
-    trainers = {side: trainer_of(side, options.rows) for side in SIDES}
-    num_tokens = sum(len(row["input_ids"]) for row in trainers["phlora"].train_dataset)
-    for trainer in trainers.values():
-        seconds_of_step(trainer)
-    measured: dict[str, list[tuple[float, float]]] = {side: [] for side in SIDES}
-    for _ in range(options.steps):
-        for side, trainer in trainers.items():
-            measured[side].append(seconds_of_step(trainer))
-    del trainers
-    seconds = {side: statistics.median(s for s, _ in values) for side, values in measured.items()}
-    faster = {
-        side: round(
-            statistics.median(t[0] / p[0] for t, p in zip(measured["trl"], measured[side], strict=True)), 3
-        )
-        for side in SIDES
-    }
-    result = {
-        "benchmark": "train_step",
-        "rows": options.rows,
-        "tokens": num_tokens,
-        "loss": {side: values[0][1] for side, values in measured.items()},
-        "tokens_per_second": {side: round(num_tokens / value, 1) for side, value in seconds.items()},
-        "faster_than_trl": faster,
-        "peak_gb": {side: round(peak_gb(side, options.rows), 2) for side in SIDES},
-    }
-    print(f"{options.rows} rows, {num_tokens} tokens, forward and backward, median of {options.steps}")
-    for side in SIDES:
-        print(
-            f"{side:<14}{result['tokens_per_second'][side]:>8} tokens/s   peak {result['peak_gb'][side]:>5} GB   "
-            f"{faster[side]:>6}× TRL   loss {result['loss'][side]:.6f}"
-        )
-    print(json.dumps(result))
+    quiet()
+    if options.quick:
+        options.steps = 1
+    on_gpu = torch.cuda.is_available()
+    sizes = options.size or ["smollm2-135m", "phi3-layers", *(["phi3-mini"] if on_gpu else [])]
+    if "phi3-mini" in sizes and not on_gpu:
+        parser.error("phi3-mini needs a GPU")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {options.steps} rounds")
+    print("\n".join(f"{side:<14} {text}" for side, text in SIDES.items()))
+    results = {size: run_size(size, options.set or DEFAULT_SETS[size], options) for size in sizes}
+    print()
+    for size, result in results.items():
+        show_goals(size, result["goals"])
+    document = json.dumps(
+        {"benchmark": "train_step", "steps": options.steps, "quick": options.quick, "sizes": results}
+    )
+    if options.out:
+        options.out.write_text(document + "\n", encoding="utf-8")
+    print(document)
 
 
 if __name__ == "__main__":

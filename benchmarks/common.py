@@ -1,0 +1,287 @@
+"""What the benchmarks share: the GEMM floor of a step, peak memory, a process for each candidate, tables."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import logging
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from phlora.data.packing import Segments
+
+Row = dict[str, list[int]]
+
+RANK, ALPHA = 16, 32
+# The rate at which the goals count the floor of a CPU step.
+FIXED_RATE = 160e9
+LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+SIZES = {
+    "smollm2-135m": "the embedded model, 135M parameters",
+    "phi3-layers": "two layers of Phi-3-mini's width with its vocabulary, random weights",
+    "phi3-mini": "the shape of Phi-3-mini in bf16, random weights, on a GPU",
+    "tiny": "a random model for tests",
+}
+SETS = {
+    "mixed": "8 chats of 40 to 600 tokens, answers trained",
+    "shared": "32 chats of a 150-token system prompt and tails of 28 to 60 tokens, answers trained",
+    "multi_turn": "4 chats of 4 turns and 250 to 550 tokens, all answers trained",
+    "long_row": "one chat of 2,048 tokens, its answer trained",
+    "full_loss": "4 rows of 256 tokens, every token trained",
+    "pack_4k": "chats of 100 to 2,048 tokens, 4,096 tokens in all, answers trained",
+    "pack_16k": "the same, 16,384 tokens",
+    "pack_64k": "the same, 65,536 tokens",
+}
+SIDES = {
+    "phlora": "Phlora, padded rows",
+    "phlora-shared": "Phlora, one stream with shared starts",
+    "trl-best": "TRL + PEFT, its fastest exact settings",
+    "trl-default": "TRL + PEFT, its defaults: padded rows, gradient checkpointing",
+    "peft": "PEFT and transformers' own loss, padded rows, no checkpointing",
+    "loralib": "loralib's layers, the rest as PEFT",
+}
+# Beside the others on a GPU, where their packages are installed.
+GPU_SIDES = {
+    "peft-compile": "PEFT through torch.compile",
+    "liger": "TRL + PEFT with Liger's kernels",
+    "unsloth": "Unsloth",
+}
+# How rows are laid out: collator, and rows per forward pass (0: all).
+LAYOUTS = {
+    "padded": ("padded", 8),
+    "row by row": ("padded", 1),
+    "padding-free": ("padding-free", 8),
+    "one stream": ("padding-free", 0),
+}
+
+
+def available_sides(device: str) -> dict[str, str]:
+    """The candidates that this machine can run."""
+    packages = {"peft-compile": "torch", "liger": "liger_kernel", "unsloth": "unsloth"}
+    found = {side: text for side, text in GPU_SIDES.items() if importlib.util.find_spec(packages[side])}
+    return SIDES | (found if device == "cuda" else {})
+
+
+# ------------------------------------------------------------------------------------------------ the floor
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The matrix shapes of a Phi-3 layout."""
+
+    hidden: int
+    intermediate: int
+    query: int
+    key_value: int
+    layers: int
+    vocab: int
+
+    @classmethod
+    def of(cls, config: Any) -> Shapes:
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            query=width * config.num_attention_heads,
+            key_value=width * config.num_key_value_heads,
+            layers=config.num_hidden_layers,
+            vocab=config.vocab_size,
+        )
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of the linears of a layer, in the order of the forward pass."""
+        return {
+            "qkv_proj": (self.hidden, self.query + 2 * self.key_value),
+            "o_proj": (self.query, self.hidden),
+            "gate_up_proj": (self.hidden, 2 * self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step has to compute: positions, pairs of positions that see each other, predictions that are trained."""
+
+    positions: int
+    pairs: int
+    trained: int
+
+
+def work_of_rows(rows: Sequence[Row]) -> Work:
+    """Every row on its own, without padding."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    return Work(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(map(num_trained, rows)))
+
+
+def work_of_segments(segments: Segments, trained: int) -> Work:
+    """Shared starts once: a tail sees them and itself."""
+    pairs = 0
+    for group in segments.groups:
+        pairs += group.num_shared * (group.num_shared + 1) // 2
+        pairs += sum(t * group.num_shared + t * (t + 1) // 2 for t in group.tail_lengths)
+    return Work(segments.num_positions, pairs, trained)
+
+
+def num_trained(row: Row) -> int:
+    """Predictions of a row that are trained; nothing predicts its first token."""
+    return sum(label != -100 for label in row["labels"][1:])
+
+
+def step_flops(
+    shapes: Shapes, work: Work, *, rank: int = RANK, targets: Sequence[str] = LINEARS
+) -> dict[str, int]:
+    """FLOPs that no exact LoRA step can leave out, forward and backward; a multiply-add is two.
+
+    Linears: forward, and the input gradient except below the lowest adapted one. LoRA: six per parameter and position,
+    with the same exception. Attention: two products forward and five backward over the causal pairs. Head: forward and
+    input gradient of the trained predictions. No gradient of a frozen weight.
+    """
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.linears.items()}
+    lowest = min(LINEARS.index(name) for name in targets)
+    forward = 2 * work.positions * sum(sizes.values()) * shapes.layers
+    unneeded = 2 * work.positions * sum(sizes[name] for name in LINEARS[: lowest + 1])
+    lora = shapes.layers * rank * sum(sum(shapes.linears[name]) for name in targets)
+    attention = 2 * shapes.query * work.pairs
+    backward_layers = shapes.layers if lowest == 0 else shapes.layers - 1
+    return {
+        "linears": 2 * forward - unneeded,
+        "lora": (6 * lora - 2 * rank * shapes.linears[LINEARS[lowest]][0]) * work.positions,
+        "attention": attention * (2 * shapes.layers + 5 * backward_layers),
+        "head": 4 * shapes.vocab * shapes.hidden * work.trained,
+    }
+
+
+def gemm_rate(shapes: Shapes, rows: int, *, device: str = "cpu", repeats: int = 3) -> float:
+    """FLOP/s of the model's own linears alone, forward and input gradient, the best of some repeats."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    best = {}
+    for name, (inputs, outputs) in shapes.linears.items():
+        x = torch.randn(rows, inputs, device=device, dtype=dtype)
+        dy = torch.randn(rows, outputs, device=device, dtype=dtype)
+        weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        best[name] = min(_timed(lambda x=x, dy=dy, w=weight: (x @ w.t(), dy @ w)) for _ in range(repeats))
+    flops = sum(4 * rows * inputs * outputs for inputs, outputs in shapes.linears.values())
+    return flops / sum(best.values())
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# -------------------------------------------------------------------------------------------- peak memory
+
+
+def forget_peak(*, trim: bool) -> int:
+    """Begin a new peak; returns the bytes that are held now.
+
+    Args:
+        trim: give free memory back first. Training keeps it from one step to the next, so timed steps need it warm.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        if trim:
+            torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if sys.platform != "linux":
+        return 0
+    if trim:
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# --------------------------------------------------------------------------------- a process for each candidate
+
+
+class Worker:
+    """An object in a process of its own, whose methods are called from here, one at a time.
+
+    Candidates stay loaded side by side while one of them works, and the peak memory of each is its own.
+
+    Args:
+        module, name: where its class is; imported there and not here.
+        arguments: of the class.
+    """
+
+    def __init__(self, module: str, name: str, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        self._process.start()
+        other.close()
+        self._connection.send((module, name, arguments))
+
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """The result of the method there.
+
+        Raises:
+            RuntimeError: the process ended; its own message stands above.
+        """
+        self._connection.send((method, arguments, options))
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(
+                f"a worker ended with {self._process.exitcode} in {method}; the reason stands above"
+            ) from None
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(connection: Any) -> None:
+    quiet()
+    module, name, arguments = connection.recv()
+    served = getattr(importlib.import_module(module), name)(*arguments)
+    while True:
+        try:
+            method, values, options = connection.recv()
+        except EOFError:
+            return
+        connection.send(getattr(served, method)(*values, **options))
+
+
+# --------------------------------------------------------------------------------------------------- printing
+
+
+def quiet() -> None:
+    """No advice from libraries between the lines of a table."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+
+
+def median(values: Iterable[float]) -> float:
+    return statistics.median(list(values))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Columns as wide as their widest entry: the first to the left, the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *cells]), flush=True)

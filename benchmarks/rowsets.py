@@ -1,0 +1,122 @@
+"""The rows of the benchmarks: made from seeds, of stated lengths, the same on every machine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from common import Row
+from phlora.data.formats import load_rows
+from phlora.data.tokenize import tokenize_rows
+
+_WORDS = (
+    "the river water stone garden window table letter morning winter music paper bridge market silver kitchen "
+    "doctor number question answer simple story travel engine castle forest yellow summer island machine picture "
+    "teacher village mountain history science language children evening company library measure weather captain "
+    "people always around before between carry change country different early every family follow"
+).split()
+
+
+def make_rows(
+    name: str, tokenizer: Any, *, vocab: int, long_row: int = 2048, scale: float = 1.0
+) -> list[Row]:
+    """The rows of a set, each with `input_ids` and `labels`.
+
+    Args:
+        tokenizer: with a chat template. Ids beyond `vocab` are folded into it, for models with random weights.
+        long_row: tokens of the row of `long_row`.
+        scale: factor of all lengths.
+    """
+    maker = _Maker(tokenizer, scale, random.Random(name))
+    if name == "mixed":
+        rows = maker.chats([400, 40, 140, 600, 64, 280, 96, 200])
+    elif name == "shared":
+        rows = maker.shared(32)
+    elif name == "multi_turn":
+        rows = maker.chats([480, 300, 550, 250], turns=4)
+    elif name == "long_row":
+        rows = maker.chats([long_row])
+    elif name == "full_loss":
+        rows = [_all_trained(row, maker.length(256)) for row in maker.chats([300] * 4)]
+    else:
+        rows = maker.chats(_pack_lengths(1024 * int(name.removeprefix("pack_")[:-1]), random.Random(name)))
+    return [{key: [_folded(value, vocab) for value in values] for key, values in row.items()} for row in rows]
+
+
+def random_rows(
+    lengths: Sequence[int], *, vocab: int, shared: int = 0, trained: float = 0.25, seed: int = 0
+) -> list[Row]:
+    """Rows of random ids that begin with the same `shared` ids; the last part of each row is trained."""
+    generator = random.Random(seed)
+    start = [generator.randrange(vocab) for _ in range(shared)]
+    rows = []
+    for length in lengths:
+        ids = start + [generator.randrange(vocab) for _ in range(length - shared)]
+        first = length - max(1, round(trained * length))
+        rows.append({"input_ids": ids, "labels": [-100] * first + ids[first:]})
+    return rows
+
+
+class _Maker:
+    """Chats of wanted lengths; the tokens of words that spaces part add up."""
+
+    def __init__(self, tokenizer: Any, scale: float, generator: random.Random) -> None:
+        self.tokenizer, self.scale, self.generator = tokenizer, scale, generator
+        self.sizes = [len(tokenizer(" " + word, add_special_tokens=False)["input_ids"]) for word in _WORDS]
+
+    def length(self, tokens: int) -> int:
+        return max(4, round(tokens * self.scale))
+
+    def text(self, tokens: int) -> str:
+        words, count = [], 0
+        while not words or count < tokens:
+            number = self.generator.randrange(len(_WORDS))
+            words.append(_WORDS[number])
+            count += self.sizes[number]
+        return " ".join(words)
+
+    def chats(self, lengths: Sequence[int], *, turns: int = 1) -> list[Row]:
+        """About three fifths of a chat are questions, the rest answers; the template's own tokens are within."""
+        wrapping = len(self._rows([[*self._turn(1, 1)] * turns])[0]["input_ids"]) - 2 * turns
+        chats = []
+        for tokens in lengths:
+            words = max(2 * turns, self.length(tokens) - wrapping)
+            chats.append(
+                [m for _ in range(turns) for m in self._turn(0.6 * words / turns, 0.4 * words / turns)]
+            )
+        return self._rows(chats)
+
+    def shared(self, count: int) -> list[Row]:
+        """One system prompt; the question and the answer behind it, with the template's 10 tokens, make the tail."""
+        system = {"role": "system", "content": self.text(self.length(146))}
+        tails = [self.length(28 + 32 * number // max(1, count - 1)) for number in range(count)]
+        self.generator.shuffle(tails)
+        return self._rows([[system, *self._turn(0.4 * (t - 10), 0.6 * (t - 10))] for t in tails])
+
+    def _turn(self, question: float, answer: float) -> list[dict[str, str]]:
+        return [
+            {"role": "user", "content": self.text(round(question))},
+            {"role": "assistant", "content": self.text(round(answer))},
+        ]
+
+    def _rows(self, chats: list[list[dict[str, str]]]) -> list[Row]:
+        rows = load_rows([{"messages": messages} for messages in chats]).rows
+        tokenized = tokenize_rows(rows, self.tokenizer).rows
+        return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in tokenized]
+
+
+def _all_trained(row: Row, length: int) -> Row:
+    ids = (row["input_ids"] * 2)[:length]
+    return {"input_ids": ids, "labels": list(ids)}
+
+
+def _pack_lengths(tokens: int, generator: random.Random) -> list[int]:
+    lengths: list[int] = []
+    while (left := tokens - sum(lengths)) > 2148:
+        lengths.append(min(2048, round(100 * 20.48 ** generator.random())))
+    return [*lengths, left - 100, 100]
+
+
+def _folded(value: int, vocab: int) -> int:
+    return value if value < 0 else value % vocab

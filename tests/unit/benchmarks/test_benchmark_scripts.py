@@ -1,0 +1,64 @@
+"""The benchmark scripts run to their end on a tiny model, and their last line is JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(script: str, *arguments: str) -> tuple[str, dict[str, Any]]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_train_step() -> None:
+    pytest.importorskip("loralib")
+    text, result = run("train_step.py", "--size", "tiny", "--quick", "--set", "shared")
+    measured = result["sizes"]["tiny"]["sets"]["shared"]
+    sides = measured["sides"]
+    assert set(sides) == {"phlora", "phlora-shared", "trl-best", "trl-default", "peft", "loralib"}
+    assert sides["phlora-shared"]["positions"] < 0.6 * measured["tokens"]
+    assert sides["trl-best"]["faster_than_trl"] == 1
+    assert max(measured["loss_differences"].values()) < 1e-5
+    assert max(measured["gradient_differences"].values()) < 1e-5
+    assert all(side in text for side in sides)
+
+
+def test_scaling(tmp_path: Path) -> None:
+    pytest.importorskip("loralib")
+    _, result = run("scaling.py", "--size", "tiny", "--quick", "--axis", "modules", "--no-plots")
+    points = result["axes"]["modules"]["points"]
+    assert [point["value"] for point in points] == [2, 4, 6, 8]
+    floors = [point["floor_seconds"] for point in points]
+    assert floors == sorted(floors)
+
+
+def test_scaling_draws_its_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("loralib")
+    run("scaling.py", "--size", "tiny", "--quick", "--axis", "rank", "--plots", str(tmp_path))
+    assert (tmp_path / "scaling_rank.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_end_to_end(model_folder: Path) -> None:
+    _, result = run(
+        "end_to_end.py",
+        *("--override", f"model={model_folder}", "--override", "training_config.max_steps=4"),
+        *("--layout", "row by row", "--answers", "2", "--first", "2", "--every", "2"),
+    )
+    for side in ("phlora", "trl"):
+        assert [point["step"] for point in result["sides"][side]["points"]] == [2, 4]
+        assert not result["sides"][side]["reached"]
