@@ -107,7 +107,7 @@ def test_twenty_steps_equal_trl(tmp_path: Path, data: Dataset, changes: dict[str
         assert error < ADAPTER_TOLERANCE, (name, error)
 
 
-def test_caller_metrics_and_label_smoothing_go_through_trl(tmp_path: Path) -> None:
+def test_label_smoothing_is_that_of_the_library(tmp_path: Path) -> None:
     with pytest.warns(FutureWarning):
         theirs, _ = train(trl.SFTTrainer, tmp_path / "trl", chats(8), max_steps=3, label_smoothing_factor=0.1)
         ours, _ = train(

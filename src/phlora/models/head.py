@@ -12,6 +12,7 @@ transformers' own loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from phlora.errors import ModelError
+from phlora.lora import products
 from phlora.lora.frozen import is_plain_linear
 from phlora.models.attention import segment_inputs
 
@@ -30,6 +32,25 @@ _CHUNK_BYTES = 64 << 20
 _NOT_FOR_THE_TRUNK = ("labels", "shift_labels", "loss_weights")
 # What some families do to logits after the head; none of it happens here.
 _AFTER_THE_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What is asked of a token besides cross-entropy.
+
+    With logits `z` over `V` tokens, target `y`, smoothing `e` and weight `c`:
+
+        loss = log Σ exp z - (1 - e) · z_y - e · mean(z) + c · (log Σ exp z)²
+
+    which is cross-entropy against `1 - e` on the target and `e / V` everywhere, and for `c` above 0 a pull of the
+    normaliser towards 1 (z-loss: Chowdhery et al. 2022, PaLM, section 5).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+_CROSS_ENTROPY = LossTerms()
 
 
 def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -75,7 +96,7 @@ def trained_weight(batch: Mapping[str, Any]) -> Tensor:
 
 
 def token_losses(
-    model: nn.Module, batch: Mapping[str, Any], *, chunk: int | None = None
+    model: nn.Module, batch: Mapping[str, Any], *, chunk: int | None = None, terms: LossTerms = _CROSS_ENTROPY
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of each trained token: `-log softmax(head(h_t))[target_t]`, in float32 or wider.
 
@@ -87,6 +108,7 @@ def token_losses(
         batch: `input_ids`, and targets as `targets_and_weights` reads them; `segments` where rows share their first
             tokens. The rest (`attention_mask`, `position_ids`, ...) goes to the trunk.
         chunk: trained tokens whose logits exist at once; None: as many as fit into 64 MiB of float32.
+        terms: label smoothing and z-loss; by default neither.
 
     Returns:
         losses (S,), correct (S,) bool: whether the token is the most likely one, weights (S,),
@@ -102,33 +124,38 @@ def token_losses(
     trained = targets != IGNORED
     selected, targets = hidden[trained.to(hidden.device)], targets[trained].to(hidden.device)
     chunk = chunk or max(1, _CHUNK_BYTES // (4 * model.config.vocab_size))
-    losses, correct = _head_losses(head, selected, targets, chunk=chunk)
+    losses, correct = _head_losses(head, selected, targets, chunk, terms)
     return losses, correct, torch.ones_like(losses) if weights is None else weights[trained].to(losses)
 
 
-def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor, *, chunk: int) -> tuple[Tensor, Tensor]:
-    """Losses and hits (S,) of hidden states (S, D) and their targets (S,)."""
-    if not (torch.is_grad_enabled() and hidden.requires_grad):
-        return _in_chunks(_chunk_losses, head, hidden, targets, chunk)
-    if is_plain_linear(head) and not any(p.requires_grad for p in head.parameters()):
-        return _FrozenHeadLosses.apply(hidden, targets, head, chunk)
-    return _in_chunks(_recomputed_chunk_losses, head, hidden, targets, chunk)
-
-
-def _in_chunks(
-    function: Any, head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int
+def _head_losses(
+    head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int, terms: LossTerms
 ) -> tuple[Tensor, Tensor]:
-    parts = [function(head, *part) for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)]
+    """Losses and hits (S,) of hidden states (S, D) and their targets (S,)."""
+    frozen = is_plain_linear(head) and not any(p.requires_grad for p in head.parameters())
+    if frozen or not torch.is_grad_enabled():
+        return _HeadLosses.apply(hidden, targets, head, chunk, terms)
+    parts = [
+        checkpoint(_chunk_losses, head, *part, terms, use_reentrant=False)
+        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
     return torch.cat([losses for losses, _ in parts]), torch.cat([correct for _, correct in parts])
 
 
-def _chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk_losses(
+    head: nn.Module, hidden: Tensor, targets: Tensor, terms: LossTerms
+) -> tuple[Tensor, Tensor]:
+    """The formula of `LossTerms`, left to autograd."""
     logits = _wide(head(hidden))
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+    of_target = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    log_sums = logits.logsumexp(-1)
+    losses = _combined(log_sums, of_target, logits.mean(-1), terms)
+    return losses, logits.argmax(-1) == targets
 
 
-def _recomputed_chunk_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return checkpoint(_chunk_losses, head, hidden, targets, use_reentrant=False)
+def _combined(log_sums: Tensor, of_target: Tensor, means: Tensor, terms: LossTerms) -> Tensor:
+    smoothing = terms.label_smoothing
+    return log_sums - (1 - smoothing) * of_target - smoothing * means + terms.z_loss * log_sums.square()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -136,35 +163,59 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _FrozenHeadLosses(torch.autograd.Function):
+class _HeadLosses(torch.autograd.Function):
     """Losses whose gradient is made in forward, while the logits are there.
 
-    `d loss_i / d h_i = (softmax(z_i) - onehot(y_i)) W` depends on nothing that backward brings but a factor for
-    each token, so `(S, D)` is all that has to be kept: two matrix products in place of the three of recomputing.
+    `d loss_i / d h_i = ((1 + 2 c · lse_i) softmax(z_i) - (1 - e) onehot(y_i) - e / V) W` depends on nothing that
+    backward brings but a factor for each token, so `(S, D)` is all that has to be kept: two matrix products in place of
+    the three of recomputing. The logits are turned into that gradient where they are: one buffer for a chunk.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, chunk: int
+        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, chunk: int, terms: LossTerms
     ) -> tuple[Tensor, Tensor]:
-        slopes = torch.empty_like(hidden)
+        needs_gradient = ctx.needs_input_grad[0]
+        slopes = torch.empty_like(hidden) if needs_gradient else None
         losses = torch.empty(len(hidden), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = head(hidden[part])
-            dtype, logits, target = logits.dtype, _wide(logits), targets[part]
-            losses[part] = F.cross_entropy(logits, target, reduction="none")
-            correct[part] = logits.argmax(-1) == target
-            slope = torch.softmax(logits, -1)
-            slope[torch.arange(len(target), device=target.device), target] -= 1
-            slopes[part] = slope.to(dtype) @ head.weight.to(dtype)
+            dtype, logits, target = logits.dtype, _wide(logits), targets[part].unsqueeze(-1)
+            losses[part], correct[part], log_sums = _losses_and_exponentials_(logits, target, terms)
+            if slopes is not None:
+                slope = _slope_(logits, target, log_sums, terms).to(dtype)
+                slopes[part] = products.matmul(slope, head.weight.to(dtype))
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(correct)
         return losses, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_grads: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, loss_grads: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return (slopes * loss_grads.unsqueeze(-1)).to(slopes.dtype), None, None, None
+        return (slopes * loss_grads.unsqueeze(-1)).to(slopes.dtype), None, None, None, None
+
+
+def _losses_and_exponentials_(
+    logits: Tensor, target: Tensor, terms: LossTerms
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, hits and `log Σ exp z`, (S,) each; `logits` (S, V) become `exp(z - log Σ exp z)`, the softmax."""
+    best = logits.argmax(-1, keepdim=True)
+    of_target, most = logits.gather(-1, target), logits.gather(-1, best)
+    means = logits.mean(-1, keepdim=True) if terms.label_smoothing else torch.zeros_like(most)
+    sums = logits.sub_(most).exp_().sum(-1, keepdim=True)
+    log_sums = sums.log() + most
+    logits.div_(sums)
+    losses = _combined(log_sums, of_target, means, terms)
+    return losses.squeeze(-1), (best == target).squeeze(-1), log_sums
+
+
+def _slope_(softmax: Tensor, target: Tensor, log_sums: Tensor, terms: LossTerms) -> Tensor:
+    """`d loss / d logits`, in place of the softmax."""
+    if terms.z_loss:
+        softmax.mul_(1 + 2 * terms.z_loss * log_sums)
+    if terms.label_smoothing:
+        softmax.sub_(terms.label_smoothing / softmax.shape[-1])
+    return softmax.scatter_add_(-1, target, torch.full_like(log_sums, terms.label_smoothing - 1))

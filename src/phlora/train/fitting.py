@@ -191,6 +191,7 @@ def _trainer(
         model=model,
         args=args,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
+        z_loss=settings.z_loss,
         train_dataset=numbers.select(range(len(data.train))),
         eval_dataset=numbers.select(range(len(data.train), len(numbers))) if data.held_out else None,
         processing_class=loaded.tokenizer.tokenizer,

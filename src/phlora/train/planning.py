@@ -335,7 +335,6 @@ def _training_obstacle(args: Any) -> str | None:
     """What, of the trainer's settings, needs the plain layout."""
     obstacles = {
         "neftune_noise_alpha is set: rows would share one noise": args.neftune_noise_alpha,
-        "label_smoothing_factor needs the logits of whole rows": args.label_smoothing_factor,
         f"loss_type {args.loss_type} needs the logits of whole rows": args.loss_type != "nll",
         "torch_compile would compile each new layout": args.torch_compile,
         "several devices in one process would cut the stream apart": args.n_gpu > 1,

@@ -105,6 +105,7 @@ def run_facts(
         ),
         "peft_config": digest({k: v for k, v in lora.to_dict().items() if k != "base_model_name_or_path"}),
         "peft_config.loraplus_lr_ratio": settings.loraplus_lr_ratio,
+        "training_config.z_loss": settings.z_loss,
         "train_on": config.data.train_on,
         "too_long": config.data.too_long,
         **{f"training_config.{name}": trained[name] for name in sorted(settings.origins) if name in trained},

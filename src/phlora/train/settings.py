@@ -91,6 +91,9 @@ ELSEWHERE = {
     "pad_token": "a pad token that ends no reply is chosen for each model",
 }
 
+# Phlora's own, beside the fields of TRL's configuration.
+_Z_LOSS = "z_loss"
+
 # What `report_to` names, and the package that it needs.
 _TRACKERS = {
     "tensorboard": "tensorboard",
@@ -121,12 +124,14 @@ class Settings:
         notes: what was renamed, converted or left out, one sentence each.
         origins: field name -> `user` or `phlora`; fields that are not listed have TRL's default.
         loraplus_lr_ratio: learning rate of every lora_B, as a multiple of that of all else; None: the same.
+        z_loss: weight of the squared log-normaliser of each trained token, see `models.head.LossTerms`.
     """
 
     args: SFTConfig
     notes: tuple[str, ...]
     origins: Mapping[str, str]
     loraplus_lr_ratio: float | None = None
+    z_loss: float = 0.0
 
 
 def training_settings(
@@ -139,7 +144,8 @@ def training_settings(
     """Check `training_config` and build the trainer's arguments from it.
 
     Args:
-        training_config: fields of `trl.SFTConfig`, current or older names; a TRL script's dictionary as it is.
+        training_config: fields of `trl.SFTConfig`, current or older names; a TRL script's dictionary as it is; and
+            `z_loss`.
         output_dir: where checkpoints go; an `output_dir` in the dictionary is replaced by it.
         device: type of the device that trains: cpu, cuda or mps.
         peft_config: its `loraplus_lr_ratio` is the optimizer's; everything else is the adapter's.
@@ -148,7 +154,8 @@ def training_settings(
         ConfigError: an unknown key (with the nearest name), a value of the wrong type, or one out of range.
     """
     notes: list[str] = []
-    values = _current_names(training_config, notes)
+    z_loss = _z_loss(training_config.get(_Z_LOSS, 0.0))
+    values = _current_names({k: v for k, v in training_config.items() if k != _Z_LOSS}, notes)
     values = {key: _typed(key, value, notes) for key, value in values.items()}
     _check_ranges(values)
     _check_trackers(values.get("report_to"))
@@ -162,9 +169,10 @@ def training_settings(
         origins["per_device_eval_batch_size"] = "phlora"
     values |= {"output_dir": str(output_dir), "dataloader_pin_memory": device == "cuda"}
     try:
-        return Settings(SFTConfig(**values), tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}))
+        args = SFTConfig(**values)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"The settings contradict each other: {error}", where=_WHERE) from None
+    return Settings(args, tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}), z_loss)
 
 
 def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -184,7 +192,9 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
             values[key] = value
         else:
             raise ConfigError(
-                f"Unknown key `{key}`", where=_WHERE, fix=did_you_mean(str(key), known | RENAMED.keys())
+                f"Unknown key `{key}`",
+                where=_WHERE,
+                fix=did_you_mean(str(key), known | RENAMED.keys() | {_Z_LOSS}),
             )
     return values
 
@@ -258,6 +268,15 @@ def _loraplus_lr_ratio(peft_config: Mapping[str, Any]) -> float | None:
             expected="a number above 0: the learning rate of lora_B, as a multiple of learning_rate",
         )
     return float(ratio)
+
+
+def _z_loss(weight: Any) -> float:
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 <= weight < math.inf:
+        raise ConfigError(
+            f"`{weight}` was given", where=f"{_WHERE}.{_Z_LOSS}", expected="0 (off) or more, such as 1e-4"
+        )
+    return float(weight)
 
 
 def _check_trackers(report_to: Any) -> None:

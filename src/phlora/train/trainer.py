@@ -13,8 +13,8 @@ What is overridden, and why:
   casts it to bf16, to which most of AdamW's updates are too small to be added.
 - `create_optimizer`: with `loraplus_lr_ratio` every B of the adapter has a learning rate of its own.
 
-Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a caller's loss function, label smoothing,
-`loss_type="dft"`) goes through TRL's own path.
+Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a caller's loss function, `loss_type="dft"`)
+goes through TRL's own path.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from transformers.trainer_utils import TrainOutput
 
 from phlora.errors import ConfigError, NonFiniteError
+from phlora.models.head import LossTerms, trained_weight
 from phlora.models.head import token_losses as _token_losses
-from phlora.models.head import trained_weight
 from phlora.train.optimizer import raise_rate_of_B
 
 _LOSS_WEIGHTS = "loss_weights"
@@ -60,7 +60,9 @@ class SFTTrainer(trl.SFTTrainer):
         NonFiniteError: from `train`, at the first loss or gradient that is NaN or infinite.
     """
 
-    def __init__(self, *args: Any, loraplus_lr_ratio: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, loraplus_lr_ratio: float | None = None, z_loss: float = 0.0, **kwargs: Any
+    ) -> None:
         given = args[0] if args else kwargs.get("model")
         before = _trained_values(given) if isinstance(given, PeftModel) else None
         super().__init__(*args, **kwargs)
@@ -72,6 +74,7 @@ class SFTTrainer(trl.SFTTrainer):
                 fix="leave out one of the two",
             )
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self._terms = LossTerms(label_smoothing=self.args.label_smoothing_factor, z_loss=z_loss)
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         _offer_token_losses(model)
         self._step_losses: list[torch.Tensor] = []
@@ -93,10 +96,10 @@ class SFTTrainer(trl.SFTTrainer):
             if _LOSS_WEIGHTS in inputs:
                 raise ConfigError(
                     "The rows carry loss weights, which TRL's own loss would ignore",
-                    fix="leave out the weights, or label smoothing, loss_type, compute_metrics and loss functions",
+                    fix="leave out the weights, or loss_type, compute_metrics and loss functions",
                 )
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses, correct, weights = model(**inputs, token_losses=True)
+        losses, correct, weights = model(**inputs, token_losses=self._terms)
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
         # Clamped so that a batch without trained tokens is a finite zero.
         total = (losses * weights).sum()
@@ -111,7 +114,6 @@ class SFTTrainer(trl.SFTTrainer):
     def _needs_logits(self) -> bool:
         return bool(
             self.compute_loss_func is not None
-            or self.label_smoother is not None
             or self.args.loss_type != "nll"
             or getattr(self, "aux_loss_enabled", False)
         )
@@ -213,15 +215,15 @@ class SFTTrainer(trl.SFTTrainer):
 
 
 def _offer_token_losses(model: torch.nn.Module) -> None:
-    """Let `model(**batch, token_losses=True)` return the losses of the trained tokens.
+    """Let `model(**batch, token_losses=LossTerms())` return the losses of the trained tokens.
 
     They go through the model's own forward, so that whatever wraps it (DDP, FSDP, activation offloading) sees one.
     """
     original = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(*args: Any, token_losses: bool = False, **kwargs: Any) -> Any:
-        return _token_losses(model, kwargs) if token_losses else original(*args, **kwargs)
+    def forward(*args: Any, token_losses: LossTerms | None = None, **kwargs: Any) -> Any:
+        return _token_losses(model, kwargs, terms=token_losses) if token_losses else original(*args, **kwargs)
 
     model.forward = forward
 

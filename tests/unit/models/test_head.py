@@ -8,7 +8,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phlora.errors import ModelError
-from phlora.models.head import IGNORED, token_losses, trunk_and_head
+from phlora.models.head import IGNORED, LossTerms, token_losses, trunk_and_head
 
 VOCABULARY = 97
 # float32 sums of a few dozen terms in another order.
@@ -88,6 +88,33 @@ def test_gradients_equal_transformers(settings, chunk) -> None:
     assert ("lm_head" in " ".join(actual)) == bool(settings)
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, **TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    "terms", [LossTerms(label_smoothing=0.2), LossTerms(z_loss=0.01), LossTerms(0.1, 0.003)], ids=str
+)
+def test_label_smoothing_and_z_loss_equal_their_formulas(terms, settings) -> None:
+    model, batch = tiny_peft_model(**settings).double(), padded_batch()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), label_smoothing=terms.label_smoothing, reduction="none"
+    )
+    expected = (expected + terms.z_loss * logits.logsumexp(-1).flatten().square())[
+        targets.flatten() != IGNORED
+    ]
+    expected.mean().backward()
+    expected_gradients = lora_gradients(model)
+    losses, _, _ = token_losses(model, batch, chunk=5, terms=terms)
+    losses.mean().backward()
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    for name, gradient in lora_gradients(model).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-10, atol=1e-12, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            token_losses(model, batch, terms=terms)[0], expected, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_gradient_follows_the_weight_of_each_token() -> None:

@@ -101,3 +101,13 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 def test_nothing_is_created_while_settings_are_checked(tmp_path: Path) -> None:
     training_settings({}, output_dir=tmp_path / "checkpoints")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_z_loss_is_phlora_s_own_setting(tmp_path):
+    assert training_settings({}, output_dir=tmp_path).z_loss == 0
+    assert training_settings({"z_loss": 1e-4}, output_dir=tmp_path).z_loss == 1e-4
+    for wrong in (-1, True, "much", float("nan")):
+        with pytest.raises(ConfigError, match="z_loss"):
+            training_settings({"z_loss": wrong}, output_dir=tmp_path)
+    with pytest.raises(ConfigError, match="did you mean `z_loss`"):
+        training_settings({"zloss": 1e-4}, output_dir=tmp_path)

@@ -60,7 +60,6 @@ def test_packs_always_lie_in_a_stream() -> None:
         ({"speed": "reference"}, "speed is reference"),
         ({"lora": {"lora_dropout": 0.1}}, "lora_dropout is 0.1"),
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"loss_type": "dft"}, "loss_type dft"),
     ],
 )

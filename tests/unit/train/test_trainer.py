@@ -137,8 +137,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
 
 def test_weights_are_never_dropped_without_a_word(tmp_path: Path) -> None:
     rows = [{**row, "weights": [2.0] * 20} for row in ROWS]
-    with pytest.warns(FutureWarning):
-        trainer = trainer_for(tmp_path, label_smoothing_factor=0.1)
+    trainer = trainer_for(tmp_path, loss_type="dft")
     trainer.train_dataset = Dataset.from_list(rows)
     with pytest.raises(ConfigError, match="loss weights"):
         trainer.train()
