@@ -24,8 +24,6 @@ _onednn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _onednn_allowed = bool(torch._C._has_mkldnn) and _onednn_linear is not None
 # Multiply-adds below which a call costs more than it saves.
 _LEAST_WORK = 1 << 20
-# A transposed weight is laid out anew at every call, which few rows of x do not pay for.
-_LEAST_ROWS_FOR_LAYOUT = 64
 # Subclasses of Tensor mean something else than their numbers.
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -71,13 +69,10 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if weight.dtype is not torch.float32 or type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return False
-    num_columns = x.shape[-1]
-    num_rows = x.numel() // max(1, num_columns)
-    if num_rows * num_columns * weight.shape[0] < _LEAST_WORK:
+    if x.numel() * weight.shape[0] < _LEAST_WORK:
         return False
     # Rows with gaps between them, as slices have, would be multiplied number by number.
-    as_stored = weight.is_contiguous()
-    if not as_stored and (num_rows < _LEAST_ROWS_FOR_LAYOUT or not weight.t().is_contiguous()):
+    if not weight.is_contiguous() and not weight.t().is_contiguous():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
