@@ -4,7 +4,8 @@
 
 All candidates of a shape run in turn in every round, and a ratio is the median over rounds of the ratio within a round,
 so that a busy moment of the machine touches both. `floor` is the frozen weight's two GEMMs alone. `kept` counts
-the bytes that autograd saves for backward, the weights left out. The last line is JSON.
+the bytes that autograd saves for backward, the weights left out; `in place` counts them for the layer with what stands
+before it in the model, a norm or the gated product, as each of the two runs it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import loralib
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP, Phi3RMSNorm
 
 import phlora.lora as lora
+from phlora.models.speed import speed_pass
 
 SHAPES = {
     "135M qkv": (576, 960),
@@ -78,6 +81,29 @@ def merged_of(package: object) -> Callable[[int, int, float], nn.Module]:
         return layer
 
     return build
+
+
+def in_its_place(layer: nn.Module, name: str, in_features: int) -> nn.Module:
+    """The layer behind the norm, or the gated product, whose output it gets in Phi-3."""
+    if name.endswith("down"):
+        place = Phi3MLP(Phi3Config(hidden_size=8, intermediate_size=8))
+        place.gate_up_proj, place.down_proj = nn.Identity(), layer
+        return place
+    return nn.Sequential(Phi3RMSNorm(in_features).requires_grad_(False), layer)
+
+
+def kept_in_place(
+    layers: dict[str, nn.Module], name: str, tokens: int, device: str, dtype: torch.dtype
+) -> float:
+    """Bytes that Phlora keeps of those that PEFT keeps, each with what stands before the layer."""
+    in_features = SHAPES[name][0]
+    width = 2 * in_features if name.endswith("down") else in_features
+    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    places = {
+        key: in_its_place(layers[key], name, in_features).to(device, dtype) for key in ("phlora", "peft")
+    }
+    speed_pass(places["phlora"])
+    return kept_bytes(places["phlora"], x) / kept_bytes(places["peft"], x)
 
 
 def kept_bytes(layer: nn.Module, x: torch.Tensor) -> int:
@@ -150,6 +176,7 @@ def measure(
         "kept_mb": {key: round(value / 1e6, 2) for key, value in kept.items()},
         "faster_than_peft": round(ratio("peft", "phlora"), 3),
         "kept_of_peft": round(kept["phlora"] / kept["peft"], 3),
+        "kept_in_place_of_peft": round(kept_in_place(layers, name, tokens, device, dtype), 3),
         "floor_share": round(1 / ratio("phlora", "floor"), 3),
     }
     if "loralib q,v" in layers:
@@ -167,7 +194,8 @@ def main() -> None:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     print(f"{options.tokens} tokens, r={RANK}, {dtype}, {options.device}, torch {torch.__version__}")
     print(
-        f"{'shape':<20}{'dropout':>8}{'phlora':>10}{'peft':>10}{'floor':>10}{'vs peft':>9}{'kept':>7}{'vs loralib':>12}"
+        f"{'shape':<20}{'dropout':>8}{'phlora':>10}{'peft':>10}{'floor':>10}{'vs peft':>9}{'kept':>7}"
+        f"{'in place':>10}{'vs loralib':>12}"
     )
     results = []
     for dropout in (0.0, 0.05):
@@ -178,6 +206,7 @@ def main() -> None:
             print(
                 f"{name:<20}{dropout:>8}{ms['phlora']:>8} ms{ms['peft']:>8} ms{ms['floor']:>8} ms"
                 f"{result['faster_than_peft']:>8}×{result['kept_of_peft']:>6}×"
+                f"{result['kept_in_place_of_peft']:>9}×"
                 f"{result.get('faster_than_loralib', '–'):>11}×",
                 flush=True,
             )

@@ -64,26 +64,30 @@ PROBED_ROWS = 8
 
 
 def measure(
-    workers: dict[str, Worker], rows: list[Row], *, shapes: Shapes, steps: int, device: str
+    workers: dict[str, Worker], rows: list[Row], *, size: str, shapes: Shapes, steps: int, device: str
 ) -> dict[str, Any]:
-    """All candidates on one set."""
+    """All candidates on one set; those that have no worker get one for their only step."""
+    sides = available_sides(device)
     layout = best_layout(workers["trl-best"], rows, device=device)
-    seconds: dict[str, list[float]] = {side: [] for side in workers}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     results: dict[str, Any] = {}
     rates: list[float] = []
-    floor_rates: dict[str, list[float]] = {side: [] for side in workers}
+    floor_rates: dict[str, list[float]] = {side: [] for side in sides}
     for round_number in range(steps):
         rates.append(gemm_rate(shapes, min(2048, sum(len(row["input_ids"]) for row in rows)), device=device))
-        for side in workers if round_number == 0 else EVERY_ROUND:
-            chosen = layout if side == "trl-best" else "padded"
-            result = workers[side].call("step", rows, chosen, trim=round_number == 0)
+        for side in sides if round_number == 0 else EVERY_ROUND:
+            if side in workers:
+                chosen = layout if side == "trl-best" else "padded"
+                result = workers[side].call("step", rows, chosen, trim=round_number == 0)
+            else:
+                result = only_step(side, size, rows)
             if not result.get("out_of_memory"):
                 seconds[side].append(result["seconds"])
                 floor_rates[side].append(rates[-1])
             kept = results.setdefault(side, result)
             kept["peak"] = max(kept.get("peak", 0), result.get("peak", 0))
     plain = work_of_rows(rows)
-    works = {side: shared_work(rows) if side == "phlora-shared" else plain for side in workers}
+    works = {side: shared_work(rows) if side == "phlora-shared" else plain for side in sides}
     return {
         "rows": len(rows),
         "lengths": [len(row["input_ids"]) for row in rows],
@@ -96,12 +100,21 @@ def measure(
                 results[side], seconds, side, tokens=plain.positions, flops=flops_of(shapes, works[side])
             )
             | {"floor_share": _share(flops_of(shapes, works[side]), seconds[side], floor_rates[side])}
-            for side in workers
+            for side in sides
         },
         "loss": results["peft"].get("loss"),
         "loss_differences": _differences(results, "loss"),
         "gradient_differences": _differences(results, "gradient"),
     }
+
+
+def only_step(side: str, size: str, rows: list[Row]) -> dict[str, Any]:
+    """One step in a process that ends with it: side by side, those of all candidates would not fit into memory."""
+    worker = Worker("candidates", "Candidate", side, size)
+    worker.call("step", worker.call("rows", "mixed", scale=0.1))
+    result: dict[str, Any] = worker.call("step", rows, "padded", trim=True)
+    worker.close()
+    return result
 
 
 def _differences(results: dict[str, Any], key: str) -> dict[str, float]:
@@ -251,16 +264,17 @@ def show_goals(size: str, goals: list[dict[str, Any]]) -> None:
 def run_size(size: str, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if size == "phi3-mini" else "cpu"
     scale = 0.2 if options.quick else 1.0
-    workers = {side: Worker("candidates", "Candidate", side, size) for side in available_sides(device)}
-    shapes = workers["peft"].call("shapes")
-    warm_up = workers["peft"].call("rows", "mixed", scale=0.1)
+    workers = {side: Worker("candidates", "Candidate", side, size) for side in EVERY_ROUND}
+    any_worker = workers[EVERY_ROUND[0]]
+    shapes = any_worker.call("shapes")
+    warm_up = any_worker.call("rows", "mixed", scale=0.1)
     for worker in workers.values():
         worker.call("step", warm_up)
     sets = {}
     for name in names:
-        rows = workers["peft"].call("rows", name, scale=scale, long_row=options.long_row)
+        rows = any_worker.call("rows", name, scale=scale, long_row=options.long_row)
         rows = rows[: 8 if options.quick else None]
-        sets[name] = measure(workers, rows, shapes=shapes, steps=options.steps, device=device)
+        sets[name] = measure(workers, rows, size=size, shapes=shapes, steps=options.steps, device=device)
         show(name, size, sets[name], device=device)
     for worker in workers.values():
         worker.close()

@@ -422,6 +422,14 @@ def convert(
             help="Rows of each block, such as qkv_proj=3072,1024,1024; by default those of --model; repeatable.",
         ),
     ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            metavar="LAYER=SIZES",
+            help="Kernel of a convolution in a loralib file, such as conv1=3,3; repeatable.",
+        ),
+    ] = None,
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
     offline: Offline = False,
@@ -433,6 +441,12 @@ def convert(
     Every tensor is used or nothing is written. Pickles that hold more than tensors are not opened.
     `--to merged` is `phlora merge`, also for a loralib file; --dtype and --rows are for it.
     """
+    if to is AdapterFormat.merged and kernel:
+        raise ConfigError(
+            "--kernel is for --to peft: chat models have no convolutions",
+            where="phlora convert",
+            fix="leave it out",
+        )
     if to is not AdapterFormat.merged and (rows or dtype != "auto"):
         raise ConfigError(
             "--rows and --dtype are for --to merged", where="phlora convert", fix="leave them out"
@@ -450,7 +464,8 @@ def convert(
             proof = {"dtype": dtype, "rows": rows or None, "display": _display(quiet)}
             report = fold.convert_to_model(source, output, **loralib, **how, **proof)
         else:
-            report = fold.convert(source, output, to=to.value, **loralib, **how)
+            kernels = fold.parse_kernels(kernel or [])
+            report = fold.convert(source, output, to=to.value, kernels=kernels, **loralib, **how)
     _print_result(report.to_json() if as_json else report.summary())
 
 

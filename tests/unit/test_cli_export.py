@@ -69,10 +69,28 @@ def test_there_and_back_on_the_command_line(
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_convolutions_go_there_and_back_with_their_kernel_named(
+    phlora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    state = {"conv1.lora_A": torch.randn(6, 12), "conv1.lora_B": torch.randn(24, 6)}
+    torch.save(state, tmp_path / "in.pt")
+    peft, back = tmp_path / "peft", tmp_path / "back.pt"
+    options = ["--lora-alpha", "8", "--kernel", "conv1=3,3"]
+    assert phlora("convert", tmp_path / "in.pt", "--to", "peft", "-o", peft, *options).code == 0
+    assert phlora("convert", peft, "--to", "loralib", "-o", back).code == 0
+    after = torch.load(back, weights_only=True)
+    assert after.keys() == state.keys() and all(torch.equal(after[name], state[name]) for name in state)
+    refused = phlora("convert", peft, "--to", "loralib", "-o", tmp_path / "new.pt", "--kernel", "conv1=3,3")
+    assert refused.code == 2 and "leave it out" in refused.err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--to", "peft"], "--lora-alpha"),
+        (["--to", "peft", "--lora-alpha", "8", "--kernel", "o_proj=3,x"], "such as conv1=3,3"),
+        (["--to", "merged", "--lora-alpha", "8", "--kernel", "o_proj=3,3"], "--kernel is for --to peft"),
         (["--to", "peft", "--lora-alpha", "8"], "no 2 equal blocks|several choices"),
         (["--to", "peft", "--lora-alpha", "8", "--blocks", "qkv_proj=64"], "--blocks"),
         (["--to", "peft", "--lora-alpha", "8", "--rows", "x.jsonl"], "--to merged"),

@@ -332,6 +332,7 @@ def convert(
     lora_alpha: float | None = None,
     enable: Sequence[str] = (),
     blocks: BlockSizes | None = None,
+    kernels: Mapping[str, Sequence[int]] | None = None,
     model: str | None = None,
     offline: bool = False,
 ) -> ConvertReport:
@@ -343,6 +344,7 @@ def convert(
         lora_alpha: that of the layers of a loralib file, which does not know it.
         enable: the row blocks that are adapted, such as `q` and `v`, where shapes leave several possibilities.
         blocks: last part of a layer's name -> rows of its blocks by name; by default those of `model`.
+        kernels: last part of a convolution's name in a loralib file -> its kernel, (3, 3) for one of 3 x 3.
         model: the base model; its configuration gives the blocks, and its name is written down.
 
     Raises:
@@ -358,9 +360,9 @@ def convert(
     if blocks is None and model is not None:
         blocks = fused_row_blocks(_config_of(ModelConfig(name=model, offline=offline)))
     if _is_loralib(source):
-        adapter = _read_loralib(source, lora_alpha, enable, blocks)
+        adapter = _read_loralib(source, lora_alpha, enable, blocks, kernels)
     else:
-        _refuse_options(lora_alpha, () if to == "loralib" else enable)
+        _refuse_options(lora_alpha, () if to == "loralib" else enable, kernels)
         source = _find(source, model=model, offline=offline, needs_base=False).adapter
         if to == "peft":
             return _copy_peft(source, output)
@@ -428,7 +430,31 @@ def parse_blocks(texts: Sequence[str]) -> dict[str, dict[str, int]] | None:
     return parsed or None
 
 
-def _refuse_options(lora_alpha: float | None, enable: Sequence[str]) -> None:
+def parse_kernels(texts: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+    """`conv1=3,3` -> {"conv1": (3, 3)}; None for no text.
+
+    Raises:
+        ConfigError: a text of another form.
+    """
+    parsed = {}
+    for text in texts:
+        layer, _, listed = text.partition("=")
+        kernel = tuple(int(size) if size.strip().isdecimal() else 0 for size in listed.split(","))
+        if not layer or min(kernel) < 1 or len(kernel) > 3:
+            raise ConfigError(
+                f"`{text}` was given",
+                where="--kernel",
+                expected="a convolution and the sizes of its kernel, such as conv1=3,3",
+            )
+        parsed[layer] = kernel
+    return parsed or None
+
+
+def _refuse_options(
+    lora_alpha: float | None, enable: Sequence[str], kernels: Mapping[str, Sequence[int]] | None = None
+) -> None:
+    if kernels:
+        raise ConfigError("An adapter folder knows its own kernels", where="--kernel", fix="leave it out")
     if lora_alpha is not None:
         raise ConfigError(
             "An adapter folder knows its own lora_alpha", where="--lora-alpha", fix="leave it out"
@@ -445,7 +471,11 @@ def _is_loralib(source: Path) -> bool:
 
 
 def _read_loralib(
-    file: Path, lora_alpha: float | None, enable: Sequence[str], blocks: BlockSizes | None
+    file: Path,
+    lora_alpha: float | None,
+    enable: Sequence[str],
+    blocks: BlockSizes | None,
+    kernels: Mapping[str, Sequence[int]] | None = None,
 ) -> Adapter:
     if lora_alpha is None:
         raise ConfigError(
@@ -453,7 +483,7 @@ def _read_loralib(
             where=str(file),
             fix="name it: --lora-alpha 32",
         )
-    return read_loralib(file, lora_alpha=lora_alpha, enable=enable, blocks=blocks)
+    return read_loralib(file, lora_alpha=lora_alpha, enable=enable, blocks=blocks, kernels=kernels)
 
 
 def _copy_peft(source: Path, output: Path) -> ConvertReport:
