@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from phlora.data.packing import share_prefixes
+from phlora.data.packing import Segments, share_in_passes, share_prefixes
 from phlora.data.table import IGNORED, TokenizedRow
 
 Feature: TypeAlias = TokenizedRow | Mapping[str, Any]
@@ -85,35 +85,66 @@ class SharedPrefixCollator:
     Returns `segments` (`phlora.data.packing.Segments`) and, each (1, T), `input_ids` and `position_ids` int64,
     `shift_labels` int64: the token that each position is trained to predict, -100 where none, and
     `loss_weights` float32: the weight of that prediction, summed over the rows that share it. Labels are
-    shifted here because a shared token is followed by a tail, not by its successor.
+    shifted here because a shared token is followed by a tail, not by its successor. `rows` is what `share_step`
+    lays out anew.
     """
 
     def __call__(self, features: Sequence[Feature]) -> Batch:
-        rows = [_Row.of(feature) for feature in features]
-        segments = share_prefixes([row.keys for row in rows])
-        ids: list[int] = []
-        places: list[int] = []
-        targets: list[int] = []
-        weights: list[float] = []
-        for group in segments.groups:
-            members = [rows[number] for number in group.rows]
-            shared = range(group.num_shared)
-            ids += members[0].ids[: group.num_shared]
-            places += shared
-            targets += [max(row.targets[place] for row in members) for place in shared]
-            weights += [sum(row.weights[place] for row in members) for place in shared]
-            for row in members:
-                ids += row.ids[group.num_shared :]
-                places += range(group.num_shared, len(row.ids))
-                targets += row.targets[group.num_shared :]
-                weights += row.weights[group.num_shared :]
-        return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([places]),
-            "shift_labels": torch.tensor([targets]),
-            "loss_weights": torch.tensor([weights], dtype=torch.float32),
-            "segments": segments,
-        }
+        rows = tuple(_Row.of(feature) for feature in features)
+        return {**_stream(rows, share_prefixes([row.keys for row in rows])), "rows": rows}
+
+
+def share_step(
+    batches: Sequence[Batch], *, max_positions: int | None = None, copy_cost: float = 0.0
+) -> list[Batch]:
+    """The rows of several batches laid out together, so that rows of different batches share their starts.
+
+    Args:
+        batches: of one optimizer step, as `SharedPrefixCollator` returns them.
+        max_positions: of one forward pass; None: as many as the largest of the batches has with its rows padded.
+        copy_cost: as in `share_in_passes`.
+
+    Returns:
+        At most as many batches, with the same rows and no more positions in all; the batches themselves where
+        best fit finds nothing as good.
+    """
+    if max_positions is None:
+        max_positions = max(
+            len(batch["rows"]) * max(len(row.ids) for row in batch["rows"]) for batch in batches
+        )
+    rows = [row for batch in batches for row in batch["rows"]]
+    passes = share_in_passes([row.keys for row in rows], max_positions=max_positions, copy_cost=copy_cost)
+    before = sum(batch["segments"].num_positions for batch in batches)
+    if len(passes) > len(batches) or sum(segments.num_positions for segments in passes) > before:
+        return list(batches)
+    return [_stream(rows, segments) for segments in passes]
+
+
+def _stream(rows: Sequence[_Row], segments: Segments) -> Batch:
+    """The tensors of the rows that stand in the segments."""
+    ids: list[int] = []
+    places: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    for group in segments.groups:
+        members = [rows[number] for number in group.rows]
+        shared = range(group.num_shared)
+        ids += members[0].ids[: group.num_shared]
+        places += shared
+        targets += [max(row.targets[place] for row in members) for place in shared]
+        weights += [sum(row.weights[place] for row in members) for place in shared]
+        for row in members:
+            ids += row.ids[group.num_shared :]
+            places += range(group.num_shared, len(row.ids))
+            targets += row.targets[group.num_shared :]
+            weights += row.weights[group.num_shared :]
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([places]),
+        "shift_labels": torch.tensor([targets]),
+        "loss_weights": torch.tensor([weights], dtype=torch.float32),
+        "segments": segments,
+    }
 
 
 @dataclass(frozen=True)

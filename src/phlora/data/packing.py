@@ -12,6 +12,7 @@ begins with its own copy of it, and every position has one target at most.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -51,9 +52,14 @@ class Group:
         return self.start + self.num_shared
 
     @property
+    def num_positions(self) -> int:
+        """Positions that are computed."""
+        return self.num_shared + sum(self.tail_lengths)
+
+    @property
     def stop(self) -> int:
         """Stream position after the last tail."""
-        return self.tails_start + sum(self.tail_lengths)
+        return self.start + self.num_positions
 
     def tails(self) -> Iterator[tuple[int, int, int]]:
         """(row, stream position, length) of each tail."""
@@ -113,6 +119,76 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> Segments:
     if alone:
         groups.append(_group(start, 0, alone, rows))
     return Segments(tuple(groups))
+
+
+def share_in_passes(
+    rows: Sequence[Sequence[int]], *, max_positions: int, copy_cost: float = 0.0
+) -> list[Segments]:
+    """As `share_prefixes`, in as few streams as best fit finds, each small enough for one forward pass.
+
+    A group that is too large for a pass stands, with its shared tokens, in several.
+
+    Args:
+        rows: their numbers are those of the groups in all streams.
+        max_positions: of a pass; a row that is longer is a stream of its own.
+        copy_cost: what attention that lays the shared keys before each tail takes for one of them, in positions.
+    """
+    whole = share_prefixes(rows)
+
+    def size(group: Group) -> float:
+        return group.num_positions + copy_cost * group.num_shared * len(group.rows)
+
+    if sum(map(size, whole.groups)) <= max_positions:
+        return [whole]
+    pieces = [piece for group in whole.groups for piece in _cut(group, max_positions, copy_cost)]
+    passes: list[list[Group]] = []
+    rooms: list[float] = []
+    for piece in sorted(pieces, key=size, reverse=True):
+        fitting = [number for number, room in enumerate(rooms) if size(piece) <= room]
+        if fitting:
+            number = min(fitting, key=rooms.__getitem__)
+        else:
+            number = len(passes)
+            passes.append([])
+            rooms.append(max_positions)
+        passes[number].append(piece)
+        rooms[number] -= size(piece)
+    return [_stream(pieces) for pieces in passes]
+
+
+def _cut(group: Group, max_positions: int, copy_cost: float) -> list[Group]:
+    """The rows of a group in groups that fit, each behind the shared tokens; rows that share nothing one by one."""
+    parts: list[list[tuple[int, int]]] = []
+    room = 0.0
+    for row, length in zip(group.rows, group.tail_lengths, strict=True):
+        taken = length + copy_cost * group.num_shared
+        if not parts or not group.num_shared or taken > room:
+            parts.append([])
+            room = max_positions - group.num_shared
+        parts[-1].append((row, length))
+        room -= taken
+    cut = []
+    for part in parts:
+        # A row that is left alone shares with nobody.
+        shared = group.num_shared if len(part) > 1 else 0
+        cut.append(
+            Group(0, shared, tuple(r for r, _ in part), tuple(n + group.num_shared - shared for _, n in part))
+        )
+    return cut
+
+
+def _stream(pieces: Sequence[Group]) -> Segments:
+    """Pieces one after the other, those that share nothing as one group at the end."""
+    groups = [piece for piece in pieces if piece.num_shared]
+    alone = [tail for piece in pieces if not piece.num_shared for tail in piece.tails()]
+    if alone:
+        alone.sort(key=lambda tail: -tail[2])
+        groups.append(Group(0, 0, tuple(row for row, _, _ in alone), tuple(length for *_, length in alone)))
+    start, placed = 0, []
+    for group in groups:
+        placed.append(dataclasses.replace(group, start=start))
+        start = placed[-1].stop
+    return Segments(tuple(placed))
 
 
 def _best_runs(common: Sequence[int]) -> list[tuple[int, int]]:

@@ -5,6 +5,8 @@ What is overridden, and why:
 - `compute_loss`: the head runs on the positions that predict a trained token, never on all of them; tokens may carry
   weights (`loss_weights`); nothing waits for the device between two logs.
 - `_get_num_items_in_batch`: the divisor of the loss is the trained weight of the whole optimizer step.
+- `get_batch_samples`, `training_step`: the micro-batches of an optimizer step whose rows may share their starts are
+  laid out together, in fewer forward passes where they fit. What remains of the others is empty and costs nothing.
 - `evaluation_loop`: the held-out loss is that of all trained tokens, however they fall into batches.
 - `_get_grad_norm`: training stops at the first loss or gradient that is no number, before the optimizer step, so that
   no weight is ever written with one. The library's own default logs 0.0 and trains on.
@@ -23,21 +25,27 @@ import functools
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
+from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from transformers.trainer_utils import TrainOutput
 
+from phlora.data.collate import share_step
 from phlora.errors import ConfigError, NonFiniteError
+from phlora.models.attention import copy_cost
 from phlora.models.head import LossTerms, trained_weight
 from phlora.models.head import token_losses as _token_losses
 from phlora.train.optimizer import raise_rate_of_B
 
 _LOSS_WEIGHTS = "loss_weights"
+# In the place of a micro-batch whose rows stand in another one of its step.
+_NOTHING = {"input_ids": torch.empty(1, 0, dtype=torch.long)}
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -83,7 +91,7 @@ class SFTTrainer(trl.SFTTrainer):
             "eval": defaultdict(int),
         }
         self._tokens_seen: torch.Tensor | int = 0
-        self.num_positions = 0
+        self.num_positions = self.num_micro_batches = self.num_passes = 0
 
     def compute_loss(
         self,
@@ -120,8 +128,41 @@ class SFTTrainer(trl.SFTTrainer):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the rows trained on so far, by this process; `num_positions` were computed for them."""
+        """Tokens of the rows trained on so far, by this process.
+
+        `num_positions` were computed for them, and `num_micro_batches` in `num_passes`.
+        """
         return int(self._tokens_seen)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.num_micro_batches += len(batches)
+        # The ranks of a group have to agree on the number of passes, and DeepSpeed counts them itself.
+        alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
+        if alone and len(batches) > 1 and all("rows" in batch for batch in batches):
+            longest = max(batch["segments"].longest for batch in batches)
+            together = share_step(
+                batches,
+                max_positions=self._max_positions,
+                copy_cost=copy_cost(self.model, self.args.device, longest=longest),
+            )
+            batches = [_NOTHING] * (len(batches) - len(together)) + together
+        return batches, num_items
+
+    @functools.cached_property
+    def _max_positions(self) -> int | None:
+        """Positions of the batch that holds the longest sequence, padded; None where lengths are not known."""
+        name = self.args.length_column_name
+        if not isinstance(self.train_dataset, Dataset) or name not in self.train_dataset.column_names:
+            return None
+        return int(self._train_batch_size * max(self.train_dataset[name][:]))
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if inputs is _NOTHING:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not any(_LOSS_WEIGHTS in batch for batch in batch_samples):
@@ -183,6 +224,7 @@ class SFTTrainer(trl.SFTTrainer):
             mask, segments = inputs.get("attention_mask"), inputs.get("segments")
             positions = inputs["input_ids"].numel()
             self.num_positions += positions
+            self.num_passes += 1
             if segments is not None:
                 self._tokens_seen += segments.num_tokens
             else:

@@ -5,7 +5,14 @@ import random
 import pytest
 
 from phlora.data.formats import Origin
-from phlora.data.packing import Segments, TokenSequences, epoch_packs, pack_rows, share_prefixes
+from phlora.data.packing import (
+    Segments,
+    TokenSequences,
+    epoch_packs,
+    pack_rows,
+    share_in_passes,
+    share_prefixes,
+)
 from phlora.data.table import TableBuilder
 from phlora.errors import DataError
 
@@ -129,3 +136,34 @@ def test_any_rows_can_be_read_back():
             for _ in range(generator.randrange(1, 12))
         ]
         assert checked(rows).num_positions <= sum(map(len, rows))
+
+
+def test_rows_that_do_not_fit_into_one_pass_stand_in_several():
+    generator = random.Random(1)
+    for _ in range(50):
+        starts = [[generator.randrange(99) for _ in range(generator.randrange(1, 60))] for _ in range(3)]
+        rows = [
+            generator.choice(starts) + [generator.randrange(99) for _ in range(generator.randrange(1, 20))]
+            for _ in range(generator.randrange(1, 40))
+        ]
+        most = max(map(len, rows)) * generator.randrange(1, 4)
+        passes = share_in_passes(rows, max_positions=most)
+        assert sorted(row for segments in passes for row in segments.paths) == list(range(len(rows)))
+        for segments in passes:
+            assert segments.num_positions <= most
+            stream: dict[int, int] = {}
+            for number, path in segments.paths.items():
+                for position, token in zip(path, rows[number], strict=True):
+                    assert stream.setdefault(position, token) == token
+            assert sorted(stream) == list(range(segments.num_positions))
+
+
+def test_a_group_that_is_too_large_stands_with_its_start_in_several_passes():
+    start = list(range(100))
+    rows = [[*start, 200 + number, 7] for number in range(30)]
+    passes = share_in_passes(rows, max_positions=144)
+    assert [[(g.num_shared, len(g.rows)) for g in segments.groups] for segments in passes] == [[(99, 15)]] * 2
+    # Shared keys that are copied for each row take room as well.
+    assert len(share_in_passes(rows, max_positions=144, copy_cost=0.01)) == 3
+    (alone,) = share_in_passes([start], max_positions=10)
+    assert alone.num_positions == 100
