@@ -629,7 +629,8 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
     if as_json:
         result: dict[str, Any] = {"run": config.output, "report": report.to_json() if report else None}
         if dry_run:
-            result |= {"dry_run": True, "config": resolved(config), "origins": dict(config.origins)}
+            result |= {"dry_run": True, "plan": run.plan.to_json()}
+            result |= {"config": resolved(config), "origins": dict(config.origins)}
         _print_result(result)
         return
     if dry_run:

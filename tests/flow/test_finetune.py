@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -187,6 +188,40 @@ def test_a_dry_run_writes_nothing(model_folder: Path, chat_file: Path, tmp_path:
     assert "  r: 4  # argument" in run.config_text
     shown = build_config(yaml.safe_load(run.config_text))
     assert shown.peft_config == {"r": 4} and shown.training_config["learning_rate"] == 2e-2
+    plan = run.plan.to_json()
+    assert json.loads(json.dumps(plan)) == plan and plan["packs"] is None
+    assert plan["train_rows"] == 36 and plan["sharing"]["reason"] in run.plan.render()
+
+
+def test_the_plan_tells_packs_and_what_a_step_shares(model_folder: Path, tmp_path: Path) -> None:
+    system = " ".join(TEXTS)
+    rows = [
+        {
+            "messages": [
+                {"role": r, "content": c}
+                for r, c in (("system", system), ("user", f"{i}"), ("assistant", "y"))
+            ]
+        }
+        for i in range(40)
+    ]
+    settings = {"packing": True, "max_length": 300, "per_device_train_batch_size": 1, "max_steps": 2}
+    settings |= {"gradient_accumulation_steps": 4, "eval_strategy": "no"}
+    heard = io.StringIO()
+    run = run_it(
+        model_folder,
+        rows,
+        tmp_path / "run",
+        training_config=settings,
+        evaluation={"enabled": False},
+        display=Display(stream=heard),
+    )
+    plan, text = run.plan.to_json(), run.plan.render()
+    assert plan["packs"]["count"] < 36 and 0.5 < plan["packs"]["filled"] <= 1
+    assert f"in {plan['packs']['count']} packs ({plan['packs']['filled']:.0%} full)" in text
+    forecast = plan["sharing"]["forecast"]
+    assert plan["sharing"]["on"] and forecast["positions"] < forecast["padded_positions"]
+    assert forecast["passes"] < forecast["micro_batches"] and "micro-batches as" in text
+    assert "8 micro-batches as 2" in heard.getvalue()
 
 
 @pytest.mark.parametrize(

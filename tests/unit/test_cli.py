@@ -90,7 +90,9 @@ class FakeTraining:
         if self.raises:
             raise self.raises
         report = None if options["dry_run"] else FakeReport()
-        return SimpleNamespace(folder=None, report=report, config_text="peft_config:\n  r: 16  # --set\n")
+        plan = SimpleNamespace(to_json=lambda: {"num_optimizer_steps": 7})
+        text = "peft_config:\n  r: 16  # --set\n"
+        return SimpleNamespace(folder=None, report=report, config_text=text, plan=plan)
 
     def evaluate_run(self, run: str, **options: Any) -> FakeReport:
         self.calls.append({"run": run, **options})
@@ -214,6 +216,7 @@ def test_a_dry_run_shows_the_configuration_and_its_origins(
     assert training.calls[0]["dry_run"] is True
     assert text.out.strip() == "peft_config:\n  r: 16  # --set"
     assert document["config"]["peft_config"] == {"r": 16}
+    assert document["plan"] == {"num_optimizer_steps": 7}
     assert document["origins"]["model.name"] == "run.yaml"
 
 

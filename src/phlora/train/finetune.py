@@ -18,7 +18,7 @@ from phlora.models.load import choose_device, load_model, load_tokenizer
 from phlora.train import proof, record
 from phlora.train.checkpoints import claim_folder, recorded_status, require_room
 from phlora.train.fitting import fit
-from phlora.train.planning import collect_config, make_plan, prepare_data, require_one_process
+from phlora.train.planning import Plan, collect_config, make_plan, prepare_data, require_one_process
 from phlora.train.settings import training_settings
 
 
@@ -32,6 +32,7 @@ class Run:
         model: the PEFT model; its adapter is the best one.
         tokenizer: its tokenizer.
         config_text: the resolved configuration as YAML, each value with where it came from.
+        plan: the numbers of the run.
     """
 
     folder: Path | None
@@ -39,6 +40,7 @@ class Run:
     model: Any
     tokenizer: Any
     config_text: str
+    plan: Plan
 
 
 def finetune(
@@ -104,13 +106,13 @@ def finetune(
         settings.args.seed
     )  # the adapter's first weights are drawn here, before the trainer seeds itself
     attached = attach(loaded.model, lora)
-    plan = make_plan(prepared, attached.summary, settings)
+    plan = make_plan(prepared, attached.summary, settings, attached.model)
     record.tell_choices(display, loaded, settings, attached)
     display.show(plan.render())
     clock.lap("loading")
     config_text = record.config_text(config, settings)
     if dry_run:
-        return Run(None, None, attached.model, tokenizer.tokenizer, config_text)
+        return Run(None, None, attached.model, tokenizer.tokenizer, config_text, plan)
 
     require_room(folder.path, plan.disk_bytes)
     facts = record.run_facts(config, prepared, loaded, settings, lora, plan)
@@ -119,7 +121,16 @@ def finetune(
         f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
     )
     with recorded_status(folder):
-        fit(attached.model, loaded, prepared, settings, folder, checkpoint=checkpoint, display=display)
+        fit(
+            attached.model,
+            loaded,
+            prepared,
+            settings,
+            folder,
+            checkpoint=checkpoint,
+            shared=plan.sharing.on,
+            display=display,
+        )
     clock.lap("training")
 
     report = None
@@ -138,4 +149,4 @@ def finetune(
         report = record.make_report(folder, comparison, config, clock)
         report.write(folder.path)
     folder.update_facts(status="finished", timing=clock.seconds)
-    return Run(folder.path, report, attached.model, tokenizer.tokenizer, config_text)
+    return Run(folder.path, report, attached.model, tokenizer.tokenizer, config_text, plan)

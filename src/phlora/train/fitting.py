@@ -37,7 +37,7 @@ from phlora.train.callbacks import (
 )
 from phlora.train.card import model_card
 from phlora.train.checkpoints import RunFolder, replaced_folder, write_json, write_text
-from phlora.train.planning import PreparedData, decide_sharing
+from phlora.train.planning import PreparedData
 from phlora.train.settings import Settings
 from phlora.train.trainer import SFTTrainer
 
@@ -87,11 +87,13 @@ def fit(
     folder: RunFolder,
     *,
     checkpoint: Path | None,
+    shared: bool,
     display: Display,
 ) -> None:
     """Train the adapter, or continue from a checkpoint; afterwards the model carries the best adapter.
 
-    Writes `adapter/last`, and `adapter/best` by held-out loss (the last one where nothing is held out).
+    Writes `adapter/last`, and `adapter/best` by held-out loss (the last one where nothing is held out). With `shared`,
+    rows share the computation of their common starts.
 
     Raises:
         NonFiniteError: the loss or a gradient became no number; nothing was saved with it.
@@ -110,16 +112,7 @@ def fit(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
-    sharing = decide_sharing(
-        model,
-        data.train,
-        speed=data.speed,
-        batch_size=settings.args.per_device_train_batch_size,
-        settings=settings,
-        held_out=data.held_out,
-    )
-    display.note(f"shared prefixes {'on' if sharing.on else 'off'}: {sharing.reason}")
-    trainer = _trainer(model, loaded, data, settings, shared=sharing.on)
+    trainer = _trainer(model, loaded, data, settings, shared=shared)
     trainer.remove_callback(PrinterCallback)
     for callback in (
         NewPacks(data.train),
@@ -139,14 +132,19 @@ def fit(
         stop.restore()
     if stop.signal is not None:
         raise KeyboardInterrupt
-    if sharing.on:
-        display.note(f"{trainer.num_tokens:,} tokens computed as {trainer.num_positions:,}")
+    if shared:
+        display.note(f"{trainer.num_tokens:,} tokens computed as {trainer.num_positions:,}{_merged(trainer)}")
     save(folder.last_adapter, step=trainer.state.global_step)
     if not best.step:
         save(folder.best_adapter, step=trainer.state.global_step)
     elif best.step != trainer.state.global_step:
         display.note(f"The best adapter is that of step {best.step} (held-out loss {best.loss:.4f})")
         load_weights(model, folder.best_adapter)
+
+
+def _merged(trainer: SFTTrainer) -> str:
+    before, after = trainer.num_micro_batches, trainer.num_passes
+    return f", {before:,} micro-batches as {after:,}" if after < before else ""
 
 
 def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,15 +16,15 @@ from phlora.adapters.attach import AdapterSummary
 from phlora.config import DataFile, RunConfig, Speed, build_config
 from phlora.data.cache import TokenCache, digest_tokenizer, token_key
 from phlora.data.formats import Origin, Row, Selection, Survey, fingerprint_of, split_keys, survey_rows
-from phlora.data.packing import TokenSequences, share_prefixes
+from phlora.data.packing import TokenSequences
 from phlora.data.table import TokenTable
-from phlora.data.tokenize import TokenizedRow, TokenizedSet, tokenize_rows
+from phlora.data.tokenize import TokenizedSet, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem
-from phlora.models.attention import sharing_obstacle
 from phlora.models.embedded import cache_root
 from phlora.models.load import LoadedTokenizer
 from phlora.train.settings import Settings
+from phlora.train.sharing import Sharing, decide_sharing
 
 IN_MEMORY = "(in memory)"
 # The rows of the proof, kept in the run folder.
@@ -34,10 +33,6 @@ HELD_OUT_FILE = "heldout.jsonl"
 _MOST_DROPPED = 0.5
 # A checkpoint is the adapter and AdamW's two moments of it.
 _CHECKPOINT_COPIES = 3
-# Sharing is worth its layout from this share of saved positions on.
-_WORTHWHILE_SHARING = 0.1
-# Rows that a forecast looks at: enough for a share to within a few percent, a moment for any data set.
-_FORECAST_ROWS = 1024
 # Room for tokenizer, configuration, events and report, which do not grow with the model.
 _SMALL_FILES_BYTES = 50_000_000
 
@@ -81,21 +76,37 @@ class Plan:
     num_optimizer_steps: int
     disk_bytes: int
     learning_rate: float
+    sharing: Sharing
     loraplus_lr_ratio: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for programs: counts, and whether rows share their common starts."""
+        data = self.data
+        return {
+            **{name: data[name] for name in ("train_rows", "held_out_rows", "tokens", "trained_tokens")},
+            "packs": data.get("packs"),
+            "sequences_per_step": self.sequences_per_step,
+            "num_optimizer_steps": self.num_optimizer_steps,
+            "trainable_parameters": self.adapter.num_trainable,
+            "disk_bytes": self.disk_bytes,
+            "sharing": dataclasses.asdict(self.sharing),
+        }
 
     def render(self) -> str:
         """A few lines for the terminal, shown before anything is trained."""
         data = self.data
         share = data["trained_tokens"] / max(1, data["tokens"])
-        packed = f" in {data['sequences']:,} packs" if data["sequences"] != data["train_rows"] else ""
-        kind = "packs" if packed else "rows"
+        packs = data.get("packs")
+        packed = f" in {packs['count']:,} packs ({packs['filled']:.0%} full)" if packs else ""
+        kind = "packs" if packs else "rows"
         ratio, rate = self.loraplus_lr_ratio, self.learning_rate
         loraplus = f"\n  LoRA+: learning rate {rate:g}, for lora_B {ratio * rate:g}" if ratio else ""
         return (
             f"{self.adapter.render()}\n"
             f"  {data['train_rows']:,} training rows{packed}, {data['held_out_rows']:,} held out; "
             f"{data['tokens']:,} tokens an epoch, {data['trained_tokens']:,} of them trained ({share:.0%})\n"
-            f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}{loraplus}"
+            f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}{loraplus}\n"
+            f"  shared prefixes {self.sharing.describe()}"
         )
 
 
@@ -202,6 +213,7 @@ def prepare_data(
             "train_rows": len(train.rows),
             "held_out_rows": len(held_out.rows),
             "sequences": len(sequences),
+            **_packs(sequences, train.num_tokens),
             "tokens": train.num_tokens,
             "trained_tokens": train.num_trained_tokens,
             "dropped": [f"{skip.origin}: {skip.reason}" for skip in (*train.skipped, *held_out.skipped)],
@@ -260,8 +272,12 @@ def _tokenizing(
     return tokenize
 
 
-def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings) -> Plan:
-    """Count the steps and the room that a run takes."""
+def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings, model: Any) -> Plan:
+    """Count the steps and the room that a run takes, and decide what its rows share.
+
+    Args:
+        model: with its adapters; only its configuration is looked at.
+    """
     args = settings.args
     batches = math.ceil(len(data.train) / args.per_device_train_batch_size)
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
@@ -274,92 +290,16 @@ def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings) -
         num_optimizer_steps=steps,
         disk_bytes=(kept * _CHECKPOINT_COPIES + 2) * adapter.adapter_bytes + _SMALL_FILES_BYTES,
         learning_rate=args.learning_rate,
+        sharing=decide_sharing(
+            model,
+            data.train,
+            speed=data.speed,
+            batch_size=args.per_device_train_batch_size,
+            settings=settings,
+            held_out=data.held_out,
+        ),
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
     )
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """Whether rows of a batch share the computation of their common starts, and why (not)."""
-
-    on: bool
-    reason: str
-
-
-def decide_sharing(
-    model: Any,
-    sequences: Sequence[Sequence[TokenizedRow]],
-    *,
-    speed: Speed,
-    batch_size: int,
-    settings: Settings | None = None,
-    held_out: TokenTable | None = None,
-) -> Sharing:
-    """Share where it is exact and computes at least a tenth fewer positions than the plain layout.
-
-    Args:
-        model: of transformers, plain or as a PeftModel.
-        sequences: rows or packs of rows, `batch_size` of which meet in a forward pass.
-        speed: the run's setting.
-        settings: of the training; None for an evaluation.
-        held_out: rows that the training evaluates in the same layout.
-    """
-    if speed == "reference":
-        return Sharing(False, "speed is reference")
-    lengths = _row_lengths(sequences) + (held_out.lengths.tolist() if held_out is not None else [])
-    if not lengths:
-        return Sharing(False, "there are no rows")
-    obstacle = (settings and _training_obstacle(settings.args)) or sharing_obstacle(
-        model, longest=max(lengths), shortest=min(lengths), training=settings is not None
-    )
-    if obstacle:
-        return Sharing(False, obstacle)
-    packed = settings is not None and bool(settings.args.packing)
-    seed = settings.args.seed if settings else 0
-    plain, shared = _forecast(sequences, batch_size, packed=packed, seed=seed)
-    saved = 1 - shared / plain
-    # Packs lie in one stream either way, and this one's attention does no work between rows.
-    if packed or saved >= _WORTHWHILE_SHARING:
-        return Sharing(True, f"{saved:.0%} fewer positions to compute")
-    return Sharing(False, f"it would save {saved:.0%} of the positions, too few to pay")
-
-
-def _row_lengths(sequences: Sequence[Sequence[TokenizedRow]]) -> list[int]:
-    """Tokens of each row."""
-    if isinstance(sequences, TokenSequences):
-        return sequences.rows.lengths.tolist()
-    return [len(row.input_ids) for rows in sequences for row in rows]
-
-
-def _training_obstacle(args: Any) -> str | None:
-    """What, of the trainer's settings, needs the plain layout."""
-    obstacles = {
-        "neftune_noise_alpha is set: rows would share one noise": args.neftune_noise_alpha,
-        f"loss_type {args.loss_type} needs the logits of whole rows": args.loss_type != "nll",
-        "torch_compile would compile each new layout": args.torch_compile,
-        "several devices in one process would cut the stream apart": args.n_gpu > 1,
-        "split_batches would cut the stream apart": args.accelerator_config.split_batches,
-        "dispatch_batches would cut the stream apart": args.accelerator_config.dispatch_batches,
-    }
-    return next((reason for reason, holds in obstacles.items() if holds), None)
-
-
-def _forecast(
-    sequences: Sequence[Sequence[TokenizedRow]], batch_size: int, *, packed: bool, seed: int
-) -> tuple[int, int]:
-    """Positions of the plain and of the sharing layout, in batches as a shuffled epoch has them."""
-    order = list(range(len(sequences)))
-    random.Random(seed).shuffle(order)
-    plain = shared = seen = 0
-    for start in range(0, len(order), batch_size):
-        if seen >= _FORECAST_ROWS:
-            break
-        rows = [row.input_ids for index in order[start : start + batch_size] for row in sequences[index]]
-        lengths = [len(ids) for ids in rows]
-        seen += len(rows)
-        plain += sum(lengths) if packed else max(lengths) * len(lengths)
-        shared += share_prefixes(rows).num_positions
-    return plain, shared
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
@@ -388,6 +328,14 @@ def _without_leaks(survey: Survey, held_out: Survey, display: Display) -> Select
     if not kept:
         raise DataError("Every training row also stands in the held-out rows", fix="name another eval file")
     return Selection(survey, kept)
+
+
+def _packs(sequences: TokenSequences, num_tokens: int) -> dict[str, Any]:
+    """With packing, how many packs there are and how much of their length is filled."""
+    if sequences.max_length is None:
+        return {}
+    room = max(1, len(sequences) * sequences.max_length)
+    return {"packs": {"count": len(sequences), "filled": round(num_tokens / room, 4)}}
 
 
 def _sequences(rows: TokenTable, settings: Settings) -> TokenSequences:

@@ -23,7 +23,8 @@ from phlora.models.load import LoadedTokenizer, load_adapter, load_model
 from phlora.models.speed import at_speed
 from phlora.train import record
 from phlora.train.checkpoints import RunFolder
-from phlora.train.planning import HELD_OUT_FILE, decide_sharing
+from phlora.train.planning import HELD_OUT_FILE
+from phlora.train.sharing import decide_sharing
 
 _BATCH_ROWS = 8
 

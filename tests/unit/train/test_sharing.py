@@ -11,8 +11,8 @@ from phlora.adapters.attach import attach
 from phlora.data.formats import Origin
 from phlora.data.tokenize import TokenizedRow
 from phlora.models.embedded import tiny_phi3
-from phlora.train.planning import decide_sharing
 from phlora.train.settings import training_settings
+from phlora.train.sharing import decide_sharing
 
 START = list(range(5, 65))
 
@@ -38,6 +38,15 @@ def test_rows_with_a_common_start_share_it() -> None:
     decision = decide(ALIKE)
     # 8 rows of 62 tokens: 59 once, and 3 of each.
     assert decision.on and decision.reason == f"{1 - (59 + 8 * 3) / (8 * 62):.0%} fewer positions to compute"
+
+
+def test_the_micro_batches_of_a_step_share_as_one() -> None:
+    decision = decide(ALIKE, gradient_accumulation_steps=2)
+    assert decision.reason == (
+        f"{1 - (59 + 16 * 3) / (16 * 62):.0%} fewer positions to compute, 2 micro-batches as 1"
+    )
+    assert decision.forecast.tokens == decision.forecast.padded_positions == 16 * 62
+    assert decision.forecast.positions == 59 + 16 * 3
 
 
 def test_rows_of_one_length_without_a_common_start_stay_as_they_are() -> None:

@@ -1,0 +1,177 @@
+"""Whether the rows of a run share the computation of their common starts, and what that saves, forecast."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phlora.config import Speed
+from phlora.data.packing import TokenSequences, share_in_passes, share_prefixes
+from phlora.data.table import TokenizedRow, TokenTable
+from phlora.models.attention import copy_cost, sharing_obstacle
+from phlora.train.settings import Settings
+
+# Sharing is worth its layout from this share of saved positions on.
+_WORTHWHILE_SHARING = 0.1
+# Rows that a forecast looks at: enough for a share to within a few percent, a moment for any data set.
+_FORECAST_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Counts over the first optimizer steps of a shuffled epoch.
+
+    Attributes:
+        tokens: of the rows.
+        padded_positions: computed in the plain layout: padded rows, or packs.
+        positions: computed with common starts standing once.
+        micro_batches: in the plain layout.
+        passes: that the rows of these micro-batches take.
+    """
+
+    tokens: int = 0
+    padded_positions: int = 0
+    positions: int = 0
+    micro_batches: int = 0
+    passes: int = 0
+
+    @property
+    def saved(self) -> float:
+        """Share of the positions that need not be computed."""
+        return 1 - self.positions / self.padded_positions
+
+    def describe(self) -> str:
+        """`74% fewer positions to compute, 4 micro-batches as 1`."""
+        merged = ""
+        if self.passes < self.micro_batches:
+            merged = f", {self.micro_batches:,} micro-batches as {self.passes:,}"
+        return f"{self.saved:.0%} fewer positions to compute{merged}"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Whether rows of an optimizer step share the computation of their common starts, and why (not).
+
+    Attributes:
+        forecast: None where sharing would not be exact or is turned off.
+    """
+
+    on: bool
+    reason: str
+    forecast: Forecast | None = None
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"{'on' if self.on else 'off'}: {self.reason}"
+
+
+def decide_sharing(
+    model: Any,
+    sequences: Sequence[Sequence[TokenizedRow]],
+    *,
+    speed: Speed,
+    batch_size: int,
+    settings: Settings | None = None,
+    held_out: TokenTable | None = None,
+) -> Sharing:
+    """Share where it is exact and computes at least a tenth fewer positions than the plain layout.
+
+    Args:
+        model: of transformers, plain or as a PeftModel.
+        sequences: rows or packs of rows, `batch_size` of which meet in a forward pass.
+        speed: the run's setting.
+        settings: of the training; None for an evaluation.
+        held_out: rows that the training evaluates in the same layout.
+    """
+    if speed == "reference":
+        return Sharing(False, "speed is reference")
+    lengths = _row_lengths(sequences) + (held_out.lengths.tolist() if held_out is not None else [])
+    if not lengths:
+        return Sharing(False, "there are no rows")
+    obstacle = (settings and _training_obstacle(settings.args)) or sharing_obstacle(
+        model, longest=max(lengths), shortest=min(lengths), training=settings is not None
+    )
+    if obstacle:
+        return Sharing(False, obstacle)
+    packed = settings is not None and bool(settings.args.packing)
+    forecast = _forecast(
+        sequences,
+        batch_size,
+        accumulated=settings.args.gradient_accumulation_steps if settings else 1,
+        copy_cost=copy_cost(model, model.device, longest=max(lengths)),
+        packed=packed,
+        seed=settings.args.seed if settings else 0,
+    )
+    # Packs lie in one stream either way, and this one's attention does no work between rows.
+    if packed or forecast.saved >= _WORTHWHILE_SHARING:
+        return Sharing(True, forecast.describe(), forecast)
+    return Sharing(False, f"it would save {forecast.saved:.0%} of the positions, too few to pay", forecast)
+
+
+def _row_lengths(sequences: Sequence[Sequence[TokenizedRow]]) -> list[int]:
+    """Tokens of each row."""
+    if isinstance(sequences, TokenSequences):
+        return sequences.rows.lengths.tolist()
+    return [len(row.input_ids) for rows in sequences for row in rows]
+
+
+def _training_obstacle(args: Any) -> str | None:
+    """What, of the trainer's settings, needs the plain layout."""
+    obstacles = {
+        "neftune_noise_alpha is set: rows would share one noise": args.neftune_noise_alpha,
+        f"loss_type {args.loss_type} needs the logits of whole rows": args.loss_type != "nll",
+        "torch_compile would compile each new layout": args.torch_compile,
+        "several devices in one process would cut the stream apart": args.n_gpu > 1,
+        "split_batches would cut the stream apart": args.accelerator_config.split_batches,
+        "dispatch_batches would cut the stream apart": args.accelerator_config.dispatch_batches,
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)
+
+
+def _forecast(
+    sequences: Sequence[Sequence[TokenizedRow]],
+    batch_size: int,
+    *,
+    accumulated: int,
+    copy_cost: float,
+    packed: bool,
+    seed: int,
+) -> Forecast:
+    """In batches as a shuffled epoch has them, `accumulated` of which are laid out together."""
+    order = list(range(len(sequences)))
+    random.Random(seed).shuffle(order)
+    most = batch_size * max(_lengths(sequences))
+    tokens = padded = positions = micro_batches = passes = seen = 0
+    for start in range(0, len(order), batch_size * accumulated):
+        if seen >= _FORECAST_ROWS:
+            break
+        step = [
+            [list(row.input_ids) for row in sequences[n]]
+            for n in order[start : start + batch_size * accumulated]
+        ]
+        batches = [_flat(step[first : first + batch_size]) for first in range(0, len(step), batch_size)]
+        shared = share_in_passes(_flat(step), max_positions=most, copy_cost=copy_cost)
+        if len(batches) == 1 or len(shared) > len(batches):
+            shared = [share_prefixes(rows) for rows in batches]
+        for rows in batches:
+            lengths = [len(ids) for ids in rows]
+            seen += len(rows)
+            tokens += sum(lengths)
+            padded += sum(lengths) if packed else max(lengths) * len(lengths)
+        positions += sum(segments.num_positions for segments in shared)
+        micro_batches += len(batches)
+        passes += len(shared)
+    return Forecast(tokens, padded, positions, micro_batches, passes)
+
+
+def _flat(sequences: Sequence[Sequence[list[int]]]) -> list[list[int]]:
+    return [ids for rows in sequences for ids in rows]
+
+
+def _lengths(sequences: Sequence[Sequence[TokenizedRow]]) -> list[int]:
+    """Tokens of each sequence."""
+    if isinstance(sequences, TokenSequences):
+        return sequences.lengths
+    return [sum(len(row.input_ids) for row in rows) for rows in sequences]
