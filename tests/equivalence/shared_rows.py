@@ -15,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from phlora import SFTTrainer
 from phlora.models.embedded import tiny_phi3
-from phlora.models.head import token_losses, trained_weight
+from phlora.models.head import LossTerms, token_losses, trained_weight
 
 PAD = 3
 Row = dict[str, Any]
@@ -81,13 +81,15 @@ def _double_norm(norm: Phi3RMSNorm) -> torch.nn.RMSNorm:
     return double
 
 
-def loss_and_gradients(model: peft.PeftModel, *batches: dict[str, Any]) -> dict[str, torch.Tensor]:
+def loss_and_gradients(
+    model: peft.PeftModel, *batches: dict[str, Any], terms: LossTerms | None = None
+) -> dict[str, torch.Tensor]:
     """Of one optimizer step with these micro-batches."""
     divisor = sum(trained_weight(batch) for batch in batches)
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in batches:
-        losses, _, weights = token_losses(model, on_device(model, batch))
+        losses, _, weights = token_losses(model, on_device(model, batch), terms=terms or LossTerms())
         loss = (losses * weights).sum() / divisor.to(model.device)
         loss.backward()
         total += loss.detach()
@@ -112,8 +114,9 @@ def trained(
     *,
     device: str,
     resume: Path | None = None,
+    trainer: type[trl.SFTTrainer] = SFTTrainer,
     **settings: Any,
-) -> SFTTrainer:
+) -> Any:
     """A trainer after its training."""
     model, tokenizer = tiny_phi3()
     torch.manual_seed(0)
@@ -129,7 +132,7 @@ def trained(
         logging_steps=1,
         max_length=None,
     )
-    trainer = SFTTrainer(
+    fitted = trainer(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(rows),
@@ -138,8 +141,8 @@ def trained(
         processing_class=tokenizer,
         data_collator=collator,
     )
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return trainer
+    fitted.train(resume_from_checkpoint=str(resume) if resume else None)
+    return fitted
 
 
 def many_rows(*, weighted: bool = False) -> list[Row]:

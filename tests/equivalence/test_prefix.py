@@ -24,7 +24,7 @@ from shared_rows import (
 
 from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator
 from phlora.evaluate.compare import score_loss
-from phlora.models.head import token_losses, trained_weight
+from phlora.models.head import LossTerms, token_losses, trained_weight
 
 COLLATORS = {"packed": PackedCollator(), "shared": SharedPrefixCollator()}
 
@@ -51,6 +51,13 @@ def test_a_row_that_changes_moves_no_loss_of_another(layout: str, training: bool
         for number, losses in enumerate(after):
             same = torch.allclose(losses, before[number], rtol=1e-12, atol=1e-12)
             assert same == (number != changed)
+
+
+@pytest.mark.parametrize("terms", [LossTerms(label_smoothing=0.2), LossTerms(0.1, z_loss=0.01)], ids=str)
+def test_label_smoothing_and_z_loss_count_for_each_row_that_shares(terms: LossTerms, device: str) -> None:
+    model, rows = lora_model(device), ROWS["weights"]
+    expected = loss_and_gradients(model, Collator(PAD)(rows), terms=terms)
+    assert_close(loss_and_gradients(model, SharedPrefixCollator()(rows), terms=terms), expected, 1e-12)
 
 
 @pytest.mark.parametrize("window", [8, 45])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from peft import get_peft_model_state_dict
 from shared_rows import (
     PAD,
@@ -63,6 +64,28 @@ def test_a_row_for_each_micro_batch_leaves_room_for_no_other() -> None:
     rows = [chat(START + some_ids(9, seed), [(41, 99)]) for seed in range(4)]
     together = share_step(micro_batches(rows, SharedPrefixCollator(), 1))
     assert [batch["input_ids"].numel() for batch in together] == [49] * 4
+
+
+def test_smoothed_steps_take_the_path_of_trls_trainer(tmp_path: Path, device: str) -> None:
+    """Their loss is the library's label smoother on padded rows."""
+    rows = many_rows()
+    settings = dict(
+        device=device,
+        max_steps=20,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        label_smoothing_factor=0.1,
+    )
+    with pytest.warns(FutureWarning):
+        theirs = trained(tmp_path / "trl", rows, Collator(PAD), trainer=trl.SFTTrainer, **settings)
+    ours = trained(tmp_path / "shared", rows, SharedPrefixCollator(), **settings)
+    for mine, expected in zip(ours.state.log_history[:20], theirs.state.log_history[:20], strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-4), expected["step"]
+    adapter = get_peft_model_state_dict(theirs.model)
+    for name, weight in get_peft_model_state_dict(ours.model).items():
+        torch.testing.assert_close(weight, adapter[name], rtol=1e-3, atol=2e-5, msg=name)
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

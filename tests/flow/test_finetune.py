@@ -188,6 +188,8 @@ def test_a_dry_run_writes_nothing(model_folder: Path, chat_file: Path, tmp_path:
     assert "  r: 4  # argument" in run.config_text
     shown = build_config(yaml.safe_load(run.config_text))
     assert shown.peft_config == {"r": 4} and shown.training_config["learning_rate"] == 2e-2
+    again = run_it(model_folder, chat_file, tmp_path / "run", training_config={"z_loss": 1e-4}, dry_run=True)
+    assert yaml.safe_load(again.config_text)["training_config"]["z_loss"] == 1e-4
     plan = run.plan.to_json()
     assert json.loads(json.dumps(plan)) == plan and plan["packs"] is None
     assert plan["train_rows"] == 36 and plan["sharing"]["reason"] in run.plan.render()

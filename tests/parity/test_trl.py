@@ -110,7 +110,5 @@ def test_twenty_steps_equal_trl(tmp_path: Path, data: Dataset, changes: dict[str
 def test_label_smoothing_is_that_of_the_library(tmp_path: Path) -> None:
     with pytest.warns(FutureWarning):
         theirs, _ = train(trl.SFTTrainer, tmp_path / "trl", chats(8), max_steps=3, label_smoothing_factor=0.1)
-        ours, _ = train(
-            phlora.SFTTrainer, tmp_path / "ours", chats(8), max_steps=3, label_smoothing_factor=0.1
-        )
+    ours, _ = train(phlora.SFTTrainer, tmp_path / "ours", chats(8), max_steps=3, label_smoothing_factor=0.1)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), **LOSS_TOLERANCE)

@@ -166,6 +166,8 @@ def config_text(config: RunConfig, settings: Settings) -> str:
         for name, value in sorted(chosen.items())
         if name in settings.origins and name not in ("output_dir", "hub_token")
     }
+    if settings.z_loss:
+        values["training_config"]["z_loss"] = settings.z_loss
     origins = dict(config.origins)
     for name, origin in settings.origins.items():
         if origin == "phlora":

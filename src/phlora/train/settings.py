@@ -154,7 +154,7 @@ def training_settings(
         ConfigError: an unknown key (with the nearest name), a value of the wrong type, or one out of range.
     """
     notes: list[str] = []
-    z_loss = _z_loss(training_config.get(_Z_LOSS, 0.0))
+    z_loss = _z_loss(training_config.get(_Z_LOSS), notes)
     values = _current_names({k: v for k, v in training_config.items() if k != _Z_LOSS}, notes)
     values = {key: _typed(key, value, notes) for key, value in values.items()}
     _check_ranges(values)
@@ -270,11 +270,16 @@ def _loraplus_lr_ratio(peft_config: Mapping[str, Any]) -> float | None:
     return float(ratio)
 
 
-def _z_loss(weight: Any) -> float:
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 <= weight < math.inf:
+def _z_loss(value: Any, notes: list[str]) -> float:
+    if value is None:
+        return 0.0
+    # YAML reads 1e-4 as text.
+    weight = (
+        math.nan if isinstance(value, bool) else _number(_Z_LOSS, value, whole=False, text=False, notes=notes)
+    )
+    if not weight >= 0:
         raise ConfigError(
-            f"`{weight}` was given", where=f"{_WHERE}.{_Z_LOSS}", expected="0 (off) or more, such as 1e-4"
+            f"`{value}` was given", where=f"{_WHERE}.{_Z_LOSS}", expected="0 (off) or more, such as 1e-4"
         )
     return float(weight)
 

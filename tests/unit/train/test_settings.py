@@ -106,6 +106,9 @@ def test_nothing_is_created_while_settings_are_checked(tmp_path: Path) -> None:
 def test_z_loss_is_phlora_s_own_setting(tmp_path):
     assert training_settings({}, output_dir=tmp_path).z_loss == 0
     assert training_settings({"z_loss": 1e-4}, output_dir=tmp_path).z_loss == 1e-4
+    # What YAML makes of 1e-4 without a dot.
+    from_text = training_settings({"z_loss": "1e-4"}, output_dir=tmp_path)
+    assert from_text.z_loss == 1e-4 and "1e-4" in from_text.notes[0]
     for wrong in (-1, True, "much", float("nan")):
         with pytest.raises(ConfigError, match="z_loss"):
             training_settings({"z_loss": wrong}, output_dir=tmp_path)

@@ -24,7 +24,9 @@ LORA = LoraConfig(r=4, target_modules="all-linear")
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
 
 
-def trainer_for(folder: Path, *, model: Any = None, peft_config: Any = LORA, **settings: Any) -> SFTTrainer:
+def trainer_for(
+    folder: Path, *, model: Any = None, peft_config: Any = LORA, z_loss: float = 0.0, **settings: Any
+) -> SFTTrainer:
     tiny, tokenizer = tiny_phi3()
     args = trl.SFTConfig(
         output_dir=str(folder),
@@ -42,6 +44,7 @@ def trainer_for(folder: Path, *, model: Any = None, peft_config: Any = LORA, **s
     return SFTTrainer(
         model=model or tiny,
         args=args,
+        z_loss=z_loss,
         train_dataset=Dataset.from_list(ROWS),
         eval_dataset=Dataset.from_list(ROWS[:2]),
         peft_config=copy.deepcopy(peft_config),
@@ -150,3 +153,14 @@ def test_logs_count_tokens_and_accuracy(tmp_path: Path) -> None:
     assert [entry["num_tokens"] for entry in logs] == [40.0, 80.0]
     assert all(0 <= entry["mean_token_accuracy"] <= 1 for entry in logs)
     json.dumps(trainer.state.log_history)
+
+
+def test_z_loss_is_trained_on_but_not_part_of_the_held_out_loss(tmp_path: Path) -> None:
+    plain, pulled = (trainer_for(tmp_path, z_loss=weight) for weight in (0.0, 0.5))
+    assert plain.evaluate()["eval_loss"] == pulled.evaluate()["eval_loss"]
+    for trainer in (plain, pulled):
+        trainer.train()
+    first = [trainer.state.log_history[1]["loss"] for trainer in (plain, pulled)]
+    assert first[1] > first[0] + 1
+    with pytest.raises(ConfigError, match="z_loss"):
+        trainer_for(tmp_path, z_loss=0.5, loss_type="dft")
