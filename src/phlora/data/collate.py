@@ -18,6 +18,9 @@ from phlora.data.table import IGNORED, TokenizedRow
 Feature: TypeAlias = TokenizedRow | Mapping[str, Any]
 Batch: TypeAlias = dict[str, Any]
 
+# Beyond every other key.
+_LONG_ROW = 1 << 80
+
 
 @dataclass(frozen=True)
 class Collator:
@@ -87,10 +90,16 @@ class SharedPrefixCollator:
     `loss_weights` float32: the weight of that prediction, summed over the rows that share it. Labels are
     shifted here because a shared token is followed by a tail, not by its successor. `rows` is what `share_step`
     lays out anew.
+
+    Args:
+        rope_limit: rows that are longer share nothing with those that are not: a longrope model rotates them with
+            other factors (`phlora.models.rotary.longrope_limit`).
     """
 
+    rope_limit: int | None = None
+
     def __call__(self, features: Sequence[Feature]) -> Batch:
-        rows = tuple(_Row.of(feature) for feature in features)
+        rows = tuple(_Row.of(feature, self.rope_limit) for feature in features)
         return {**_stream(rows, share_prefixes([row.keys for row in rows])), "rows": rows}
 
 
@@ -157,18 +166,27 @@ class _Row:
     keys: list[int]
 
     @classmethod
-    def of(cls, feature: Feature) -> _Row:
+    def of(cls, feature: Feature, rope_limit: int | None) -> _Row:
         ids, labels, weights = _parts(feature)
         weights = [
             float(w) if label != IGNORED else 0.0
             for w, label in zip(_weights(labels, weights), labels, strict=True)
         ]
-        # A label that is not the token itself: such positions are shared only with the same label.
-        keys = [
-            token if label in (IGNORED, token) else -1 - (token << 32 | label)
-            for token, label in zip(ids, labels, strict=True)
-        ]
+        keys = sharing_keys(feature, rope_limit=rope_limit)
         return cls(list(ids), [*labels[1:], IGNORED], [*weights[1:], 0.0], keys)
+
+
+def sharing_keys(feature: Feature, *, rope_limit: int | None = None) -> list[int]:
+    """A number for each token of a row; rows may share the tokens up to which their numbers are equal."""
+    ids, labels, _ = _parts(feature)
+    # A label that is not the token itself: such positions are shared only with the same label.
+    keys = [
+        token if label in (IGNORED, token) else -1 - (token << 32 | label)
+        for token, label in zip(ids, labels, strict=True)
+    ]
+    if rope_limit is not None and len(keys) > rope_limit:
+        keys[0] += _LONG_ROW
+    return keys
 
 
 def _parts(feature: Feature) -> tuple[Sequence[int], Sequence[int], Sequence[float] | None]:

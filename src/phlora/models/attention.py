@@ -51,12 +51,11 @@ _flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", 
 _flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def sharing_obstacle(model: nn.Module, *, longest: int, shortest: int, training: bool) -> str | None:
+def sharing_obstacle(model: nn.Module, *, training: bool) -> str | None:
     """Why rows of this model may not be laid out as `Segments`; None: they may, exactly.
 
     Args:
         model: of transformers, plain or as a PeftModel.
-        longest, shortest: lengths of the rows that would meet.
         training: whether dropout would be at work.
     """
     config = model.config
@@ -64,13 +63,6 @@ def sharing_obstacle(model: nn.Module, *, longest: int, shortest: int, training:
         return f"the attention of {config.model_type} is not known to be plain"
     if config._attn_implementation not in ("sdpa", SEGMENTS):
         return f"attn_implementation is {config._attn_implementation}, not sdpa"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        limit = getattr(config, "original_max_position_embeddings", None) or rope.get(
-            "original_max_position_embeddings"
-        )
-        if limit is None or shortest <= limit < longest:
-            return f"rows on both sides of {limit} tokens would be given the same longrope factors"
     adapters = getattr(model, "peft_config", {})
     for name, adapter in adapters.items():
         if getattr(adapter, "alora_invocation_tokens", None):

@@ -25,6 +25,7 @@ from phlora.errors import ModelError
 from phlora.lora import products
 from phlora.lora.frozen import is_plain_linear
 from phlora.models.attention import segment_inputs
+from phlora.models.rotary import rotated_by_row
 
 IGNORED = -100
 # fp32 logits that may exist at once when the caller names no chunk.
@@ -118,8 +119,9 @@ def token_losses(
     inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_TRUNK}
     if inputs.get("segments") is not None:
         inputs = segment_inputs(trunk, inputs)
-    # A cache would hide from transformers that packed rows are several.
-    hidden = trunk(**inputs, use_cache=False).last_hidden_state
+    with rotated_by_row(trunk, inputs):
+        # A cache would hide from transformers that packed rows are several.
+        hidden = trunk(**inputs, use_cache=False).last_hidden_state
     targets, weights = targets_and_weights(batch)
     trained = targets != IGNORED
     selected, targets = hidden[trained.to(hidden.device)], targets[trained].to(hidden.device)

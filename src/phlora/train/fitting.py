@@ -27,6 +27,7 @@ from phlora.data.packing import TokenSequences
 from phlora.data.table import TokenizedRow
 from phlora.display import Display
 from phlora.models.load import ADAPTER_FACTS, LoadedModel
+from phlora.models.rotary import longrope_limit
 from phlora.models.speed import at_speed
 from phlora.train.callbacks import (
     BestAdapter,
@@ -55,11 +56,12 @@ class SequenceCollator:
     pad_token_id: int
     packed: bool
     shared: bool = False
+    rope_limit: int | None = None
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
         rows = [row for feature in features for row in self._rows(feature["sequence"])]
         if self.shared:
-            return SharedPrefixCollator()(rows)
+            return SharedPrefixCollator(self.rope_limit)(rows)
         return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
 
     def _rows(self, number: int) -> list[TokenizedRow]:
@@ -194,7 +196,12 @@ def _trainer(
         eval_dataset=numbers.select(range(len(data.train), len(numbers))) if data.held_out else None,
         processing_class=loaded.tokenizer.tokenizer,
         data_collator=SequenceCollator(
-            data.train, held_out, loaded.tokenizer.tokenizer.pad_token_id, packed=packed, shared=shared
+            data.train,
+            held_out,
+            loaded.tokenizer.tokenizer.pad_token_id,
+            packed=packed,
+            shared=shared,
+            rope_limit=longrope_limit(model.config),
         ),
     )
 

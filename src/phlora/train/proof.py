@@ -20,6 +20,7 @@ from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.models.generate import generate
 from phlora.models.load import LoadedTokenizer, load_adapter, load_model
+from phlora.models.rotary import longrope_limit
 from phlora.models.speed import at_speed
 from phlora.train import record
 from phlora.train.checkpoints import RunFolder
@@ -48,7 +49,8 @@ def compare_on(
     metrics = resolve_metrics(evaluation.metrics)
     items = _items(rows, tokenizer, evaluation.max_answers)
     sharing = decide_sharing(model, [[row] for row in tokenized], speed=speed, batch_size=batch_size)
-    collate = SharedPrefixCollator() if sharing.on else Collator(tokenizer.tokenizer.pad_token_id)
+    shared = SharedPrefixCollator(longrope_limit(model.config))
+    collate = shared if sharing.on else Collator(tokenizer.tokenizer.pad_token_id)
 
     def side(name: str) -> Any:
         with (

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from phlora.config import Speed
+from phlora.data.collate import sharing_keys
 from phlora.data.packing import TokenSequences, share_in_passes, share_prefixes
 from phlora.data.table import TokenizedRow, TokenTable
 from phlora.models.attention import copy_cost, sharing_obstacle
+from phlora.models.rotary import longrope_limit
 from phlora.train.settings import Settings
 
 # Sharing is worth its layout from this share of saved positions on.
@@ -91,7 +93,7 @@ def decide_sharing(
     if not lengths:
         return Sharing(False, "there are no rows")
     obstacle = (settings and _training_obstacle(settings.args)) or sharing_obstacle(
-        model, longest=max(lengths), shortest=min(lengths), training=settings is not None
+        model, training=settings is not None
     )
     if obstacle:
         return Sharing(False, obstacle)
@@ -100,6 +102,7 @@ def decide_sharing(
         sequences,
         batch_size,
         accumulated=settings.args.gradient_accumulation_steps if settings else 1,
+        rope_limit=longrope_limit(model.config),
         copy_cost=copy_cost(model, model.device, longest=max(lengths)),
         packed=packed,
         seed=settings.args.seed if settings else 0,
@@ -135,6 +138,7 @@ def _forecast(
     batch_size: int,
     *,
     accumulated: int,
+    rope_limit: int | None,
     copy_cost: float,
     packed: bool,
     seed: int,
@@ -148,7 +152,7 @@ def _forecast(
         if seen >= _FORECAST_ROWS:
             break
         step = [
-            [list(row.input_ids) for row in sequences[n]]
+            [sharing_keys(row, rope_limit=rope_limit) for row in sequences[n]]
             for n in order[start : start + batch_size * accumulated]
         ]
         batches = [_flat(step[first : first + batch_size]) for first in range(0, len(step), batch_size)]

@@ -167,36 +167,28 @@ def test_another_attention_is_refused() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(ModelError, match="the model has eager"):
         token_losses(model, SharedPrefixCollator()(random_rows()))
-    assert "eager" in attention.sharing_obstacle(model, longest=9, shortest=2, training=True)
+    assert "eager" in attention.sharing_obstacle(model, training=True)
 
 
 class TestSharingObstacle:
     def test_none_for_a_plain_model(self) -> None:
         model = peft.get_peft_model(tiny_phi3()[0], peft.LoraConfig(target_modules="all-linear"))
-        assert attention.sharing_obstacle(model, longest=90, shortest=3, training=True) is None
+        assert attention.sharing_obstacle(model, training=True) is None
 
     @pytest.mark.parametrize("name", ["attention_dropout", "resid_pdrop", "embd_pdrop"])
     def test_dropout_of_the_model_counts_in_training_only(self, name) -> None:
         model = tiny_phi3()[0]
         setattr(model.config, name, 0.1)
-        assert attention.sharing_obstacle(model, longest=9, shortest=3, training=False) is None
-        assert f"{name} is 0.1" in attention.sharing_obstacle(model, longest=9, shortest=3, training=True)
+        assert attention.sharing_obstacle(model, training=False) is None
+        assert f"{name} is 0.1" in attention.sharing_obstacle(model, training=True)
 
     def test_dropout_of_the_adapter(self) -> None:
         lora = peft.LoraConfig(target_modules="all-linear", lora_dropout=0.05)
         model = peft.get_peft_model(tiny_phi3()[0], lora)
-        assert attention.sharing_obstacle(model, longest=9, shortest=3, training=False) is None
-        assert "lora_dropout is 0.05" in attention.sharing_obstacle(
-            model, longest=9, shortest=3, training=True
-        )
-
-    @pytest.mark.parametrize(("shortest", "longest", "off"), [(3, 64, False), (65, 90, False), (3, 65, True)])
-    def test_longrope_needs_rows_on_one_side_of_its_limit(self, shortest, longest, off) -> None:
-        model = tiny_phi3(longrope=True)[0]
-        obstacle = attention.sharing_obstacle(model, longest=longest, shortest=shortest, training=False)
-        assert (obstacle is not None) == off
+        assert attention.sharing_obstacle(model, training=False) is None
+        assert "lora_dropout is 0.05" in attention.sharing_obstacle(model, training=True)
 
     def test_an_unknown_attention(self) -> None:
         model = tiny_phi3()[0]
         model.config.model_type = "gemma2"
-        assert "gemma2" in attention.sharing_obstacle(model, longest=9, shortest=3, training=False)
+        assert "gemma2" in attention.sharing_obstacle(model, training=False)

@@ -27,9 +27,14 @@ UNEVEN = [[row([100 + n, *START[: 60 if n % 2 else 20]])] for n in range(16)]
 
 
 def decide(
-    sequences: Any, *, speed: str = "auto", lora: dict[str, Any] | None = None, **training: Any
+    sequences: Any,
+    *,
+    speed: str = "auto",
+    lora: dict[str, Any] | None = None,
+    longrope: bool = False,
+    **training: Any,
 ) -> Any:
-    model = attach(tiny_phi3()[0], {"r": 2, **(lora or {})}).model
+    model = attach(tiny_phi3(longrope=longrope)[0], {"r": 2, **(lora or {})}).model
     settings = training_settings(training, output_dir="unused")
     return decide_sharing(model, sequences, speed=speed, batch_size=8, settings=settings)
 
@@ -75,6 +80,14 @@ def test_packs_always_lie_in_a_stream() -> None:
 def test_whatever_would_not_be_exact_turns_it_off_and_is_named(settings: dict[str, Any], reason: str) -> None:
     decision = decide(ALIKE, **settings)
     assert not decision.on and reason in decision.reason
+
+
+def test_rows_on_both_sides_of_a_longrope_limit_share_with_their_like() -> None:
+    # Eight rows of 64 tokens and eight of 65, in two batches; the model's limit is 64.
+    rows = [[row([*START, 70 + n, 80 + n, *[7] * (2 + n % 2)])] for n in range(16)]
+    plain, longrope = (decide(rows, longrope=limited) for limited in (False, True))
+    assert plain.on and longrope.on
+    assert plain.forecast.positions < longrope.forecast.positions < longrope.forecast.padded_positions / 2
 
 
 def test_an_evaluation_has_no_dropout() -> None:

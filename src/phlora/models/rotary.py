@@ -1,0 +1,87 @@
+"""Rotary factors of longrope models, chosen for each row as if it were alone.
+
+Legend: `B` rows of a batch, `T` positions, `E` rotated part of a head.
+
+A longrope model (Phi-3-mini-128k, Phi-4-mini) has two sets of rotary factors: short ones for a row of up to
+`original_max_position_embeddings` tokens, long ones for a longer row. transformers 5.23 looks at the largest position
+of the whole batch, so that one long row changes what every short row beside it computes. Here each row decides for
+itself, in padded batches, in packs, and where rows share their first tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phlora.data.packing import Segments
+from phlora.errors import ModelError
+
+
+def longrope_limit(config: Any) -> int | None:
+    """The longest row, in tokens, that has the short factors; None for a model with one set of factors."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+
+
+@contextmanager
+def rotated_by_row(trunk: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, the trunk rotates each row of these inputs with the factors that it would have alone.
+
+    Raises:
+        ModelError: rows on both sides of the limit share their first tokens.
+    """
+    limit = longrope_limit(trunk.config)
+    if limit is None or inputs["input_ids"].shape[-1] <= limit:
+        yield
+        return
+    is_long = (_row_lengths(inputs, limit) > limit).unsqueeze(-1)
+
+    def choose(
+        rotary: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any
+    ) -> tuple[Tensor, ...]:
+        x, positions = args[0], kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        short = rotary.forward(x, positions.clamp(max=limit - 1))
+        long = rotary.forward(x, F.pad(positions, (0, 1), value=limit))
+        return tuple(torch.where(is_long, b[:, :-1], a) for a, b in zip(short, long, strict=True))
+
+    hook = trunk.rotary_emb.register_forward_hook(choose, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _row_lengths(inputs: Mapping[str, Any], limit: int) -> Tensor:
+    """Tokens of the row that each position belongs to: (B, T), or (B, 1) where a batch row is one row."""
+    ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if inputs.get("segments") is not None:
+        return torch.tensor([_lengths_along(inputs["segments"], limit)], device=ids.device)
+    if positions is not None:
+        # A row begins wherever positions do.
+        row = (positions == 0).cumsum(-1)
+        longest = positions.new_zeros(len(positions), positions.shape[-1] + 1)
+        return longest.scatter_reduce(-1, row, positions + 1, "amax").gather(-1, row)
+    if mask is not None:
+        return mask.sum(-1, keepdim=True)
+    return torch.full((len(ids), 1), ids.shape[-1], device=ids.device)
+
+
+def _lengths_along(segments: Segments, limit: int) -> list[int]:
+    lengths: list[int] = []
+    for group in segments.groups:
+        longest, shortest = (group.num_shared + group.tail_lengths[end] for end in (0, -1))
+        if group.num_shared and shortest <= limit < longest:
+            raise ModelError(
+                f"Rows of {shortest} and {longest} tokens share their first tokens, which the model rotates with "
+                f"other factors past {limit}",
+                fix=f"collate them with SharedPrefixCollator(rope_limit={limit})",
+            )
+        lengths += [longest] * group.num_shared
+        for _, _, tail in group.tails():
+            lengths += [group.num_shared + tail] * tail
+    return lengths
