@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from shared_rows import (
 
 from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator
 from phlora.evaluate.compare import score_loss
+from phlora.models import head
 from phlora.models.head import LossTerms, token_losses, trained_weight
 
 COLLATORS = {"packed": PackedCollator(), "shared": SharedPrefixCollator()}
@@ -142,8 +144,61 @@ def test_held_out_loss_is_that_of_all_its_tokens_in_any_layout(tmp_path: Path, d
     assert plain["eval_loss"] == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=1e-5)
 
 
-def test_the_snippet_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def run_snippets() -> dict[str, Any]:
+    """What the Python snippets of the documentation define, after they ran."""
     page = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    exec(compile(snippet, "performance.md", "exec"), {})
+    names: dict[str, Any] = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(compile(snippet, "performance.md", "exec"), names)
+    return names
+
+
+def test_the_snippets_of_the_documentation_run(capsys: pytest.CaptureFixture[str]) -> None:
+    run_snippets()
     assert "torch.Size([1, 7]) 7" in capsys.readouterr().out
+
+
+def test_many_answers_to_one_prompt_cost_little_more_than_the_prompt(device: str) -> None:
+    model, positions = lora_model(device).eval(), []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: positions.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    # Of unequal length, two of them alike, one the beginning of another.
+    answers = [*TAILS, TAILS[0], TAILS[0][:2]]
+    ours = run_snippets()["log_probabilities"](model, START, answers)
+    assert positions == [len(START) - 1 + sum(len(answer) + 1 for answer in answers)]
+    for found, answer in zip(ours, answers, strict=True):
+        ids = torch.tensor([START + answer], device=device)
+        with torch.no_grad():
+            of_next = model(input_ids=ids).logits[0, len(START) - 1 : -1].log_softmax(-1)
+        expected = of_next.gather(-1, ids[0, len(START) :, None]).sum()
+        assert found == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("collator", [Collator(PAD), SharedPrefixCollator()], ids=["padded", "shared"])
+def test_evaluation_holds_no_more_at_once_than_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collator: Any, device: str
+) -> None:
+    """Positions of a forward pass and logits of a chunk: what the peak of memory grows with."""
+    monkeypatch.setattr(head, "_CHUNK_BYTES", 4 * 288 * 16)
+    settings = dict(device=device, max_steps=11, per_device_train_batch_size=3, per_device_eval_batch_size=3)
+    trainer = trained(tmp_path, many_rows()[:7], collator, **settings)
+    assert trainer.model.config.vocab_size == 288
+    trunk, output = head.trunk_and_head(trainer.model)
+    most: dict[tuple[str, bool], int] = {}
+
+    def note(name: str, size: int) -> None:
+        key = (name, trainer.model.training)
+        most[key] = max(most.get(key, 0), size)
+
+    trunk.embed_tokens.register_forward_hook(lambda _, args, out: note("positions", args[0].numel()))
+    output.register_forward_hook(lambda _, args, out: note("logits", len(out)))
+    trainer.train()
+    trainer.evaluate()
+    score_loss(trainer.model, many_rows()[:7], collate=collator, batch_size=3)
+    # What padded training rows take in the batch of the longest one; eleven steps are more than three epochs.
+    largest = 3 * max(len(row["input_ids"]) for row in many_rows()[:7])
+    assert most["positions", True] <= largest
+    assert most["positions", True] == largest or isinstance(collator, SharedPrefixCollator)
+    assert 0 < most["positions", False] <= largest
+    assert most["logits", False] == most["logits", True] == 16

@@ -143,6 +143,8 @@ def finetune(
             prepared.held_out,
             config.evaluation,
             display=display,
+            # What training had the memory for.
+            batch_size=min(proof.BATCH_ROWS, settings.args.per_device_eval_batch_size),
             speed=config.speed,
         )
         clock.lap("evaluation")

@@ -27,7 +27,8 @@ from phlora.train.checkpoints import RunFolder
 from phlora.train.planning import HELD_OUT_FILE
 from phlora.train.sharing import decide_sharing
 
-_BATCH_ROWS = 8
+# Rows whose loss is taken at once.
+BATCH_ROWS = 8
 
 
 def compare_on(
@@ -38,7 +39,7 @@ def compare_on(
     evaluation: EvaluationConfig,
     *,
     display: Display,
-    batch_size: int = _BATCH_ROWS,
+    batch_size: int = BATCH_ROWS,
     speed: Speed = "auto",
 ) -> Comparison:
     """Loss on all rows and generated answers to the first `max_answers` of them, without and with the adapter.
