@@ -791,8 +791,6 @@ def _use_utf8() -> None:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; the only place that catches whatever was raised."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Large tensors on huge pages; torch reads this once, when it is imported.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _use_utf8()
     _start_log()
     as_json = "--json" in arguments

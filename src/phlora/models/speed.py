@@ -46,7 +46,8 @@ from phlora.lora.recipes import Recipe, attach_recipe
 
 # glibc's names for what it gives back to the system, and from which size on it asks the system for each piece anew.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_NEVER_TRIM, _LARGEST_KEPT = 2**31 - 1, 2**30
+# Larger pieces, such as a chunk of logits, are given back: kept, they would leave holes that nothing else fits into.
+_MOST_KEPT, _LARGEST_KEPT = 512 << 20, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
 
 
 class LeanRMSNorm(Phi3RMSNorm):
