@@ -54,16 +54,14 @@ def test_no_pass_computes_more_than_the_largest_padded_micro_batch(copy_cost: fl
         assert len(together) <= len(shared)
         positions, before = (sum(b["input_ids"].numel() for b in batches) for batches in (together, shared))
         assert positions <= before
-        assert sum(batch["segments"].num_tokens for batch in together) == sum(
-            len(row["input_ids"]) for row in rows
-        )
+        assert sum(batch["num_tokens"] for batch in together) == sum(len(row["input_ids"]) for row in rows)
     assert len(share_step(micro_batches(rows, SharedPrefixCollator(), 8))) == 1
 
 
 def test_a_row_for_each_micro_batch_leaves_room_for_no_other() -> None:
     rows = [chat(START + some_ids(9, seed), [(41, 99)]) for seed in range(4)]
     together = share_step(micro_batches(rows, SharedPrefixCollator(), 1))
-    assert [batch["input_ids"].numel() for batch in together] == [49] * 4
+    assert [batch["input_ids"].numel() for batch in together] == [48] * 4
 
 
 def test_smoothed_steps_take_the_path_of_trls_trainer(tmp_path: Path, device: str) -> None:

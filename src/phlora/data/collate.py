@@ -88,8 +88,9 @@ class SharedPrefixCollator:
     Returns `segments` (`phlora.data.packing.Segments`) and, each (1, T), `input_ids` and `position_ids` int64,
     `shift_labels` int64: the token that each position is trained to predict, -100 where none, and
     `loss_weights` float32: the weight of that prediction, summed over the rows that share it. Labels are
-    shifted here because a shared token is followed by a tail, not by its successor. `rows` is what `share_step`
-    lays out anew.
+    shifted here because a shared token is followed by a tail, not by its successor. What follows the last position
+    that predicts a trained token is left out: nothing depends on it. `num_tokens` counts the rows in full, and
+    `rows` is what `share_step` lays out anew.
 
     Args:
         rope_limit: rows that are longer share nothing with those that are not: a longrope model rotates them with
@@ -119,7 +120,7 @@ def share_step(
     """
     if max_positions is None:
         max_positions = max(
-            len(batch["rows"]) * max(len(row.ids) for row in batch["rows"]) for batch in batches
+            len(batch["rows"]) * max(row.num_tokens for row in batch["rows"]) for batch in batches
         )
     rows = [row for batch in batches for row in batch["rows"]]
     passes = share_in_passes([row.keys for row in rows], max_positions=max_positions, copy_cost=copy_cost)
@@ -153,38 +154,48 @@ def _stream(rows: Sequence[_Row], segments: Segments) -> Batch:
         "shift_labels": torch.tensor([targets]),
         "loss_weights": torch.tensor([weights], dtype=torch.float32),
         "segments": segments,
+        "num_tokens": sum(rows[number].num_tokens for group in segments.groups for number in group.rows),
     }
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A row with what each token predicts and with what weight, and keys that are equal where rows can share."""
+    """The positions of a row with what each predicts and with what weight, and keys that are equal where rows can
+    share; `num_tokens` counts the whole row."""
 
     ids: list[int]
     targets: list[int]
     weights: list[float]
     keys: list[int]
+    num_tokens: int
 
     @classmethod
     def of(cls, feature: Feature, rope_limit: int | None) -> _Row:
         ids, labels, weights = _parts(feature)
-        weights = [
-            float(w) if label != IGNORED else 0.0
-            for w, label in zip(_weights(labels, weights), labels, strict=True)
-        ]
         keys = sharing_keys(feature, rope_limit=rope_limit)
-        return cls(list(ids), [*labels[1:], IGNORED], [*weights[1:], 0.0], keys)
+        predicted = slice(1, len(keys) + 1)
+        targets = [*labels[predicted], IGNORED][: len(keys)]
+        weights = [*_weights(labels, weights)[predicted], 0.0]
+        weights = [float(w) if label != IGNORED else 0.0 for w, label in zip(weights, targets, strict=False)]
+        return cls(list(ids[: len(keys)]), targets, weights, keys, len(ids))
 
 
 def sharing_keys(feature: Feature, *, rope_limit: int | None = None) -> list[int]:
-    """A number for each token of a row; rows may share the tokens up to which their numbers are equal."""
+    """A number for each position of a row that is computed, the last of which predicts its last trained token.
+
+    Rows may share the tokens up to which their numbers are equal.
+    """
     ids, labels, _ = _parts(feature)
+    num_positions = next((place for place in range(len(labels) - 1, 0, -1) if labels[place] != IGNORED), 1)
+    if rope_limit is not None and len(ids) > rope_limit:
+        # What is left out must not make a long row a short one.
+        num_positions = max(num_positions, rope_limit + 1)
     # A label that is not the token itself: such positions are shared only with the same label.
     keys = [
         token if label in (IGNORED, token) else -1 - (token << 32 | label)
-        for token, label in zip(ids, labels, strict=True)
+        for token, label in zip(ids[:num_positions], labels, strict=False)
     ]
-    if rope_limit is not None and len(keys) > rope_limit:
+    if rope_limit is not None and len(ids) > rope_limit:
         keys[0] += _LONG_ROW
     return keys
 

@@ -81,13 +81,8 @@ class Segments:
         return self.groups[-1].stop
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(len(g.rows) * g.num_shared + sum(g.tail_lengths) for g in self.groups)
-
-    @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Positions of the longest row."""
         return max(g.num_shared + g.tail_lengths[0] for g in self.groups)
 
     @cached_property

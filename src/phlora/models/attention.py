@@ -21,7 +21,7 @@ through transformers' own keywords. Without that keyword it is transformers' `sd
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,10 @@ from phlora.errors import ModelError
 SEGMENTS = "phlora_segments"
 # Tails of one padded batch are at most this many times as long as its shortest one.
 _WIDEST_BLOCK = 2
+# On a CPU rows of this many tokens gain nothing from a batch.
+_ALONE = 32
+# Queries of a long row that meet their keys in one call of the CPU's kernel: a sixth of the row, within these bounds.
+_NARROWEST_STRETCH, _WIDEST_STRETCH = 64, 256
 # K and V of all heads against all that a layer keeps of a position: a twelfth in Phi-3-mini's plain layers, twice that
 # in lean ones.
 _COPY_COST = 1 / 6
@@ -183,13 +187,13 @@ def attend_padded(
     key, value = _for_all_heads(query, key, value)
     outputs = []
     for part in _parts(segments, query.device):
-        shared = slice(part.start, part.start + part.num_shared)
+        shared = part.shared
         if part.num_shared:
             mask = _causal_mask(part.num_shared, 0, window, query.device)
             outputs.append(_sdpa(query[:, :, shared], key[:, :, shared], value[:, :, shared], mask, scaling))
         for block in part.blocks:
             keys, values = (
-                torch.cat([x[:, :, shared].expand(block.num_tails, -1, -1, -1), block.batch(x)], dim=2)
+                torch.cat([x[:, :, shared].expand(block.num_rows, -1, -1, -1), block.batch(x)], dim=2)
                 for x in (key, value)
             )
             mask = _causal_mask(block.width, part.num_shared, window, query.device)
@@ -199,7 +203,8 @@ def attend_padded(
 
 def attend_merged(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scaling: float) -> Tensor:
     """As `attend_densely` without a window, on CPU, with no mask and no copy of shared keys."""
-    output: Tensor = _MergedAttention.apply(query, key, value, _parts(segments, query.device), scaling)
+    parts = _parts(segments, query.device, alone=_ALONE)
+    output: Tensor = _MergedAttention.apply(query, key, value, parts, scaling)
     return output
 
 
@@ -216,24 +221,18 @@ class _MergedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: tuple[_Part, ...], scaling: float
     ) -> Tensor:
-        output, norm = torch.empty_like(query), None
+        inputs, output = (query, key, value), torch.empty_like(query)
+        norm = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
         for part in parts:
-            pieces = []
+            for block in part.rows:
+                out, lse = _causal([block.batch(x) for x in inputs], scaling)
+                output[:, :, block.span], norm[:, :, block.span] = block.stream(out), block.stream(lse)
             if part.num_shared:
-                shared = slice(part.start, part.start + part.num_shared)
-                q, k, v = query[:, :, shared], key[:, :, shared], value[:, :, shared]
-                pieces.append((shared, *_flash(q, k, v, 0.0, True, scale=scaling)))
-            for block in part.blocks:
-                batch = (block.batch(x) for x in (query, key, value))
-                out, lse = (block.stream(x) for x in _flash(*batch, 0.0, True, scale=scaling))
-                if part.num_shared:
-                    rest = _flash(query[:, :, block.span], k, v, 0.0, False, scale=scaling)
-                    out, lse = _merge(out, lse, *rest)
-                pieces.append((block.span, out, lse))
-            for span, out, lse in pieces:
-                if norm is None:
-                    norm = lse.new_empty(query.shape[:3])
-                output[:, :, span], norm[:, :, span] = out, lse
+                tails, shared = part.tails, part.shared
+                rest = _flash(
+                    query[:, :, tails], key[:, :, shared], value[:, :, shared], 0.0, False, scale=scaling
+                )
+                _merge_(output[:, :, tails], norm[:, :, tails], *rest)
         ctx.save_for_backward(query, key, value, output, norm)
         ctx.parts, ctx.scaling = parts, scaling
         return output
@@ -241,107 +240,184 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, norm = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (query, key, value)]
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in saved[:3]]
         for part in ctx.parts:
-            shared = slice(part.start, part.start + part.num_shared)
-            saved = (query[:, :, shared], key[:, :, shared], value[:, :, shared])
-            if part.num_shared:
-                rest = (output[:, :, shared], norm[:, :, shared])
-                ours = _flash_backward(
-                    grad[:, :, shared].contiguous(), *saved, *rest, 0.0, True, scale=ctx.scaling
+            for block in part.rows:
+                ours = _causal_backward(
+                    block.batch(grad, padding=0), [block.batch(x) for x in saved], ctx.scaling
                 )
                 for whole, x in zip(grads, ours, strict=True):
-                    whole[:, :, shared] = x
-            for block in part.blocks:
-                span = block.span
-                batch = (block.batch(x) for x in (query, key, value, output, norm))
-                ours = _flash_backward(block.batch(grad, padding=0), *batch, 0.0, True, scale=ctx.scaling)
-                for whole, x in zip(grads, ours, strict=True):
-                    whole[:, :, span] = block.stream(x)
-                if part.num_shared:
-                    theirs = _flash_backward(
-                        grad[:, :, span].contiguous(),
-                        query[:, :, span],
-                        *saved[1:],
-                        output[:, :, span],
-                        norm[:, :, span],
-                        0.0,
-                        False,
-                        scale=ctx.scaling,
-                    )
-                    for whole, where, x in zip(grads, (span, shared, shared), theirs, strict=True):
-                        whole[:, :, where] += x
+                    whole[:, :, block.span] = block.stream(x)
+            if part.num_shared:
+                spans = (part.tails, part.shared, part.shared)
+                q, k, v = (x[:, :, span] for x, span in zip(saved[:3], spans, strict=True))
+                out, lse, above = (x[:, :, part.tails] for x in (*saved[3:], grad))
+                theirs = _flash_backward(above, q, k, v, out, lse, 0.0, False, scale=ctx.scaling)
+                for whole, span, x in zip(grads, spans, theirs, strict=True):
+                    whole[:, :, span] += x
         return *grads, None, None
 
 
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def _causal(inputs: Sequence[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of q (B, H, S, E), k and v (B, G, S, E), and its log-sum-exp (B, H, S)."""
+    query, key, value = inputs
+    parts = [
+        _flash(
+            query[:, :, span],
+            key[:, :, :stop],
+            value[:, :, :stop],
+            0.0,
+            mask is None,
+            **_extra(mask, scaling),
+        )
+        for span, stop, mask in _stretches(query)
+    ]
+    if len(parts) == 1:
+        return parts[0][0], parts[0][1]
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _causal_backward(grad: Tensor, saved: Sequence[Tensor], scaling: float) -> Sequence[Tensor]:
+    """Gradients of q, k and v; `saved` are these, the output and the log-sum-exp of the whole softmax."""
+    query, key, value, output, norm = saved
+    grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for span, stop, mask in _stretches(query):
+        ours = _flash_backward(
+            grad[:, :, span],
+            query[:, :, span],
+            key[:, :, :stop],
+            value[:, :, :stop],
+            output[:, :, span],
+            norm[:, :, span],
+            0.0,
+            mask is None,
+            **_extra(mask, scaling),
+        )
+        if mask is None:
+            return ours
+        grads[0][:, :, span] = ours[0]
+        grads[1][:, :, :stop] += ours[1]
+        grads[2][:, :, :stop] += ours[2]
+    return grads
+
+
+def _extra(mask: Tensor | None, scaling: float) -> dict[str, Any]:
+    return {"attn_mask": mask, "scale": scaling}
+
+
+def _stretches(query: Tensor) -> Iterator[tuple[slice, int, Tensor | None]]:
+    """What q (B, H, S, E) is cut into: (queries, how many keys they meet, mask), without a mask where it is one piece.
+
+    torch's causal kernel computes the whole square of up to 512 keys. Stretches of queries that meet only the keys up
+    to their own last one compute little more than half of it.
+    """
+    length = query.shape[2]
+    width = min(max(_NARROWEST_STRETCH, -(-length // 6)), _WIDEST_STRETCH)
+    if length < 2 * width:
+        yield slice(0, length), length, None
+        return
+    mask = _stretch_mask(width, -(-length // _WIDEST_STRETCH) * _WIDEST_STRETCH, query.dtype)
+    for first in range(0, length, width):
+        stop = min(first + width, length)
+        before = mask.shape[1] - width - first
+        yield slice(first, stop), stop, mask[None, None, : stop - first, before : before + stop]
+
+
+@functools.lru_cache(maxsize=8)
+def _stretch_mask(width: int, before: int, dtype: torch.dtype) -> Tensor:
+    """(width, before + width), added to scores: `before` keys that all queries see, then a causal triangle."""
+    return torch.full((width, before + width), -torch.inf, dtype=dtype).triu_(before + 1)
+
+
+def _merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Make `out` and `lse` those of both sets of keys."""
     merged = torch.logaddexp(lse, other_lse)
-    ours, theirs = ((x - merged).exp().unsqueeze(-1).to(out.dtype) for x in (lse, other_lse))
-    return out * ours + other * theirs, merged
+    ours, theirs = ((x - merged).exp_().unsqueeze(-1).to(out.dtype) for x in (lse, other_lse))
+    out.mul_(ours).addcmul_(other, theirs)
+    lse.copy_(merged)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Neighbouring tails of similar length as a padded batch of `num_tails` rows and `width` columns.
+    """Neighbouring rows of similar length as a batch of `num_rows` rows and `width` columns.
 
-    Padding repeats the last token of its tail: it comes after every real token, so no real token sees it.
+    Padding repeats the last token of its row: it comes after every real token, so no real token sees it. Rows of
+    equal length need none of it and are taken where they lie.
     """
 
     span: slice
-    num_tails: int
+    num_rows: int
     width: int
-    padded: Tensor
-    is_real: Tensor
-    real: Tensor
+    padded: Tensor | None = None
+    is_real: Tensor | None = None
+    real: Tensor | None = None
 
     def batch(self, x: Tensor, *, padding: float | None = None) -> Tensor:
-        """(1, H, T, ...) -> (num_tails, H, width, ...); with `padding`, that value where padding is."""
-        taken = x[0].index_select(1, self.padded).unflatten(1, (self.num_tails, self.width)).transpose(0, 1)
-        if padding is None:
+        """(1, H, T, ...) -> (num_rows, H, width, ...); with `padding`, that value where padding is."""
+        flat = x[0, :, self.span] if self.padded is None else x[0].index_select(1, self.padded)
+        taken = flat.unflatten(1, (self.num_rows, self.width)).transpose(0, 1)
+        if padding is None or self.is_real is None:
             return taken
-        real = self.is_real.view(self.num_tails, 1, self.width, *[1] * (x.dim() - 3))
+        real = self.is_real.view(self.num_rows, 1, self.width, *[1] * (x.dim() - 3))
         return taken.masked_fill(~real, padding)
 
     def stream(self, x: Tensor) -> Tensor:
-        """(num_tails, H, width, ...) -> (1, H, span, ...)."""
-        return x.transpose(0, 1).flatten(1, 2).index_select(1, self.real).unsqueeze(0)
+        """(num_rows, H, width, ...) -> (1, H, span, ...)."""
+        flat = x.transpose(0, 1).flatten(1, 2)
+        return (flat if self.real is None else flat.index_select(1, self.real)).unsqueeze(0)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A group as attention needs it."""
+    """A group as attention needs it: where its shared tokens and its tails lie, and the tails in batches."""
 
-    start: int
-    num_shared: int
+    shared: slice
+    tails: slice
     blocks: tuple[_Block, ...]
+
+    @property
+    def num_shared(self) -> int:
+        return int(self.shared.stop - self.shared.start)
+
+    @property
+    def rows(self) -> tuple[_Block, ...]:
+        """What attends to itself causally: the shared tokens and the tails."""
+        return (_Block(self.shared, 1, self.num_shared), *self.blocks) if self.num_shared else self.blocks
 
 
 @functools.lru_cache(maxsize=8)
-def _parts(segments: Segments, device: torch.device) -> tuple[_Part, ...]:
-    """The same for every layer, so made once for each batch."""
+def _parts(segments: Segments, device: torch.device, *, alone: int | None = None) -> tuple[_Part, ...]:
+    """The same for every layer, so made once for each batch; tails of `alone` tokens or more in no batch."""
     return tuple(
-        _Part(group.start, group.num_shared, tuple(_blocks(group, device))) for group in segments.groups
+        _Part(
+            slice(group.start, group.tails_start),
+            slice(group.tails_start, group.stop),
+            tuple(_block(tails, device) for tails in _batches(group, alone)),
+        )
+        for group in segments.groups
     )
 
 
-def _blocks(group: Group, device: torch.device) -> list[_Block]:
-    """Tails, longest first, in batches that are at most half padding."""
-    blocks: list[list[tuple[int, int]]] = []
+def _batches(group: Group, alone: int | None) -> list[list[tuple[int, int]]]:
+    """(position, length) of tails, longest first, in batches that are at most half padding."""
+    batches: list[list[tuple[int, int]]] = []
     for _, start, length in group.tails():
-        if not blocks or blocks[-1][0][1] > _WIDEST_BLOCK * length:
-            blocks.append([])
-        blocks[-1].append((start, length))
-    return [_block(tails, device) for tails in blocks]
+        longest = batches[-1][0][1] if batches else 0
+        if longest > _WIDEST_BLOCK * length or longest >= (alone or longest + 1) or not batches:
+            batches.append([])
+        batches[-1].append((start, length))
+    return batches
 
 
 def _block(tails: list[tuple[int, int]], device: torch.device) -> _Block:
+    span, width = slice(tails[0][0], tails[-1][0] + tails[-1][1]), tails[0][1]
+    if tails[-1][1] == width:
+        return _Block(span, len(tails), width)
     starts, lengths = torch.tensor(tails, device=device).T
-    width = tails[0][1]
     columns = torch.arange(width, device=device)
     is_real = (columns < lengths[:, None]).flatten()
     padded = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)
-    span = slice(tails[0][0], tails[-1][0] + tails[-1][1])
     return _Block(span, len(tails), width, padded.flatten(), is_real, is_real.nonzero().squeeze(1))
 
 

@@ -30,7 +30,7 @@ from phlora.models.rotary import rotated_by_row
 IGNORED = -100
 # fp32 logits that may exist at once when the caller names no chunk.
 _CHUNK_BYTES = 64 << 20
-_NOT_FOR_THE_TRUNK = ("labels", "shift_labels", "loss_weights", "rows")
+_NOT_FOR_THE_TRUNK = ("labels", "shift_labels", "loss_weights", "rows", "num_tokens")
 # What some families do to logits after the head; none of it happens here.
 _AFTER_THE_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 

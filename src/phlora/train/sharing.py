@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from phlora.config import Speed
 from phlora.data.collate import sharing_keys
@@ -19,6 +19,8 @@ from phlora.train.settings import Settings
 _WORTHWHILE_SHARING = 0.1
 # Rows that a forecast looks at: enough for a share to within a few percent, a moment for any data set.
 _FORECAST_ROWS = 1024
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -151,16 +153,14 @@ def _forecast(
     for start in range(0, len(order), batch_size * accumulated):
         if seen >= _FORECAST_ROWS:
             break
-        step = [
-            [sharing_keys(row, rope_limit=rope_limit) for row in sequences[n]]
-            for n in order[start : start + batch_size * accumulated]
-        ]
-        batches = [_flat(step[first : first + batch_size]) for first in range(0, len(step), batch_size)]
-        shared = share_in_passes(_flat(step), max_positions=most, copy_cost=copy_cost)
+        step = [sequences[n] for n in order[start : start + batch_size * accumulated]]
+        parts = [_flat(step[first : first + batch_size]) for first in range(0, len(step), batch_size)]
+        batches = [[sharing_keys(row, rope_limit=rope_limit) for row in rows] for rows in parts]
+        shared = share_in_passes(_flat(batches), max_positions=most, copy_cost=copy_cost)
         if len(batches) == 1 or len(shared) > len(batches):
-            shared = [share_prefixes(rows) for rows in batches]
-        for rows in batches:
-            lengths = [len(ids) for ids in rows]
+            shared = [share_prefixes(keys) for keys in batches]
+        for rows in parts:
+            lengths = [len(row.input_ids) for row in rows]
             seen += len(rows)
             tokens += sum(lengths)
             padded += sum(lengths) if packed else max(lengths) * len(lengths)
@@ -170,8 +170,8 @@ def _forecast(
     return Forecast(tokens, padded, positions, micro_batches, passes)
 
 
-def _flat(sequences: Sequence[Sequence[list[int]]]) -> list[list[int]]:
-    return [ids for rows in sequences for ids in rows]
+def _flat(lists: Iterable[Iterable[_Item]]) -> list[_Item]:
+    return [item for items in lists for item in items]
 
 
 def _lengths(sequences: Sequence[Sequence[TokenizedRow]]) -> list[int]:

@@ -234,14 +234,10 @@ class SFTTrainer(trl.SFTTrainer):
         sums["loss"] += total.detach()
         if mode == "train":
             self._step_losses.append(loss.detach())
-            mask, segments = inputs.get("attention_mask"), inputs.get("segments")
-            positions = inputs["input_ids"].numel()
+            mask, positions = inputs.get("attention_mask"), inputs["input_ids"].numel()
             self.num_positions += positions
             self.num_passes += 1
-            if segments is not None:
-                self._tokens_seen += segments.num_tokens
-            else:
-                self._tokens_seen += positions if mask is None else mask.sum()
+            self._tokens_seen += inputs.get("num_tokens", positions if mask is None else mask.sum())
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the library's, with the loss of all trained tokens in the place of the mean over batches."""

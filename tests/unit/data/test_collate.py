@@ -55,12 +55,26 @@ def test_a_shared_start_stands_once_with_its_targets_and_weights():
         TokenizedRow([*start, 7], [-100] * 25 + [*start[25:], 7], [0.0] * 25 + [0.5] * 6, ORIGIN),
     ]
     batch = SharedPrefixCollator()(rows)
-    # The last common token stands in each tail, since each row goes on differently after it.
-    assert batch["input_ids"].tolist() == [[*start[:29], 59, 5, 6, 59, 7]]
-    assert batch["position_ids"].tolist() == [[*range(29), 29, 30, 31, 29, 30]]
-    assert batch["shift_labels"].tolist() == [[-100] * 19 + [*range(50, 60)] + [5, 6, -100, 7, -100]]
-    assert batch["loss_weights"].tolist() == [[0] * 19 + [1] * 5 + [1.5] * 5 + [1, 1, 0, 0.5, 0]]
-    assert batch["segments"].num_tokens == 63 and batch["segments"].num_positions == 34
+    # The last common token stands in each tail, since each row goes on differently after it. The last token of a row
+    # predicts nothing.
+    assert batch["input_ids"].tolist() == [[*start[:29], 59, 5, 59]]
+    assert batch["position_ids"].tolist() == [[*range(29), 29, 30, 29]]
+    assert batch["shift_labels"].tolist() == [[-100] * 19 + [*range(50, 60)] + [5, 6, 7]]
+    assert batch["loss_weights"].tolist() == [[0] * 19 + [1] * 5 + [1.5] * 5 + [1, 1, 0.5]]
+    assert batch["num_tokens"] == 63 and batch["segments"].num_positions == 32
+
+
+def test_what_follows_the_last_prediction_is_left_out():
+    rows = [TokenizedRow([1, 2, 3, 4, 5, 6], [-100, -100, 3, 4, -100, -100], None, ORIGIN), SHORT]
+    untrained = TokenizedRow([7, 8, 9], [-100] * 3, None, ORIGIN)
+    batch = SharedPrefixCollator()([*rows, untrained])
+    paths = [[batch["input_ids"][0, p].item() for p in batch["segments"].paths[n]] for n in range(3)]
+    assert paths == [[1, 2, 3], SHORT.input_ids[:-1], [7]]
+    assert batch["num_tokens"] == 9 + len(SHORT.input_ids)
+    # A row that a longrope model rotates as a long one stays long.
+    kept = SharedPrefixCollator(rope_limit=4)(rows[:1])
+    assert kept["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert kept["shift_labels"].tolist() == [[-100, 3, 4, -100, -100]]
 
 
 def test_a_label_that_is_not_its_token_is_shared_only_with_the_same_label():
@@ -70,4 +84,5 @@ def test_a_label_that_is_not_its_token_is_shared_only_with_the_same_label():
     (group,) = SharedPrefixCollator()([plain, other])["segments"].groups
     assert group.num_shared == 34
     (group,) = SharedPrefixCollator()([other, other])["segments"].groups
-    assert group.num_shared == 39
+    # Every computed position but the last, which each row keeps.
+    assert group.num_shared == 38

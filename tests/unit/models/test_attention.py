@@ -25,6 +25,9 @@ LAYOUTS = {
     "nothing shared": [[50 + i] * n for i, n in enumerate((5, 17, 1, 6))],
     "one row": [START],
     "a row that begins others, and twins": [START, START + [1], START + [1], START],
+    "equal lengths": [START + [20 + i] * 3 for i in range(4)] + [[50 + i] * 5 for i in range(3)],
+    "long rows": [[60 + i] * n for i, n in enumerate((127, 128, 200, 700))],
+    "long shared and long tails": [START * 5 + [20 + i] * n for i, n in enumerate((2, 35, 131, 390))],
 }
 
 
@@ -59,10 +62,11 @@ def test_each_way_has_the_values_and_gradients_of_the_dense_mask(way, name, head
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["shared", "long shared and long tails"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_keeps_its_digits_in_lower_precision(dtype) -> None:
+def test_merging_keeps_its_digits_in_lower_precision(name, dtype) -> None:
     """No worse than twice the error that one dense call makes."""
-    segments = layout("shared")
+    segments = layout(name)
     exact = projections(segments, 2)
     truth = output_and_gradients(attention.attend_densely, exact, segments)
     rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
@@ -82,6 +86,20 @@ def test_a_sliding_window_counts_positions_of_the_row(name, window) -> None:
     ours = output_and_gradients(attention.attend_padded, tensors, segments, window=window)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("length", [2, 63, 127, 128, 129, 600, 2047, 2049])
+def test_a_long_row_is_cut_into_stretches_that_meet_what_they_should(length) -> None:
+    query = torch.empty(1, 1, length, 1)
+    covered, work = [], 0
+    for span, stop, mask in attention._stretches(query):
+        covered += range(span.start, span.stop)
+        work += (span.stop - span.start) * stop
+        if mask is not None:
+            causal = torch.arange(stop) <= torch.arange(span.start, span.stop)[:, None]
+            assert torch.equal(mask[0, 0] == 0, causal) and torch.equal(mask[0, 0] == -torch.inf, ~causal)
+    assert covered == [*range(length)]
+    assert length < 128 or work < 0.76 * length**2
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -143,8 +161,8 @@ def test_rows_in_a_stream_are_what_they_are_alone(window) -> None:
         alone = trunk_and_head(model)[0](torch.tensor([row["input_ids"]]), use_cache=False).last_hidden_state[
             0
         ]
-        # transformers' norm rounds to float32 in any dtype.
-        torch.testing.assert_close(states, alone, rtol=1e-5, atol=1e-6)
+        # The last token is not computed: it predicts nothing. transformers' norm rounds to float32 in any dtype.
+        torch.testing.assert_close(states, alone[:-1], rtol=1e-5, atol=1e-6)
 
 
 def test_batches_without_segments_go_on_as_before() -> None:
