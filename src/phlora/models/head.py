@@ -3,10 +3,10 @@
 Legend: `B` rows, `T` tokens, `D` model width, `V` vocabulary, `S` trained tokens of a batch.
 
 A causal model predicts token `t + 1` from the hidden state at `t`, and the loss asks only for the predictions of
-trained tokens. So the trunk runs on the whole batch, the `S` hidden states that predict a trained token are
-gathered, and the head runs on those, a chunk at a time: the logits that exist at once are `(chunk, V)` and never
-`(B, T, V)`, which for Phi-4-mini's vocabulary would be 0.8 MB a token. Values and gradients are those of
-transformers' own loss.
+trained tokens. So the trunk runs on the whole batch (but for the end of its last layer, see `models.speed`), the `S`
+hidden states that predict a trained token are gathered, and the head runs on those, a chunk at a time: the logits that
+exist at once are `(chunk, V)` and never `(B, T, V)`, which for Phi-4-mini's vocabulary would be 0.8 MB a token. Values
+and gradients are those of transformers' own loss.
 """
 
 from __future__ import annotations
@@ -117,14 +117,19 @@ def token_losses(
     """
     trunk, head = trunk_and_head(model)
     inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_TRUNK}
+    targets, weights = targets_and_weights(batch)
+    trained = targets != IGNORED
+    asked = trained.flatten().nonzero().squeeze(1).to(inputs["input_ids"].device)
+    if getattr(trunk.layers[-1], "takes_asked", False) and len(asked):
+        inputs["asked"] = asked
     if inputs.get("segments") is not None:
         inputs = segment_inputs(trunk, inputs)
     with rotated_by_row(trunk, inputs):
         # A cache would hide from transformers that packed rows are several.
-        hidden = trunk(**inputs, use_cache=False).last_hidden_state
-    targets, weights = targets_and_weights(batch)
-    trained = targets != IGNORED
-    selected, targets = hidden[trained.to(hidden.device)], targets[trained].to(hidden.device)
+        hidden = trunk(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    # A last layer that takes `asked` returns those alone.
+    selected = hidden if len(hidden) == len(asked) else hidden[asked.to(hidden.device)]
+    targets = targets[trained].to(hidden.device)
     chunk = chunk or max(1, _CHUNK_BYTES // (4 * model.config.vocab_size))
     losses, correct = _head_losses(head, selected, targets, chunk, terms)
     return losses, correct, torch.ones_like(losses) if weights is None else weights[trained].to(losses)

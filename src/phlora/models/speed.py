@@ -12,6 +12,8 @@ optimizer, a checkpoint) sees no difference.
   LoRA layer behind it keeps nothing more.
 - `LeanMLP`: keeps the output of gate_up and nothing else of width I; the gated product is made again for `down_proj`.
 - `LeanAttention`: q, k and v are rotated and laid out in one pass and the fused qkv is let go.
+- `LastLayer`: what follows the last attention runs only on the positions that `models.head` asks for, those that
+  predict a trained token.
 
 All compute with torch's own operations on any device, in the same precision as the layers that they stand for.
 """
@@ -33,7 +35,9 @@ from torch.autograd.function import once_differentiable
 from transformers.models.phi3.modeling_phi3 import (
     ALL_ATTENTION_FUNCTIONS,
     Phi3Attention,
+    Phi3DecoderLayer,
     Phi3MLP,
+    Phi3Model,
     Phi3RMSNorm,
     eager_attention_forward,
 )
@@ -101,6 +105,8 @@ def speed_pass(model: nn.Module) -> SpeedPass:
         if lean is not None and lean.fits(module):
             module.__class__ = lean
             replaced[lean.label] += 1
+        if isinstance(module, Phi3Model) and type(module.layers[-1]) is Phi3DecoderLayer:
+            module.layers[-1].__class__ = LastLayer
     device = next(model.parameters()).device
     return SpeedPass(
         layers=dict(replaced),
@@ -112,7 +118,7 @@ def speed_pass(model: nn.Module) -> SpeedPass:
 
 def slow_down(model: nn.Module) -> nn.Module:
     """Undo `speed_pass` on the layers; the same model."""
-    originals = {lean: original for original, lean in _LEAN.items()}
+    originals = {lean: original for original, lean in _LEAN.items()} | {LastLayer: Phi3DecoderLayer}
     for module in model.modules():
         module.__class__ = originals.get(type(module), type(module))
     return model
@@ -180,10 +186,12 @@ class LeanAttention(Phi3Attention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Any = None,
+        *,
+        wanted: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if past_key_values is not None or not recorded:
+        if (past_key_values is not None or not recorded) and wanted is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
@@ -204,7 +212,27 @@ class LeanAttention(Phi3Attention):
             sliding_window=getattr(self.config, "sliding_window", None),
             **kwargs,
         )
-        return self.o_proj(output.flatten(-2)), weights
+        output = output.flatten(-2)
+        return self.o_proj(output if wanted is None else _at(output, wanted)), weights
+
+
+class LastLayer(Phi3DecoderLayer):
+    """Phi-3's layer, which leaves out what nobody reads: (B, T, D) -> (1, S, D) for S `asked` positions.
+
+    The keys and values of all positions are needed, and nothing else of the others. Where dropout is at work all
+    positions are computed, so that each has the mask that it would have in the plain layer.
+    """
+
+    takes_asked = True
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, asked: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if asked is None or args or not isinstance(self.self_attn, LeanAttention) or _drops(self):
+            return super().forward(hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), wanted=asked, **kwargs)
+        x = _at(hidden_states, asked) + self.resid_attn_dropout(attended)
+        return x + self.resid_mlp_dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 _LEAN: dict[type[nn.Module], Any] = {
@@ -213,6 +241,15 @@ _LEAN: dict[type[nn.Module], Any] = {
     Phi3MLP: LeanMLP,
     Phi3Attention: LeanAttention,
 }
+
+
+def _drops(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in module.modules())
+
+
+def _at(x: Tensor, positions: Tensor) -> Tensor:
+    """(B, T, ...) -> (1, S, ...): those of S positions, counted along the rows."""
+    return x.flatten(0, 1).index_select(0, positions).unsqueeze(0)
 
 
 def _is_recorded(x: Tensor) -> bool:

@@ -153,6 +153,25 @@ def test_shared_prefixes_and_gradient_checkpointing_work_on_lean_layers():
             torch.testing.assert_close(lean_gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_the_last_layer_computes_what_the_loss_asks_for():
+    model, seen = adapted(phi3()), []
+    speed.speed_pass(model)
+    for layer in model.get_decoder().layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    batch = padded()
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            token_losses(model, batch)
+    assert seen == [batch["input_ids"].numel(), 17] * 2
+    # Dropout draws one mask for all positions, and logits are wanted of all of them.
+    seen.clear()
+    model.get_decoder().layers[-1].mlp.down_proj.lora_dropout["default"] = nn.Dropout(0.5)
+    token_losses(model.train(), batch)
+    model.eval()(input_ids=batch["input_ids"])
+    assert seen == [batch["input_ids"].numel()] * 4
+
+
 def test_bf16_errors_are_no_larger_than_those_of_the_plain_layers():
     truth = step(adapted(phi3(torch.float32)).double(), padded())[1]
 
