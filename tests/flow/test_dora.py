@@ -1,4 +1,4 @@
-"""DoRA on whole weights, from a run to stock PEFT and to a merged model."""
+"""DoRA on whole weights and on row blocks, from a run to stock PEFT and to a merged model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from phlora import finetune, merge_run
+from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.display import Display
-from phlora.errors import ConfigError
 from phlora.models.load import load_adapter, load_model
 
 TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
@@ -103,7 +103,41 @@ def test_dora_on_a_quantised_base_merges_into_the_dequantised_one(
     assert report.largest_difference < 1e-5 * report.largest_logit
 
 
-def test_dora_on_row_blocks_is_refused_before_anything_is_written(model_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="(?s)use_dora.*q_proj, v_proj.*rows of one weight.*name qkv_proj"):
-        run_it(model_folder, tmp_path / "run", target_modules=["q_proj", "v_proj"])
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("storage", [None, "nf4", "int8"])
+def test_dora_on_row_blocks_from_a_run_to_a_merged_model(
+    storage: str | None, model_folder: Path, tmp_path: Path
+) -> None:
+    if storage:
+        pytest.importorskip("bitsandbytes")
+    run = run_it(
+        model_folder,
+        tmp_path / "run",
+        model={"quantization": storage},
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        loraplus_lr_ratio=2,
+    )
+    tensors = load_file(run / "adapter" / "best" / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.qkv_proj"
+    length = tensors[f"base_model.model.{name}.lora_magnitude_vector"]
+    loaded = load_model(model_folder, dtype="float32", device="cpu", quantization=storage)
+    base = dense(loaded.model.get_submodule(name))
+    moved = (length - base.norm(dim=1)).abs() > 1e-5
+    assert moved[:64].any() and not moved[64:96].any() and moved[96:].any()
+
+    ours = load_adapter(loaded.model, run / "adapter" / "best").model
+    report = merge_run(
+        run, tmp_path / "model", base="dequantized" if storage else "full", display=Display(quiet=True)
+    )
+    assert report.changed_tokens == 0 and report.largest_difference < 1e-5 * report.largest_logit
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(logits(merged), logits(ours), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged.get_submodule(name).weight[64:96], base[64:96])
+    if not storage:
+        stock = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(model_folder), run / "adapter" / "best"
+        )
+        torch.testing.assert_close(logits(merged), logits(stock), rtol=1e-4, atol=1e-5)
+
+
+def dense(layer: Any) -> Tensor:
+    return frozen_weight(layer).dense(torch.float32) if is_quantized(layer) else layer.weight

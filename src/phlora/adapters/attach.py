@@ -313,7 +313,7 @@ def _require_block_settings(lora: LoraConfig, targets: Targets) -> None:
         )
     fields = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
     for key in (*fields, "lora_bias", "layer_replication"):
-        if getattr(lora, key, None):
+        if key != "use_dora" and getattr(lora, key, None):
             raise ConfigError(
                 f"It cannot be had for {asked}, which are rows of one weight",
                 where=f"{_WHERE}.{key}",

@@ -7,8 +7,9 @@ PEFT's again, by changing its class: nothing is copied, and optimizers and hooks
 What the fused functions do not cover goes to PEFT's forward: several active adapters, mixed batches, merged or
 disabled adapters, DoRA and the other variants, `lora_bias`, hooks on the inner layers, unusual weights.
 
-An adapter on row blocks has a `BlockUp` in the place of `lora_B`. Its state dict holds the plain, block-diagonal
-`lora_B.weight`, and so does its attribute `weight`: what PEFT reads, saves, loads and swaps is a plain adapter.
+An adapter on row blocks has a `BlockUp` in the place of `lora_B`, and with DoRA a `BlockMagnitude` in that of
+`lora_magnitude_vector`. Their state dicts hold the plain, block-diagonal `lora_B.weight` and the lengths of all rows,
+and so do their attributes `weight`: what PEFT reads, saves, loads and swaps is a plain adapter.
 
 Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 """
@@ -23,7 +24,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import layer as peft_lora
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from phlora.adapters.blockform import (
@@ -77,7 +80,66 @@ class _PlainUp(Tensor):
             return result
 
 
-class BlockUp(nn.Module):
+class _ByRows(nn.Module):
+    """One parameter for each adapted row block, in the place where PEFT has one `weight` for all rows, and in the
+    state dict that one."""
+
+    blocks: tuple[RowBlock, ...]
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """What is trained, in the order of `blocks`."""
+        return [self.get_parameter(_name(block)) for block in self.blocks]
+
+    def _joined(self) -> Tensor:
+        """The one `weight` for all rows, in a dtype that loses nothing."""
+        raise NotImplementedError
+
+    def _split(self, plain: Tensor) -> Sequence[Tensor]:
+        """The values of `parts` in a `weight` for all rows."""
+        raise NotImplementedError
+
+    def _put(self, values: Iterable[Tensor]) -> None:
+        with torch.no_grad():
+            for part, value in zip(self.parts, values, strict=True):
+                part.copy_(value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weight = self._joined()
+        destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the blocks out of a plain `weight`.
+
+        Raises:
+            ModelError: it is none of these blocks.
+        """
+        key = f"{prefix}weight"
+        if key not in state_dict:
+            missing_keys.append(key)
+            return
+        values = self._split(state_dict[key])
+        if not local_metadata.get("assign_to_params_buffers", False):
+            return self._put(values)
+        for block, part, value in zip(self.blocks, self.parts, values, strict=True):
+            setattr(self, _name(block), nn.Parameter(value.clone(), requires_grad=part.requires_grad))
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{block.name}: {tuple(self.get_parameter(_name(block)).shape)}" for block in self.blocks
+        )
+
+
+class BlockUp(_ByRows):
     """The B_i (N_i, R_i) of the adapted row blocks, in the place where PEFT has one `lora_B (N, R)`.
 
     Args:
@@ -97,14 +159,9 @@ class BlockUp(nn.Module):
             self.register_parameter(_name(block), nn.Parameter(B.detach().clone()))
 
     @property
-    def parts(self) -> list[nn.Parameter]:
-        """The B_i."""
-        return [self.get_parameter(_name(block)) for block in self.blocks]
-
-    @property
     def weight(self) -> Tensor:
         """The block-diagonal `lora_B (N, ΣR_i)`, made anew; writing into it writes into the blocks."""
-        plain = self._assemble()
+        plain = self._joined().to(self.parts[0].dtype)
         return _PlainUp.of(self, plain, plain)
 
     def scaled(self, scaling: float) -> list[RowBlock]:
@@ -135,53 +192,76 @@ class BlockUp(nn.Module):
         blocks = fitting_blocks(plain, self.blocks)
         values = from_block_diagonal(plain.to(like.device), blocks, dtype=like.dtype)
         if blocks == self.blocks:
-            with torch.no_grad():
-                for B, value in zip(self.parts, values, strict=True):
-                    B.copy_(value)
-            return
+            return self._put(values)
         self._parameters.clear()
         self.blocks, self.in_features = blocks, plain_rank(blocks)
         for block, value in zip(blocks, values, strict=True):
             B = nn.Parameter(value.clone(), requires_grad=like.requires_grad)
             self.register_parameter(_name(block), B)
 
-    def _assemble(self) -> Tensor:
-        parts = self.parts
-        return to_block_diagonal(parts, self.blocks, out_features=self.out_features).to(parts[0].dtype)
+    def _joined(self) -> Tensor:
+        return to_block_diagonal(self.parts, self.blocks, out_features=self.out_features)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        weight = to_block_diagonal(self.parts, self.blocks, out_features=self.out_features)
-        destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+    def _split(self, plain: Tensor) -> Sequence[Tensor]:
+        return from_block_diagonal(plain, self.blocks, dtype=self.parts[0].dtype)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take the blocks out of a plain `lora_B`.
 
-        Raises:
-            ModelError: its shape is another, or it is not zero outside of the blocks.
+class BlockMagnitude(_ByRows, DoraLinearLayer):
+    """DoRA's lengths `m (N,)` of the rows, trained for the adapted blocks and for no other row.
+
+    `W' = m · (W + s·BA) / ‖W + s·BA‖` by rows, as PEFT computes it. The rows in no block keep the length that they
+    have in `W`, and stay what they are to the bit.
+
+    Args:
+        lengths: initial values `(N,)`.
+        blocks: the rows that are adapted.
+    """
+
+    lengths: Tensor
+
+    def __init__(self, lengths: Tensor, blocks: Sequence[RowBlock]) -> None:
+        super().__init__(fan_in_fan_out=False)
+        self.blocks = tuple(blocks)
+        self.register_buffer("lengths", lengths.detach().clone(), persistent=False)
+        for block in self.blocks:
+            self.register_parameter(_name(block), nn.Parameter(self.lengths[block.rows].clone()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The lengths `(N,)` of all rows, made anew."""
+        return self._joined()
+
+    def get_weight_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The lengths `(N,)` that PEFT divides `weight` by.
+
+        For a row in no block it is its own: another device or dtype than that of `lengths` would round its norm in
+        another way, and the row would move.
         """
-        key = f"{prefix}weight"
-        if key not in state_dict:
-            missing_keys.append(key)
-            return
-        values = from_block_diagonal(state_dict[key], self.blocks, dtype=self.parts[0].dtype)
-        for block, B, value in zip(self.blocks, self.parts, values, strict=True):
-            if local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, _name(block), nn.Parameter(value.clone(), requires_grad=B.requires_grad))
-            else:
-                with torch.no_grad():
-                    B.copy_(value)
+        norm = super().get_weight_norm(*args, **kwargs)
+        divisor = self.lengths.to(torch.promote_types(norm.dtype, self.lengths.dtype), copy=True)
+        for block in self.blocks:
+            divisor[block.rows] = norm[block.rows]
+        return divisor
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{block.name}: ({block.size}, {block.r})" for block in self.blocks)
+    def start(self, lengths: Tensor) -> None:
+        """Take the lengths `(N,)` of all rows."""
+        self._put(self._split(lengths))
+
+    def _joined(self) -> Tensor:
+        lengths = self.lengths.clone()
+        for block, part in zip(self.blocks, self.parts, strict=True):
+            lengths[block.rows] = part
+        return lengths
+
+    def _split(self, plain: Tensor) -> Sequence[Tensor]:
+        if plain.shape != self.lengths.shape:
+            raise ModelError(
+                f"lora_magnitude_vector has the shape {tuple(plain.shape)}",
+                expected=f"one length for each of {len(self.lengths)} rows",
+            )
+        # Those in no block too, so that what is saved again is what was loaded.
+        self.lengths.copy_(plain.detach())
+        return [plain[block.rows].to(self.lengths) for block in self.blocks]
 
 
 class LoraLinear(peft_lora.Linear):
@@ -332,16 +412,32 @@ def start_blocks(
     with torch.no_grad():
         down.weight.copy_(torch.cat([A for A, _ in pairs]))
     put_blocks(layer, adapter_name, [B for _, B in pairs], blocks)
+    if adapter_name in layer.lora_magnitude_vector:
+        layer.lora_magnitude_vector[adapter_name].start(_row_lengths(layer, adapter_name))
 
 
 def put_blocks(
     layer: peft_lora.Linear, adapter_name: str, lora_B: Iterable[Tensor], blocks: Sequence[RowBlock]
 ) -> None:
-    """Put the B_i (N_i, R_i) in the place of an adapter's `lora_B`; the stacked A is `lora_A` as it is."""
+    """Put the B_i (N_i, R_i) in the place of an adapter's `lora_B`, and split DoRA's lengths where there are any; the
+    stacked A is `lora_A` as it is."""
     before = layer.lora_B[adapter_name].weight
     up = BlockUp(lora_B, blocks, out_features=layer.out_features)
     up.to(before.device, before.dtype).requires_grad_(before.requires_grad)
     layer.lora_B[adapter_name] = up.train(layer.training)
+    if adapter_name in layer.lora_magnitude_vector:
+        whole = layer.lora_magnitude_vector[adapter_name].weight
+        lengths = BlockMagnitude(whole, blocks).requires_grad_(whole.requires_grad)
+        layer.lora_magnitude_vector[adapter_name] = lengths.train(layer.training)
+
+
+def _row_lengths(layer: peft_lora.Linear, adapter_name: str) -> Tensor:
+    """`‖W + s·BA‖ (N,)`. PEFT rounds it to the 16 bits of W and computes with 32 then, which would move each row."""
+    dtype = torch.promote_types(layer.lora_A[adapter_name].weight.dtype, torch.float32)
+    with torch.no_grad():
+        weight = dequantize_module_weight(layer.get_base_layer()).to(dtype)
+        delta = layer.get_delta_weight(adapter_name).to(dtype)
+        return torch.linalg.norm(weight + delta, dim=1)
 
 
 def _initial_pair(
@@ -350,7 +446,8 @@ def _initial_pair(
     """A_i (R_i, K) and B_i (N_i, R_i) as PEFT starts them, on the device and in the dtype of `like`."""
     with torch.device("meta"):
         base = nn.Linear(like.shape[1], block.size, bias=False)
-    # None of `BLOCK_INITS` reads the base weight; one number stands for all of it.
+    # None of `BLOCK_INITS` reads the base weight; one number stands for all of it. DoRA's lengths do.
+    config = dataclasses.replace(config, use_dora=False)
     base.weight = nn.Parameter(like.new_zeros(()).expand(block.size, like.shape[1]), requires_grad=False)
     try:
         layer = peft_lora.Linear(base, adapter_name, config=config, r=block.r, lora_alpha=1)

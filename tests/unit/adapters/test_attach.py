@@ -134,7 +134,6 @@ def test_each_block_starts_as_peft_starts_a_layer_of_its_size(init: Any) -> None
     [
         ({"init_lora_weights": "pissa"}, "`pissa` changes the base weight"),
         ({"init_lora_weights": "olora"}, "name qkv_proj as a whole"),
-        ({"use_dora": True}, "peft_config.use_dora"),
         ({"lora_bias": True}, "peft_config.lora_bias"),
         ({"rank_pattern": {"qkv_proj": 8}}, "`qkv_proj` matches nothing that is adapted"),
         ({"alpha_pattern": {"k_proj": 8}}, "`k_proj` matches nothing that is adapted"),
