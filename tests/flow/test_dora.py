@@ -16,13 +16,15 @@ from phlora import finetune, merge_run
 from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.display import Display
 from phlora.models.load import load_adapter, load_model
+from phlora.train import fitting
+from phlora.train.callbacks import GentleStop
 
 TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
 ROWS = [{"question": f"say {i}", "answer": f"{TEXTS[i % 5]} {i}"} for i in range(20)]
 IDS = torch.arange(3, 43).view(2, 20)
 
 
-def run_it(model_folder: Path, output: Path, **peft_config: Any) -> Path:
+def run_it(model_folder: Path, output: Path, *, resume: bool = False, **peft_config: Any) -> Path:
     """A few steps, with the model's usual dictionary."""
     done = finetune(
         model={"name": str(model_folder), "dtype": "float32", "device": "cpu"} | peft_config.pop("model", {}),
@@ -32,6 +34,7 @@ def run_it(model_folder: Path, output: Path, **peft_config: Any) -> Path:
         peft_config={"r": 4, "use_dora": True, **peft_config},
         evaluation={"max_answers": 0},
         output=output,
+        resume=resume,
         display=Display(quiet=True),
     )
     assert done.folder is not None and done.report is not None
@@ -141,3 +144,26 @@ def test_dora_on_row_blocks_from_a_run_to_a_merged_model(
 
 def dense(layer: Any) -> Tensor:
     return frozen_weight(layer).dense(torch.float32) if is_quantized(layer) else layer.weight
+
+
+class _StopAtThree(GentleStop):
+    """Ctrl-C."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 3:
+            self.signal = 2
+        super().on_step_end(args, state, control)
+
+
+def test_dora_on_row_blocks_interrupted_and_resumed_equals_uninterrupted(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 3}, "lora_dropout": 0.1}
+    whole = run_it(model_folder, tmp_path / "whole", **fields)
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting, "GentleStop", _StopAtThree)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(model_folder, tmp_path / "cut", **fields)
+    cut = run_it(model_folder, tmp_path / "cut", resume=True, **fields)
+    one, other = (load_file(run / "adapter" / "last" / "adapter_model.safetensors") for run in (whole, cut))
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
