@@ -155,10 +155,17 @@ class _StopAtThree(GentleStop):
         super().on_step_end(args, state, control)
 
 
-def test_dora_on_row_blocks_interrupted_and_resumed_equals_uninterrupted(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {"v_proj": 3}, "lora_dropout": 0.1},
+        {"use_dora": False, "init_lora_weights": "pissa_niter_2"},
+    ],
+)
+def test_row_blocks_interrupted_and_resumed_equal_uninterrupted(
+    fields: dict[str, Any], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fields = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 3}, "lora_dropout": 0.1}
+    fields = {"target_modules": ["q_proj", "v_proj", "o_proj"], **fields}
     whole = run_it(model_folder, tmp_path / "whole", **fields)
     with monkeypatch.context() as patched:
         patched.setattr(fitting, "GentleStop", _StopAtThree)

@@ -29,7 +29,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from phlora.adapters.blockform import from_block_diagonal, plain_alpha, plain_rank
-from phlora.adapters.peft_layer import BLOCK_INITS, put_blocks, speed_up, start_blocks
+from phlora.adapters.peft_layer import BLOCK_INITS, changes_base, put_blocks, speed_up, start_blocks
 from phlora.adapters.targets import (
     ALL_LINEAR,
     Targets,
@@ -166,9 +166,9 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     lora = _with_plain_names(model, targets, lora)
     targets = _narrowed(targets, lora)
     _require_known_patterns(lora, targets)
-    blocks = _lay_out(model, targets, lora)
+    blocks, start = _lay_out(model, targets, lora), lora
     if blocks:
-        lora = _plain_config(lora, targets, blocks, fused_row_blocks(model.config))
+        lora = _plain_config(model, lora, targets, blocks)
     try:
         adapted = get_peft_model(model, lora)
     except (ValueError, TypeError) as error:
@@ -176,7 +176,7 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     _require_same(adapted, targets.modules)
     for module, rows in blocks.items():
         layer = _plain_layer(adapted, module)
-        start_blocks(layer, "default", rows, config=lora)
+        start_blocks(layer, "default", rows, config=start)
     speed_up(adapted)
     return Attached(adapted, summarize(adapted), targets.notes)
 
@@ -279,14 +279,27 @@ def _narrowed(targets: Targets, lora: LoraConfig) -> Targets:
 def _lay_out(model: nn.Module, targets: Targets, lora: LoraConfig) -> dict[str, tuple[RowBlock, ...]]:
     """The row blocks of each module, with the rank and scaling that the patterns give them by name."""
     _require_block_settings(lora, targets)
-    sizes = fused_row_blocks(getattr(model, "config", None))
+    named, started = dict(targets.blocks), changes_base(lora.init_lora_weights)
+    if named and started:
+        # One configuration says for all modules whether PEFT changes their base when it loads the adapter.
+        named |= {m: (m.rpartition(".")[2],) for m in targets.modules if m not in named}
     laid_out = {}
-    for module, names in targets.blocks.items():
+    for module, names in named.items():
         r = {name: _rank(lora, block_name(module, name)) for name in names}
         alpha = {name: _alpha(lora, block_name(module, name)) for name in names}
         scaling = {name: alpha[name] / (math.sqrt(r[name]) if lora.use_rslora else r[name]) for name in names}
-        laid_out[module] = row_blocks(sizes[module.rpartition(".")[2]], names, r=r, scaling=scaling)
+        ranks = {name: (2 if started else 1) * r[name] for name in names}
+        laid_out[module] = row_blocks(_sizes(model, module, names), names, r=ranks, scaling=scaling)
     return laid_out
+
+
+def _sizes(model: nn.Module, module: str, names: Iterable[str]) -> dict[str, int]:
+    """Rows of every block of a fused weight, or of a whole one, which is a block of its own name."""
+    leaf = module.rpartition(".")[2]
+    sizes = fused_row_blocks(getattr(model, "config", None)).get(leaf, {})
+    if not sizes.keys() >= set(names):
+        return {leaf: getattr(model.get_submodule(module), "out_features", 0)}
+    return sizes
 
 
 def _rank(lora: LoraConfig, name: str) -> int:
@@ -304,13 +317,7 @@ def _require_block_settings(lora: LoraConfig, targets: Targets) -> None:
     asked = ", ".join(dict.fromkeys(name for names in targets.blocks.values() for name in names))
     fused = ", ".join(dict.fromkeys(module.rpartition(".")[2] for module in targets.blocks))
     whole = f"name {fused} as a whole"
-    if lora.init_lora_weights not in BLOCK_INITS:
-        raise ConfigError(
-            f"`{lora.init_lora_weights}` changes the base weight, which cannot be done for {asked} alone",
-            where=f"{_WHERE}.init_lora_weights",
-            expected=", ".join(str(choice).lower() for choice in BLOCK_INITS),
-            fix=whole,
-        )
+    _require_block_init(lora, asked, fix=whole)
     fields = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
     for key in (*fields, "lora_bias", "layer_replication"):
         if key != "use_dora" and getattr(lora, key, None):
@@ -319,6 +326,25 @@ def _require_block_settings(lora: LoraConfig, targets: Targets) -> None:
                 where=f"{_WHERE}.{key}",
                 fix=f"{whole}, or leave `{key}` out",
             )
+
+
+def _require_block_init(lora: LoraConfig, asked: str, *, fix: str) -> None:
+    started = changes_base(lora.init_lora_weights)
+    if started and lora.lora_dropout:
+        raise ConfigError(
+            f"`{lora.lora_dropout}` was given with `init_lora_weights: {lora.init_lora_weights}`, which would drop out "
+            f"parts of the base weight too where only {asked} are adapted",
+            where=f"{_WHERE}.lora_dropout",
+            expected="0",
+            fix=fix,
+        )
+    if not started and lora.init_lora_weights not in BLOCK_INITS:
+        raise ConfigError(
+            f"`{lora.init_lora_weights}` changes the base weight, which cannot be done for {asked} alone",
+            where=f"{_WHERE}.init_lora_weights",
+            expected=", ".join(str(choice).lower() for choice in BLOCK_INITS),
+            fix=fix,
+        )
 
 
 def _require_known_patterns(lora: LoraConfig, targets: Targets) -> None:
@@ -337,10 +363,7 @@ def _require_known_patterns(lora: LoraConfig, targets: Targets) -> None:
 
 
 def _plain_config(
-    lora: LoraConfig,
-    targets: Targets,
-    blocks: Mapping[str, tuple[RowBlock, ...]],
-    sizes: Mapping[str, Mapping[str, int]],
+    model: nn.Module, lora: LoraConfig, targets: Targets, blocks: Mapping[str, tuple[RowBlock, ...]]
 ) -> LoraConfig:
     """The configuration that stock PEFT needs for the same adapter, with the row blocks on it; a copy."""
     ranks, alphas = {}, {}
@@ -357,12 +380,13 @@ def _plain_config(
         lora_alpha=alpha,
         rank_pattern=_by_leaf(ranks, default=r),
         alpha_pattern=_by_leaf(alphas, default=alpha),
+        init_lora_weights=changes_base(lora.init_lora_weights) or lora.init_lora_weights,
     )
     return _with_blocks(
         plain,
         {
             module: {
-                "sizes": dict(sizes[module.rpartition(".")[2]]),
+                "sizes": _sizes(model, module, [row.name for row in rows]),
                 "enabled": [row.name for row in rows],
                 "r": [row.r for row in rows],
                 "scaling": [row.scaling for row in rows],

@@ -9,7 +9,8 @@ disabled adapters, DoRA and the other variants, `lora_bias`, hooks on the inner 
 
 An adapter on row blocks has a `BlockUp` in the place of `lora_B`, and with DoRA a `BlockMagnitude` in that of
 `lora_magnitude_vector`. Their state dicts hold the plain, block-diagonal `lora_B.weight` and the lengths of all rows,
-and so do their attributes `weight`: what PEFT reads, saves, loads and swaps is a plain adapter.
+and so do their attributes `weight`: what PEFT reads, saves, loads and swaps is a plain adapter. One that starts from
+PiSSA or OLoRA has a `StartedDown` and a `StartedUp`, which hold beside what is trained what it started from.
 
 Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 """
@@ -43,20 +44,31 @@ from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.frozen import is_plain_linear
 from phlora.lora.operands import FrozenWeight
 
-# PEFT's initialisations that leave the base weight as it is. The others need the changed base again at every load,
-# which PEFT rebuilds for a whole weight only.
-BLOCK_INITS = (True, False, "gaussian", "orthogonal")
+# PEFT's initialisations for row blocks. PiSSA and OLoRA take what they start with out of the base weight, which PEFT
+# rebuilds at every load, for a whole weight only; see `changes_base`.
+BLOCK_INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
 
 
-class _PlainUp(Tensor):
-    """The plain `lora_B (N, R)` of a `BlockUp`, put together when asked for; what is written into it, hot swapping
-    for one, goes on into the blocks."""
+def changes_base(init: Any) -> bool:
+    """Whether an initialisation `init_lora_weights` takes `s·B⁰A⁰` out of the base weight: PiSSA and OLoRA.
 
-    _up: BlockUp
+    On row blocks the base stays as it is, and the adapter is `s · (BA - B⁰A⁰)`, a plain one of twice the rank, of which
+    the half `B⁰, A⁰` is not trained: `W + s·(BA - B⁰A⁰) = (W - s·B⁰A⁰) + s·BA`.
+    """
+    return isinstance(init, str) and (
+        init.lower() == "olora" or init == "pissa" or init.startswith("pissa_niter_")
+    )
+
+
+class _Plain(Tensor):
+    """The plain `lora_B (N, R)` of a `BlockUp` or `lora_A (R, K)` of a `StartedDown`, put together when asked for; what
+    is written into it, hot swapping for one, goes on into the blocks."""
+
+    _up: BlockUp | StartedDown
     _whole: Tensor
 
     @classmethod
-    def of(cls, up: BlockUp, plain: Tensor, whole: Tensor) -> _PlainUp:
+    def of(cls, up: BlockUp | StartedDown, plain: Tensor, whole: Tensor) -> _Plain:
         """`plain` is `whole`, or a view of it."""
         self = plain.as_subclass(cls)
         # PEFT's hot swapping exchanges the insides of tensors where shapes differ, and a copy would be all that gets
@@ -91,12 +103,12 @@ class _ByRows(nn.Module):
         """What is trained, in the order of `blocks`."""
         return [self.get_parameter(_name(block)) for block in self.blocks]
 
-    def _joined(self) -> Tensor:
+    def joined(self) -> Tensor:
         """The one `weight` for all rows, in a dtype that loses nothing."""
         raise NotImplementedError
 
-    def _split(self, plain: Tensor) -> Sequence[Tensor]:
-        """The values of `parts` in a `weight` for all rows."""
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        """Keep what is not trained of a `weight` for all rows, and return the values for `parts`."""
         raise NotImplementedError
 
     def _put(self, values: Iterable[Tensor]) -> None:
@@ -105,7 +117,7 @@ class _ByRows(nn.Module):
                 part.copy_(value)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        weight = self._joined()
+        weight = self.joined()
         destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(
@@ -127,7 +139,7 @@ class _ByRows(nn.Module):
         if key not in state_dict:
             missing_keys.append(key)
             return
-        values = self._split(state_dict[key])
+        values = self._receive(state_dict[key])
         if not local_metadata.get("assign_to_params_buffers", False):
             return self._put(values)
         for block, part, value in zip(self.blocks, self.parts, values, strict=True):
@@ -159,10 +171,15 @@ class BlockUp(_ByRows):
             self.register_parameter(_name(block), nn.Parameter(B.detach().clone()))
 
     @property
+    def values(self) -> Sequence[Tensor]:
+        """The B_i (N_i, R_i), trained or not."""
+        return self.parts
+
+    @property
     def weight(self) -> Tensor:
         """The block-diagonal `lora_B (N, ΣR_i)`, made anew; writing into it writes into the blocks."""
-        plain = self._joined().to(self.parts[0].dtype)
-        return _PlainUp.of(self, plain, plain)
+        plain = self.joined().to(self.parts[0].dtype)
+        return _Plain.of(self, plain, plain)
 
     def scaled(self, scaling: float) -> list[RowBlock]:
         """The blocks when the plain form's scaling is `scaling`, as PEFT's methods may have set it."""
@@ -178,7 +195,7 @@ class BlockUp(_ByRows):
         y = u.new_zeros(len(flat), self.out_features)
         factors = block_factors(self.blocks)
         for block, columns, factor, B in zip(
-            self.blocks, rank_slices(self.blocks), factors, self.parts, strict=True
+            self.blocks, rank_slices(self.blocks), factors, self.values, strict=True
         ):
             y[:, block.rows].addmm_(flat[:, columns], B.to(u.dtype).t(), alpha=factor)
         return y.view(*u.shape[:-1], self.out_features)
@@ -199,11 +216,114 @@ class BlockUp(_ByRows):
             B = nn.Parameter(value.clone(), requires_grad=like.requires_grad)
             self.register_parameter(_name(block), B)
 
-    def _joined(self) -> Tensor:
-        return to_block_diagonal(self.parts, self.blocks, out_features=self.out_features)
+    def joined(self) -> Tensor:
+        return to_block_diagonal(self.values, self.blocks, out_features=self.out_features)
 
-    def _split(self, plain: Tensor) -> Sequence[Tensor]:
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
         return from_block_diagonal(plain, self.blocks, dtype=self.parts[0].dtype)
+
+
+class _Started(_ByRows):
+    """With a buffer beside each part: what the part started from."""
+
+    def _start(self, halves: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for block, (value, start) in zip(self.blocks, halves, strict=True):
+            # Copies, as views would keep all of the plain matrix alive.
+            self.register_parameter(_name(block), nn.Parameter(value.detach().clone()))
+            self.register_buffer(f"start_{block.name}", start.detach().clone(), persistent=False)
+
+    @property
+    def starts(self) -> list[Tensor]:
+        """What is not trained, in the order of `blocks`."""
+        return [self.get_buffer(f"start_{block.name}") for block in self.blocks]
+
+    def _keep(self, halves: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        values = []
+        for buffer, (value, start) in zip(self.starts, halves, strict=True):
+            buffer.copy_(start.detach())
+            values.append(value)
+        return values
+
+
+class StartedDown(_Started):
+    """The A_i (R_i/2, K) of the row blocks, each above the A⁰_i that it started from, as `lora_A (ΣR_i, K)`.
+
+    Args:
+        lora_A: initial values (ΣR_i, K).
+        blocks: rows, ranks and scalings.
+    """
+
+    bias = None
+
+    def __init__(self, lora_A: Tensor, blocks: Sequence[RowBlock]) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.in_features, self.out_features = lora_A.shape[1], plain_rank(blocks)
+        self._start(self._halves(lora_A))
+
+    @property
+    def weight(self) -> Tensor:
+        """`lora_A (ΣR_i, K)`, made anew; writing into it writes into the blocks."""
+        plain = self.joined()
+        return _Plain.of(self, plain, plain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., ΣR_i)."""
+        return nn.functional.linear(x, self.joined())
+
+    def take(self, plain: Tensor) -> None:
+        """Become another `lora_A` of the same rank.
+
+        Raises:
+            ModelError: its rank is another.
+        """
+        self._put(self._receive(plain.detach()))
+
+    def joined(self) -> Tensor:
+        return torch.cat([half for pair in zip(self.parts, self.starts, strict=True) for half in pair])
+
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        if plain.shape != (self.out_features, self.in_features):
+            raise ModelError(
+                f"lora_A has the shape {tuple(plain.shape)}",
+                expected=f"({self.out_features}, {self.in_features}), the values that are trained and those before",
+                fix="load the adapter instead of swapping it in",
+            )
+        return self._keep(self._halves(plain))
+
+    def _halves(self, plain: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [plain[rows].chunk(2) for rows in rank_slices(self.blocks)]
+
+
+class StartedUp(_Started, BlockUp):
+    """A `BlockUp` whose B_i (N_i, R_i/2) stand beside the -B⁰_i that they started from.
+
+    Args:
+        lora_B: initial values (N_i, R_i), in the order of `blocks`.
+        blocks: rows, ranks and scalings.
+        out_features: N of the fused weight.
+    """
+
+    def __init__(self, lora_B: Iterable[Tensor], blocks: Sequence[RowBlock], *, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.blocks = tuple(blocks)
+        self.in_features, self.out_features = plain_rank(blocks), out_features
+        self._start([B.chunk(2, 1) for B in lora_B])
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [torch.cat(pair, 1) for pair in zip(self.parts, self.starts, strict=True)]
+
+    def take(self, plain: Tensor) -> None:
+        """Become another plain `lora_B (N, R)` on the same blocks.
+
+        Raises:
+            ModelError: it is none of these blocks and ranks.
+        """
+        self._put(self._receive(plain.detach()))
+
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        return self._keep([B.chunk(2, 1) for B in super()._receive(plain)])
 
 
 class BlockMagnitude(_ByRows, DoraLinearLayer):
@@ -229,7 +349,7 @@ class BlockMagnitude(_ByRows, DoraLinearLayer):
     @property
     def weight(self) -> Tensor:
         """The lengths `(N,)` of all rows, made anew."""
-        return self._joined()
+        return self.joined()
 
     def get_weight_norm(self, *args: Any, **kwargs: Any) -> Tensor:
         """The lengths `(N,)` that PEFT divides `weight` by.
@@ -245,15 +365,15 @@ class BlockMagnitude(_ByRows, DoraLinearLayer):
 
     def start(self, lengths: Tensor) -> None:
         """Take the lengths `(N,)` of all rows."""
-        self._put(self._split(lengths))
+        self._put(self._receive(lengths))
 
-    def _joined(self) -> Tensor:
+    def joined(self) -> Tensor:
         lengths = self.lengths.clone()
         for block, part in zip(self.blocks, self.parts, strict=True):
             lengths[block.rows] = part
         return lengths
 
-    def _split(self, plain: Tensor) -> Sequence[Tensor]:
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
         if plain.shape != self.lengths.shape:
             raise ModelError(
                 f"lora_magnitude_vector has the shape {tuple(plain.shape)}",
@@ -334,9 +454,10 @@ class LoraLinear(peft_lora.Linear):
 
     def _pair(self, name: str) -> tuple[Tensor, Sequence[Tensor], list[RowBlock]]:
         """lora_A (ΣR_i, K), the B_i and their blocks; a plain adapter is one block of all rows."""
-        lora_A, up, scaling = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
+        down, up, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        lora_A = down.joined() if isinstance(down, StartedDown) else down.weight
         if isinstance(up, BlockUp):
-            return lora_A, up.parts, up.scaled(scaling)
+            return lora_A, up.values, up.scaled(scaling)
         # Hot swapping changes the rank of the weight, and not what the module says of itself.
         rows, rank = up.weight.shape
         whole = RowBlock(name="", start=0, stop=rows, r=rank, scaling=scaling)
@@ -349,8 +470,8 @@ class LoraLinear(peft_lora.Linear):
             name not in self.lora_variant
             and not self.lora_bias[name]
             and isinstance(self.scaling[name], int | float)
-            and type(down) is nn.Linear
-            and type(up) in (nn.Linear, BlockUp)
+            and type(down) in (nn.Linear, StartedDown)
+            and type(up) in (nn.Linear, BlockUp, StartedUp)
             and type(dropout) in (nn.Dropout, nn.Identity)
             and all(_is_untouched(module) for module in (down, up, dropout))
         )
@@ -407,22 +528,32 @@ def start_blocks(
     Raises:
         ConfigError: PEFT cannot initialise a block.
     """
-    down = layer.lora_A[adapter_name]
-    pairs = [_initial_pair(down.weight, adapter_name, block, config) for block in blocks]
-    with torch.no_grad():
-        down.weight.copy_(torch.cat([A for A, _ in pairs]))
-    put_blocks(layer, adapter_name, [B for _, B in pairs], blocks)
+    pairs = [_initial_pair(layer, adapter_name, block, config) for block in blocks]
+    lora_A, down = torch.cat([A for A, _ in pairs]), layer.lora_A[adapter_name]
+    started = changes_base(config.init_lora_weights)
+    if started:
+        like = down.weight
+        down = StartedDown(lora_A, blocks).to(like.device, like.dtype).requires_grad_(like.requires_grad)
+        layer.lora_A[adapter_name] = down.train(layer.training)
+    else:
+        down.weight.data.copy_(lora_A)
+    put_blocks(layer, adapter_name, [B for _, B in pairs], blocks, kind=StartedUp if started else BlockUp)
     if adapter_name in layer.lora_magnitude_vector:
         layer.lora_magnitude_vector[adapter_name].start(_row_lengths(layer, adapter_name))
 
 
 def put_blocks(
-    layer: peft_lora.Linear, adapter_name: str, lora_B: Iterable[Tensor], blocks: Sequence[RowBlock]
+    layer: peft_lora.Linear,
+    adapter_name: str,
+    lora_B: Iterable[Tensor],
+    blocks: Sequence[RowBlock],
+    *,
+    kind: type[BlockUp] = BlockUp,
 ) -> None:
     """Put the B_i (N_i, R_i) in the place of an adapter's `lora_B`, and split DoRA's lengths where there are any; the
     stacked A is `lora_A` as it is."""
     before = layer.lora_B[adapter_name].weight
-    up = BlockUp(lora_B, blocks, out_features=layer.out_features)
+    up = kind(lora_B, blocks, out_features=layer.out_features)
     up.to(before.device, before.dtype).requires_grad_(before.requires_grad)
     layer.lora_B[adapter_name] = up.train(layer.training)
     if adapter_name in layer.lora_magnitude_vector:
@@ -441,19 +572,34 @@ def _row_lengths(layer: peft_lora.Linear, adapter_name: str) -> Tensor:
 
 
 def _initial_pair(
-    like: Tensor, adapter_name: str, block: RowBlock, config: LoraConfig
+    layer: peft_lora.Linear, adapter_name: str, block: RowBlock, config: LoraConfig
 ) -> tuple[Tensor, Tensor]:
-    """A_i (R_i, K) and B_i (N_i, R_i) as PEFT starts them, on the device and in the dtype of `like`."""
+    """A_i (R_i, K) and B_i (N_i, R_i) as PEFT starts them, on the device of the adapter.
+
+    Of an initialisation that changes the base, the values and then what takes them away again, of half the rank each.
+    """
+    like, started = layer.lora_A[adapter_name].weight, changes_base(config.init_lora_weights)
+    r = block.r // 2 if started else block.r
     with torch.device("meta"):
         base = nn.Linear(like.shape[1], block.size, bias=False)
-    # None of `BLOCK_INITS` reads the base weight; one number stands for all of it. DoRA's lengths do.
-    config = dataclasses.replace(config, use_dora=False)
-    base.weight = nn.Parameter(like.new_zeros(()).expand(block.size, like.shape[1]), requires_grad=False)
+    # The other initialisations do not read the base weight; one number stands for all of it. DoRA's lengths do.
+    weight = _rows(layer, block) if started else like.new_zeros(()).expand(block.size, like.shape[1])
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    config = dataclasses.replace(config, use_dora=False, use_rslora=False)
     try:
-        layer = peft_lora.Linear(base, adapter_name, config=config, r=block.r, lora_alpha=1)
+        fresh = peft_lora.Linear(base, adapter_name, config=config, r=r, lora_alpha=block.scaling * r)
+        A, B = (side[adapter_name].weight.detach() for side in (fresh.lora_A, fresh.lora_B))
+        if (len(A), B.shape[1]) != (r, r):
+            raise ValueError(f"rank {r} is more than a weight ({block.size}, {like.shape[1]}) has")
     except ValueError as error:
         raise ConfigError(f"{block.name}: {error}", where="peft_config.init_lora_weights") from None
-    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return (torch.cat([A, A]), torch.cat([B, -B], 1)) if started else (A, B)
+
+
+def _rows(layer: peft_lora.Linear, block: RowBlock) -> Tensor:
+    """The block's rows of the base weight, in fp32, a copy."""
+    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    return weight[block.rows].to(torch.float32, copy=True)
 
 
 def _fits(layer: peft_lora.Linear) -> bool:
