@@ -297,9 +297,16 @@ def _sizes(model: nn.Module, module: str, names: Iterable[str]) -> dict[str, int
     """Rows of every block of a fused weight, or of a whole one, which is a block of its own name."""
     leaf = module.rpartition(".")[2]
     sizes = fused_row_blocks(getattr(model, "config", None)).get(leaf, {})
-    if not sizes.keys() >= set(names):
-        return {leaf: getattr(model.get_submodule(module), "out_features", 0)}
-    return sizes
+    if sizes.keys() >= set(names):
+        return sizes
+    layer = model.get_submodule(module)
+    if not hasattr(layer, "out_features"):
+        raise ConfigError(
+            f"{module} is a `{type(layer).__name__}`, and PiSSA and OLoRA are for linear layers",
+            where=f"{_WHERE}.init_lora_weights",
+            fix=f"leave {leaf} out of target_modules",
+        )
+    return {leaf: layer.out_features}
 
 
 def _rank(lora: LoraConfig, name: str) -> int:

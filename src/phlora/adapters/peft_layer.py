@@ -226,7 +226,7 @@ class BlockUp(_ByRows):
 class _Started(_ByRows):
     """With a buffer beside each part: what the part started from."""
 
-    def _start(self, halves: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def _register(self, halves: Iterable[tuple[Tensor, Tensor]]) -> None:
         for block, (value, start) in zip(self.blocks, halves, strict=True):
             # Copies, as views would keep all of the plain matrix alive.
             self.register_parameter(_name(block), nn.Parameter(value.detach().clone()))
@@ -259,7 +259,7 @@ class StartedDown(_Started):
         super().__init__()
         self.blocks = tuple(blocks)
         self.in_features, self.out_features = lora_A.shape[1], plain_rank(blocks)
-        self._start(self._halves(lora_A))
+        self._register(self._halves(lora_A))
 
     @property
     def weight(self) -> Tensor:
@@ -308,7 +308,7 @@ class StartedUp(_Started, BlockUp):
         nn.Module.__init__(self)
         self.blocks = tuple(blocks)
         self.in_features, self.out_features = plain_rank(blocks), out_features
-        self._start([B.chunk(2, 1) for B in lora_B])
+        self._register([B.chunk(2, 1) for B in lora_B])
 
     @property
     def values(self) -> list[Tensor]:

@@ -137,6 +137,10 @@ def test_each_block_starts_as_peft_starts_a_layer_of_its_size(init: Any) -> None
         ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "drop out parts of the base weight too"),
         ({"init_lora_weights": "pissa", "r": 40}, "v_proj: rank 40 is more than a weight (32, 64) has"),
         ({"init_lora_weights": "pissa_niter_x"}, "q_proj: "),
+        (
+            {"init_lora_weights": "olora", "target_modules": ["q_proj", "embed_tokens"]},
+            "embed_tokens is a `Embedding`, and PiSSA and OLoRA are for linear layers",
+        ),
         ({"lora_bias": True}, "peft_config.lora_bias"),
         ({"rank_pattern": {"qkv_proj": 8}}, "`qkv_proj` matches nothing that is adapted"),
         ({"alpha_pattern": {"k_proj": 8}}, "`k_proj` matches nothing that is adapted"),
@@ -156,6 +160,25 @@ def test_whole_weights_start_as_peft_has_it(init: str) -> None:
     ids = torch.arange(3, 20).view(1, -1)
     expected = tiny_phi3()[0](input_ids=ids).logits
     torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_whole_weights_beside_row_blocks_leave_their_base_too() -> None:
+    targets = ["layers.0.self_attn.qkv_proj", "layers.1.self_attn.q_proj", "lm_head"]
+    result = attached(target_modules=targets, init_lora_weights="pissa")
+    assert result.summary.modules == {
+        "qkv_proj": (2, 4 * (64 + 128) + 4 * (64 + 64)),
+        "lm_head": (1, 4 * (64 + result.model.config.vocab_size)),
+    }
+    assert recorded_blocks(result.model)[QKV] == {
+        "sizes": {"qkv_proj": 128},
+        "enabled": ["qkv_proj"],
+        "r": [8],
+        "scaling": [2.0],
+    }
+    base = tiny_phi3()[0]
+    for name in (QKV, SECOND_QKV, "lm_head"):
+        assert torch.equal(layer_of(result.model, name).base_layer.weight, base.get_submodule(name).weight)
+    assert result.model.peft_config["default"].init_lora_weights is True
 
 
 def test_dora_on_a_whole_weight_stays_with_peft() -> None:
