@@ -28,16 +28,15 @@ SIZES = {
     "mlp.gate_up_proj": {"gate_proj": 112, "up_proj": 112},
 }
 BLOCKS = ["q_proj", "v_proj", "up_proj", "o_proj"]
-
 UNEQUAL = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"up_proj": 3}}
 DORA = {"use_dora": True}
 
 
-def dora(base: nn.Module | None = None, **fields: Any) -> PeftModel:
+def dora(**fields: Any) -> PeftModel:
     """A tiny Phi-3 with DoRA on row blocks, at values as after some training."""
     torch.manual_seed(0)
-    base = tiny_phi3()[0] if base is None else base
-    return randomize(attach(base, {"r": 4, "target_modules": BLOCKS, "use_dora": True, **fields}).model)
+    fields = {"r": 4, "target_modules": BLOCKS, "use_dora": True, **fields}
+    return randomize(attach(tiny_phi3()[0], fields).model)
 
 
 def randomize(model: Any) -> Any:
@@ -60,12 +59,17 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=IDS.to(next(model.parameters()).device)).logits
 
 
+def loss_of(model: nn.Module) -> Tensor:
+    ids = IDS.to(next(model.parameters()).device)
+    return model(input_ids=ids, labels=ids).loss
+
+
 def train(model: nn.Module, steps: int = 5) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        model(input_ids=IDS, labels=IDS).loss.backward()
+        loss_of(model).backward()
         optimizer.step()
     model.eval()
 
@@ -108,10 +112,10 @@ def test_output_and_every_gradient_are_the_formulas(fields: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_rows_in_no_block_are_the_bases_to_the_bit_and_have_no_parameter(dropout: float) -> None:
-    model = dora(lora_dropout=dropout)
+def test_rows_in_no_block_are_the_bases_to_the_bit_and_have_no_parameter(dropout: float, device: str) -> None:
+    model = dora(lora_dropout=dropout).to(device)
     train(model)
-    layer, x = qkv(model).train(), torch.randn(7, 64)
+    layer, x = qkv(model).train(), torch.randn(7, 64, device=device)
     y, base = layer(x), layer.base_layer(x)
     assert torch.equal(y[:, 64:96], base[:, 64:96])
     assert (y[:, :64] - base[:, :64]).abs().max() > 1e-2 and (y[:, 96:] - base[:, 96:]).abs().max() > 1e-2
@@ -209,13 +213,14 @@ def by_block(model: PeftModel, *, of: Any) -> dict[str, Tensor]:
         {"target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], "use_rslora": True},
     ],
 )
-def test_blocks_train_like_stock_peft_on_unfused_layers(fields: dict[str, Any]) -> None:
+def test_blocks_train_like_stock_peft_on_unfused_layers(fields: dict[str, Any], device: str) -> None:
     ours = dora(**fields)
     theirs = unfused(ours, **fields)
+    ours, theirs = ours.to(device), theirs.to(device)
     torch.testing.assert_close(logits(ours), logits(theirs), **ROUNDING)
     losses = []
     for model in (ours, theirs):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = loss_of(model)
         loss.backward()
         losses.append(loss.detach())
     torch.testing.assert_close(*losses)
@@ -256,14 +261,16 @@ def test_fresh_blocks_have_the_lengths_and_the_counts_of_unfused_layers() -> Non
 
 
 @pytest.mark.parametrize("fields", [{}, UNEQUAL, {"lora_dropout": 0.1}])
-def test_the_saved_adapter_has_equal_logits_in_stock_peft(tmp_path: Path, fields: dict[str, Any]) -> None:
-    model = dora(**fields)
+def test_the_saved_adapter_has_equal_logits_in_stock_peft(
+    tmp_path: Path, fields: dict[str, Any], device: str
+) -> None:
+    model = dora(**fields).to(device)
     train(model)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     rows = {n.split(".")[-2]: len(t) for n, t in tensors.items() if n.endswith("lora_magnitude_vector")}
     assert rows == {"qkv_proj": 128, "gate_up_proj": 224, "o_proj": 64}
-    theirs = PeftModel.from_pretrained(tiny_phi3()[0], tmp_path).eval()
+    theirs = PeftModel.from_pretrained(tiny_phi3()[0], tmp_path).to(device).eval()
     assert not any(isinstance(module, BlockMagnitude) for module in theirs.modules())
     torch.testing.assert_close(logits(theirs), logits(model), **ROUNDING)
 
@@ -306,7 +313,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     def steps(model: PeftModel, optimizer: Any) -> None:
         for _ in range(2):
             optimizer.zero_grad()
-            model(input_ids=IDS, labels=IDS).loss.backward()
+            loss_of(model).backward()
             optimizer.step()
 
     def start() -> tuple[PeftModel, Any]:
@@ -389,7 +396,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         model = dora().train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        model(input_ids=IDS, labels=IDS).loss.backward()
+        loss_of(model).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
@@ -407,7 +414,9 @@ STARTS = [("pissa", {}), ("olora", {}), ("pissa", UNEQUAL), ("pissa", {"use_rslo
 
 
 @pytest.mark.parametrize(("init", "fields"), STARTS)
-def test_started_blocks_train_like_stock_peft_on_unfused_layers(init: str, fields: dict[str, Any]) -> None:
+def test_started_blocks_train_like_stock_peft_on_unfused_layers(
+    init: str, fields: dict[str, Any], device: str
+) -> None:
     ours = started(init, **fields)
     config = {"r": 4, "lora_alpha": 8, "target_modules": BLOCKS, "init_lora_weights": init, **fields}
     theirs = get_peft_model(llama(tiny_phi3()[0]), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
@@ -417,10 +426,11 @@ def test_started_blocks_train_like_stock_peft_on_unfused_layers(init: str, field
         for m in ours.modules()
         if isinstance(m, peft_lora.Linear) and not m.lora_variant
     )
-    torch.testing.assert_close(logits(ours), logits(tiny_phi3()[0]), **ROUNDING)
+    base, ours, theirs = (model.to(device) for model in (tiny_phi3()[0], ours, theirs))
+    torch.testing.assert_close(logits(ours), logits(base), **ROUNDING)
     losses = []
     for model in (ours, theirs):
-        loss = model(input_ids=IDS, labels=IDS).loss
+        loss = loss_of(model)
         loss.backward()
         losses.append(loss.detach())
     torch.testing.assert_close(*losses)
@@ -436,9 +446,9 @@ def test_started_blocks_train_like_stock_peft_on_unfused_layers(init: str, field
         )
         for _ in range(5):
             optimizer.zero_grad()
-            model(input_ids=IDS, labels=IDS).loss.backward()
+            loss_of(model).backward()
             optimizer.step()
-    assert (logits(ours) - logits(tiny_phi3()[0])).abs().max() > 0.1
+    assert (logits(ours) - logits(base)).abs().max() > 0.1
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-3, atol=1e-3)
 
 
