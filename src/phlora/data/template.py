@@ -78,22 +78,32 @@ class _Skeleton:
 
 @dataclass(frozen=True)
 class Frame:
-    """A skeleton in which every message stands once and in order.
+    """A skeleton in which the messages stand in order, each once or, where it is empty, not at all.
 
-    `tails` are the characters after each content that belong to its turn's end.
+    Attributes:
+        shape: per message its role and whether it says anything.
+        literals: the template's text around the contents.
+        order: the messages that have a place.
+        tails: the characters after each content that belong to its turn's end.
+        notes: as in `Rendering`.
     """
 
+    shape: tuple[tuple[str, bool], ...]
     literals: tuple[str, ...]
+    order: tuple[int, ...]
     tails: tuple[int, ...]
     notes: frozenset[str]
 
     def fill(self, messages: Sequence[Message]) -> Rendering:
-        """The rendering of messages of these roles."""
-        contents = [message["content"] for message in messages]
+        """The rendering of messages of this shape."""
+        contents = [messages[index]["content"] for index in self.order]
         parts = list(chain.from_iterable(zip(self.literals, contents, strict=False)))
         borders = list(accumulate(map(len, parts)))
-        spans = list(zip(borders[::2], borders[1::2], strict=True))
-        ends = [span[1] + tail for span, tail in zip(spans, self.tails, strict=True)]
+        spans: list[Span | None] = [None] * len(messages)
+        ends = [0] * len(messages)
+        for index, start, end, tail in zip(self.order, borders[::2], borders[1::2], self.tails, strict=True):
+            spans[index] = (start, end)
+            ends[index] = end + tail
         return Rendering("".join((*parts, self.literals[-1])), messages, spans, ends, self.notes, self)
 
 
@@ -164,7 +174,10 @@ class ChatTemplate:
             rendering = self._render_really(messages, tools, generation)
             frame = self._frame(messages, generation)
             if frame is not None and frame.fill(messages) != rendering:
-                self.__dict__["_writes_contents_only"] = False
+                frame = None
+                # An empty content may have chosen another branch than the placeholder in its place.
+                if all(message["content"] for message in messages):
+                    self.__dict__["_writes_contents_only"] = False
             if len(self._frames) >= _MAX_SKELETONS:
                 self._frames.clear()
             self._frames[key] = frame
@@ -173,9 +186,11 @@ class ChatTemplate:
         return known.fill(messages) if known else self._render_really(messages, tools, generation)
 
     def _frame(self, messages: Sequence[Message], generation: bool) -> Frame | None:
-        """The frame of chats of this shape; None where a message has no place or more than one."""
+        """The frame of chats of this shape; None where a content has no place or more than one."""
         skeleton = self._skeleton(messages, None, generation)
-        if skeleton.order != tuple(range(len(messages))):
+        order = skeleton.order
+        placed = [index for index, message in enumerate(messages) if message["content"] or index in order]
+        if not placed or placed != list(order):
             return None
         tails = []
         for literal in skeleton.literals[1:]:
@@ -183,14 +198,16 @@ class ChatTemplate:
                 return None  # what ends the turn would depend on the next content
             tails.append(len(self.turn_end) if literal.startswith(self.turn_end) else 0)
         final = skeleton.literals[-1]
-        if not generation and final[tails[-1] :].strip() == self.tokenizer.eos_token:
+        is_last_placed = order[-1] == len(messages) - 1
+        if is_last_placed and not generation and final[tails[-1] :].strip() == self.tokenizer.eos_token:
             tails[-1] = len(final)
+        shape = tuple((message["role"], bool(message["content"])) for message in messages)
         notes = set()
-        if any(m["role"] == "assistant" and not tail for m, tail in zip(messages, tails, strict=True)):
+        if any(shape[index][0] == "assistant" and not tail for index, tail in zip(order, tails, strict=True)):
             notes.add("missing_end_token")
         if messages[0]["role"] != "system" and self.default_system:
             notes.add("default_system")
-        return Frame(skeleton.literals, tuple(tails), frozenset(notes))
+        return Frame(shape, skeleton.literals, order, tuple(tails), frozenset(notes))
 
     def _render_really(
         self, messages: Sequence[Message], tools: list[Any] | None, generation: bool
@@ -421,15 +438,18 @@ class ChatTemplate:
 CLOCK = "strftime_now"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _END_GENERATION = re.compile(r"\{%-?\s*endgeneration\s*-?%\}")
+# By these a message gives away more than one of its keys.
+_DICT_METHODS = frozenset(dir(dict))
 # What a template may be made of for its contents to be sure to be written as they are.
 _STATEMENTS = (nodes.Template, nodes.Output, nodes.TemplateData, nodes.For, nodes.If, nodes.Assign)
 
 
 def writes_contents_only(template: str) -> bool:
-    """Whether a chat template provably writes contents as they are and decides nothing by them.
+    """Whether a chat template provably writes contents as they are and decides nothing by what they say.
 
-    Sufficient, not necessary: contents are only added to texts and written, messages are only looped over and
-    asked for their role. What is kept in a variable, filtered, tested or captured counts as looked into.
+    Sufficient, not necessary: contents are only added to texts and written, or asked whether they are empty;
+    messages are only looped over and asked for their role, or for keys that plain messages do not have. What is
+    kept in a variable, filtered, compared or captured counts as looked into.
     """
     try:
         # Generation markers write what stands between them as it is.
@@ -450,22 +470,47 @@ def _is_harmless(node: nodes.Node, parents: dict[nodes.Node, nodes.Node], items:
     """Whether one node uses messages and contents only as `writes_contents_only` allows."""
     key = _key_of(node)
     if key == "content":
-        parent = parents[node]
-        while isinstance(parent, nodes.Add | nodes.Concat):
-            parent = parents[parent]
-        return isinstance(parent, nodes.Output)
+        return _is_written(node, parents) or _is_condition(node, parents)
     if key in ("previtem", "nextitem") or _is_name(node, "self") or _is_name(node, CLOCK):
         return False
     if _is_name(node, "messages"):
         parent = parents[node]
-        is_first_or_last = isinstance(parent, nodes.Getitem) and isinstance(parent.arg, nodes.Const)
+        is_first_or_last = isinstance(parent, nodes.Getitem) and _is_constant(parent.arg)
         return isinstance(parent, nodes.For) or (is_first_or_last and _key_of(parents[parent]) == "role")
     if isinstance(node, nodes.Name) and node.name in items:
         parent = parents[node]
-        return _key_of(parent) in ("role", "content") or (
-            isinstance(parent, nodes.For) and parent.target is node
-        )
+        if isinstance(parent, nodes.For):
+            return parent.target is node
+        if isinstance(parent, nodes.Operand):
+            asks = parents[parent]
+            return (
+                parent.op in ("in", "notin")
+                and isinstance(asks, nodes.Compare)
+                and isinstance(asks.expr, nodes.Const)
+            )
+        asked = _key_of(parent)
+        return isinstance(asked, str) and asked not in _DICT_METHODS
     return True
+
+
+def _is_written(node: nodes.Node, parents: dict[nodes.Node, nodes.Node]) -> bool:
+    """Whether a value is only put among texts that are written."""
+    parent = parents[node]
+    while isinstance(parent, nodes.Add | nodes.Concat):
+        parent = parents[parent]
+    return isinstance(parent, nodes.Output)
+
+
+def _is_condition(node: nodes.Node, parents: dict[nodes.Node, nodes.Node]) -> bool:
+    """Whether a value only chooses a branch by being empty or not."""
+    while isinstance(parents[node], nodes.And | nodes.Or | nodes.Not):
+        node = parents[node]
+    parent = parents[node]
+    return isinstance(parent, nodes.If) and parent.test is node
+
+
+def _is_constant(node: nodes.Node) -> bool:
+    return isinstance(node.node if isinstance(node, nodes.Neg) else node, nodes.Const)
 
 
 def _all_nodes(tree: nodes.Node) -> list[nodes.Node]:

@@ -368,29 +368,86 @@ class _Landmarks:
     token that follows it. That needs no offsets, and holds for all contents without control tokens of their own.
 
     Attributes:
-        headers: per message the control tokens up to its content, and the ids between the last of them and it.
-        ends: per message the control tokens up to the end of its turn; None: it ends with the row.
+        order: the messages that have a place, of `num_messages`.
+        headers: per place the control tokens up to its content, and the ids between the last of them and it.
+        ends: per place the control tokens up to the end of its turn; None: it ends with the row.
         num_controls: of the whole frame.
+        marks: what the template's generation markers enclose; None where there are none to be heeded.
     """
 
     control_ids: frozenset[int]
+    num_messages: int
+    order: tuple[int, ...]
     headers: tuple[tuple[int, list[int]], ...]
     ends: tuple[int | None, ...]
     num_controls: int
+    marks: _Marks | None = None
 
     def ranges(self, ids: list[int]) -> list[Span] | None:
         """The tokens of each turn, content and end; None where a header is merged with its content."""
         places = [place for place, token in enumerate(ids) if token in self.control_ids]
         if len(places) != self.num_controls:
             return None
-        found = []
-        for (num_before, header), end in zip(self.headers, self.ends, strict=True):
+        found = [(0, 0)] * self.num_messages
+        for index, (num_before, header), end in zip(self.order, self.headers, self.ends, strict=True):
             start = places[num_before - 1] + 1
             stop = start + len(header)
             if ids[start:stop] != header:
                 return None
-            found.append((stop, len(ids) if end is None else places[end - 1] + 1))
+            found[index] = (stop, len(ids) if end is None else places[end - 1] + 1)
         return found
+
+    def owned(self, ranges: Sequence[Span], num_tokens: int) -> list[Span]:
+        """The tokens of each turn from the end of the one before it up to the next content."""
+        owned = [(0, 0)] * self.num_messages
+        following = num_tokens
+        for index in reversed(self.order):
+            owned[index] = (ranges[index - 1][1] if index else 0, following)
+            following = ranges[index][0]
+        return owned
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Which tokens of a frame stand between generation markers.
+
+    Attributes:
+        literals: a byte for each token of each literal.
+        contents: whether they are enclosed.
+    """
+
+    literals: tuple[bytes, ...]
+    contents: tuple[bool, ...]
+
+    def mask(self, starts: Sequence[int], num_tokens: int) -> bytes:
+        """A byte for each token of a row in which the contents begin at `starts`."""
+        parts = [self.literals[0]]
+        following = [*starts[1:], num_tokens]
+        for start, stop, literal, is_marked in zip(
+            starts, following, self.literals[1:], self.contents, strict=True
+        ):
+            parts += [bytes([is_marked]) * (stop - len(literal) - start), literal]
+        return b"".join(parts)
+
+
+def _marks(
+    landmarks: _Landmarks, ids: Sequence[int], ranges: Sequence[Span], mask: Sequence[int]
+) -> _Marks | None:
+    """What a mask encloses, from a row with contents of a token or so; None where contents alone decide a border.
+
+    That is where markers end with a content: its last character may be of several tokens.
+    """
+    literals, contents, last = [], [], 0
+    for index in landmarks.order:
+        start = ranges[index][0]
+        stop = next(place for place in range(start, len(ids)) if ids[place] in landmarks.control_ids)
+        is_marked = any(mask[start:stop])
+        if is_marked and not all(mask[start : stop + 1]):
+            return None
+        literals.append(bytes(mask[last:start]))
+        contents.append(is_marked)
+        last = stop
+    return _Marks((*literals, bytes(mask[last:])), tuple(contents))
 
 
 def _landmarks(frame: Frame, template: ChatTemplate, encoder: _Encoder) -> _Landmarks | None:
@@ -400,7 +457,10 @@ def _landmarks(frame: Frame, template: ChatTemplate, encoder: _Encoder) -> _Land
     added = [
         token for token in tokenizer.added_tokens_decoder.values() if token.content in template.control_tokens
     ]
-    if any(token.lstrip or token.single_word or token.normalized for token in added):
+    if any(
+        token.lstrip or token.single_word or token.normalized or (token.rstrip and not token.special)
+        for token in added
+    ):
         return None
     headers, ends, num_controls = [], [], 0
     for number, literal in enumerate(frame.literals):
@@ -420,7 +480,9 @@ def _landmarks(frame: Frame, template: ChatTemplate, encoder: _Encoder) -> _Land
             if header[0] not in control_ids or tokenizer.unk_token_id in header:
                 return None
             headers.append((num_controls, header[1:]))
-    return _Landmarks(frozenset(control_ids), tuple(headers), tuple(ends), num_controls)
+    return _Landmarks(
+        frozenset(control_ids), len(frame.shape), frame.order, tuple(headers), tuple(ends), num_controls
+    )
 
 
 def control_spans(rendering: Rendering, template: ChatTemplate) -> list[Span]:
@@ -579,15 +641,31 @@ class _RowTokenizer:
         return _Draft(row, rendering.text, rendering, is_simple=simple, landmarks=landmarks)
 
     def _landmarks_of(self, rendering: Rendering) -> _Landmarks | None:
-        """None also where offsets are needed for more: for a template's own mask, for swallowed white space."""
+        """None also where offsets are needed for more: for swallowed white space."""
         frame = rendering.frame
-        if frame is None or (self.options.training_template is not None and self.options.train_on != "all"):
+        if frame is None:
             return None
         if any(m["role"] == "assistant" and m["content"][:1].isspace() for m in rendering.messages):
             return None
         if frame not in self.landmarks:
-            self.landmarks[frame] = _landmarks(frame, self.template, self.encoder)
+            self.landmarks[frame] = self._find_landmarks(frame)
         return self.landmarks[frame]
+
+    def _find_landmarks(self, frame: Frame) -> _Landmarks | None:
+        """With generation markers that are heeded: where a chat of this shape shows what they enclose."""
+        landmarks = _landmarks(frame, self.template, self.encoder)
+        if landmarks is None or not self._heeds_markers:
+            return landmarks
+        probe = frame.fill([{"role": role, "content": "x" if says else ""} for role, says in frame.shape])
+        (ids,) = self.encoder.ids([probe.text])
+        mask, ranges = self._generation_mask(probe.messages, ids), landmarks.ranges(ids)
+        if mask is None or ranges is None:
+            return landmarks if ranges else None
+        marks = _marks(landmarks, ids, ranges, mask)
+        roles = [frame.shape[index][0] for index in frame.order]
+        if marks is None or any(m and r != "assistant" for m, r in zip(marks.contents, roles, strict=True)):
+            return None
+        return replace(landmarks, marks=marks)
 
     def _finish(self, draft: _Draft, encoded: Encoded | None) -> _TokenRow | Skipped:
         result = self._tokens(draft, encoded)
@@ -603,7 +681,7 @@ class _RowTokenizer:
         if encoded and draft.landmarks:
             ranges = draft.landmarks.ranges(encoded[0])
             if ranges is not None:
-                return self._chat_between(draft, draft.rendering, encoded[0], ranges)
+                return self._chat_between(draft, draft.rendering, encoded[0], draft.landmarks, ranges)
         elif encoded:
             return self._chat(draft, draft.rendering, *encoded)
         return self._chat(
@@ -655,10 +733,19 @@ class _RowTokenizer:
         return _TokenRow(ids, trained, weights, draft.row.origin, draft.num_cut_messages)
 
     def _chat_between(
-        self, draft: _Draft, rendering: Rendering, ids: list[int], ranges: list[Span]
+        self,
+        draft: _Draft,
+        rendering: Rendering,
+        ids: list[int],
+        landmarks: _Landmarks,
+        ranges: list[Span],
     ) -> _TokenRow:
         """As `_chat`, with the tokens of each turn known."""
-        trained, weights = self._mark(rendering, ids, ranges.__getitem__, None, draft.row)
+        mask = None
+        if landmarks.marks:
+            mask = landmarks.marks.mask([ranges[index][0] for index in landmarks.order], len(ids))
+            ranges = landmarks.owned(ranges, len(ids))
+        trained, weights = self._mark(rendering, ids, ranges.__getitem__, mask, draft.row)
         self._note(rendering.notes, draft.row.origin)
         return _TokenRow(ids, trained, weights, draft.row.origin, draft.num_cut_messages)
 
@@ -671,7 +758,7 @@ class _RowTokenizer:
         self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row
     ) -> tuple[bytearray, list[float] | None]:
         """Which tokens of a chat are trained, and their weights."""
-        mask = self._generation_mask(rendering, ids, row)
+        mask = self._generation_mask(rendering.messages, ids, row.tools) if self._heeds_markers else None
 
         def tokens_of(index: int) -> Span:
             return self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)
@@ -683,7 +770,7 @@ class _RowTokenizer:
         rendering: Rendering,
         ids: list[int],
         tokens_of: Callable[[int], Span],
-        mask: list[int] | None,
+        mask: Sequence[int] | None,
         row: Row,
     ) -> tuple[bytearray, list[float] | None]:
         trains_all = self.options.train_on == "all"
@@ -720,18 +807,22 @@ class _RowTokenizer:
         owned = (before, following[0] if following else len(rendering.text))
         return _token_range(offsets, owned, ids, self._control_ids)
 
-    def _generation_mask(self, rendering: Rendering, ids: list[int], row: Row) -> list[int] | None:
-        """The training template's own mask, where it exists and speaks of the same tokens."""
-        if self.options.training_template is None or self.options.train_on == "all":
-            return None
+    @cached_property
+    def _heeds_markers(self) -> bool:
+        return self.options.training_template is not None and self.options.train_on != "all"
+
+    def _generation_mask(
+        self, messages: Sequence[Message], ids: list[int], tools: list[Any] | None = None
+    ) -> list[int] | None:
+        """The training template's own mask, where it marks anything and speaks of the same tokens."""
         chat = [
             {key: value for key, value in message.items() if key not in ("train", "weight")}
-            for message in rendering.messages
+            for message in messages
         ]
         with self.encoder.lock:
             encoded = self.tokenizer.apply_chat_template(
                 chat,
-                tools=row.tools,
+                tools=tools,
                 chat_template=self.options.training_template,
                 return_dict=True,
                 return_assistant_tokens_mask=True,

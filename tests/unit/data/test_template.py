@@ -27,6 +27,15 @@ DEFAULT_SYSTEM = (
 GENERATION = CHATML.replace("{{ '<|im_start|>'", "{%- generation -%}{{ '<|im_start|>'").replace(
     "{% endfor %}", "{%- endgeneration -%}{% endfor %}"
 )
+# Leaves out the turns that say nothing, as newer templates do with the system prompt.
+SKIPS_EMPTY = CHATML.replace("{{ '<|im_start|>'", "{% if message['content'] %}{{ '<|im_start|>'").replace(
+    "{% endfor %}", "{% endif %}{% endfor %}"
+)
+ASKS_FOR_TOOLS = CHATML.replace(
+    "message['content']",
+    "message['content'] + ('<tools>' + message['tools'] if 'tools' in message and message['tools'] is not none "
+    "else '')",
+)
 # Ends without the text that ends a turn elsewhere, or with only a part of it.
 OPEN_END = CHATML.replace("+ '<|im_end|>\n' }}", "}}{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}")
 TEMPLATES = {
@@ -34,6 +43,8 @@ TEMPLATES = {
     "phi3_without_system": (phi3_tokenizer, PHI3_WITHOUT_SYSTEM),
     "chatml": (chatml_tokenizer, CHATML),
     "default_system": (chatml_tokenizer, DEFAULT_SYSTEM),
+    "skips_empty": (chatml_tokenizer, SKIPS_EMPTY),
+    "asks_for_tools": (chatml_tokenizer, ASKS_FOR_TOOLS),
     "open_end": (chatml_tokenizer, OPEN_END),
     "no_end": (chatml_tokenizer, CHATML.replace("<|im_end|>", "")),
     "twice": (chatml_tokenizer, CHATML.replace("message['content']", "message.content + message.content")),
@@ -60,7 +71,7 @@ def _chats(num_chats):
     for _ in range(num_chats):
         roles = ["system"] * (generator.random() < 0.3) + ["user", "assistant"] * generator.randint(1, 4)
         yield [
-            {"role": role, "content": "".join(generator.choices(PARTS, k=generator.randint(1, 3)))}
+            {"role": role, "content": "".join(generator.choices(PARTS, k=generator.choice((1, 1, 2, 3))))}
             for role in roles
         ]
 
@@ -92,6 +103,28 @@ def test_known_shapes_are_not_rendered_again(monkeypatch):
     assert rendering.text.count(LANGUAGES["hi"]) == 2
 
 
+@pytest.mark.parametrize("name", ["phi3", "skips_empty"])
+def test_an_empty_system_prompt_costs_no_rendering_either(name, monkeypatch):
+    make, text = TEMPLATES[name]
+    template = ChatTemplate(make(text))
+    chat = [{"role": role, "content": role[1:]} for role in ("system", "user", "assistant")]
+    chat[0]["content"] = ""
+    expected = template.render(chat)
+    assert expected.spans[0] is None
+    monkeypatch.setattr(template, "_apply", None)
+    assert template.render(chat) == expected
+
+
+def test_an_empty_turn_that_is_left_out_does_not_slow_down_the_others(monkeypatch):
+    template = ChatTemplate(chatml_tokenizer(SKIPS_EMPTY))
+    roles = ("user", "assistant") * 2
+    full = [{"role": role, "content": "a"} for role in roles]
+    expected = template.render(full)
+    assert template.render([full[0], {**full[1], "content": ""}, *full[2:]]).text.count("assistant") == 1
+    monkeypatch.setattr(template, "_apply", None)
+    assert template.render(full) == expected
+
+
 def test_a_template_that_is_not_what_its_syntax_shows_is_rendered_from_then_on(monkeypatch):
     template = ChatTemplate(phi3_tokenizer())
     render = ChatTemplate._apply
@@ -112,7 +145,18 @@ def test_a_template_that_is_not_what_its_syntax_shows_is_rendered_from_then_on(m
         (GENERATION, True),
         (TRIMMED, False),
         (REASONING, False),
-        ("{% for m in messages %}{% if m.content %}x{% endif %}{% endfor %}", False),
+        (GENERATION.replace("loop.last", "messages[-1]['role'] == 'user'"), True),
+        (SKIPS_EMPTY, True),
+        (ASKS_FOR_TOOLS, True),
+        ("{% for m in messages %}{% if m.content == 'a' %}x{% endif %}{% endfor %}", False),
+        ("{% for m in messages %}{% if m.content | trim %}x{% endif %}{% endfor %}", False),
+        ("{% for m in messages %}{{ m.content or 'x' }}{% endfor %}", False),
+        ("{% for m in messages %}{% if m.content in 'abc' %}x{% endif %}{% endfor %}", False),
+        ("{% for m in messages %}{% if 'a' in m.content %}x{% endif %}{% endfor %}", False),
+        ("{% for m in messages %}{% if m in messages %}x{% endif %}{% endfor %}", False),
+        ("{% for m in messages %}{{ m.items() }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m['get']('content') }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].content }}", False),
         ("{% for m in messages %}{% set c = m.content %}{{ c }}{% endfor %}", False),
         ("{% for m in messages %}{{ m.role + m['content'] }}{{ loop.previtem }}{% endfor %}", False),
         ("{% for m in messages %}{{ m | tojson }}{% endfor %}", False),

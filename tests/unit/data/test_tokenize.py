@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from chat_tokenizers import (
@@ -10,6 +11,7 @@ from chat_tokenizers import (
     LANGUAGES,
     LLAMA2,
     PHI3,
+    PHI3_SPECIALS,
     PHI3_WITHOUT_SYSTEM,
     REASONING,
     TRIMMED,
@@ -17,6 +19,8 @@ from chat_tokenizers import (
     llama2_tokenizer,
     phi3_tokenizer,
 )
+from tokenizers import AddedToken
+from trl.chat_template_utils import phi3_5_training_chat_template, phi3_training_chat_template
 
 from phlora.data.formats import load_rows
 from phlora.data.tokenize import (
@@ -208,6 +212,108 @@ def test_the_common_templates_need_no_offsets(family, monkeypatch):
     tokenize_rows(rows, tokenizer)
     monkeypatch.setattr("phlora.data.tokenize._token_range", None)
     assert len(tokenize_rows(rows, tokenizer).rows) == len(rows)
+
+
+def _marked_chatml(before, inside, after):
+    """ChatML with generation markers around a part of each assistant turn."""
+    turn = f"{{{{ {before!r} }}}}{{% generation %}}{{{{ {inside} }}}}{{% endgeneration %}}{{{{ {after!r} }}}}"
+    return CHATML.replace(
+        "{{ '<|im_start|>'",
+        f"{{% if message['role'] == 'assistant' %}}{turn}{{% else %}}{{{{ '<|im_start|>'",
+        1,
+    ).replace("{% endfor %}", "{% endif %}{% endfor %}")
+
+
+def phi3_sentencepiece(template):
+    """Phi-3's control tokens in a vocabulary like Llama's, as Phi-3-mini has them."""
+    tokenizer = llama2_tokenizer(template)
+    tokens = [AddedToken(token, rstrip=True, normalized=False) for token in PHI3_SPECIALS]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.eos_token = "<|endoftext|>"
+    return tokenizer
+
+
+HEADER, CONTENT, END = "<|im_start|>assistant\n", "message['content']", "<|im_end|>\n"
+TRAINING = {
+    "phi3": (phi3_tokenizer, phi3_training_chat_template),
+    "phi3_plain": (FAMILIES["phi3_plain"][0], phi3_training_chat_template),
+    "phi3_sentencepiece": (phi3_sentencepiece, phi3_training_chat_template),
+    "phi3_5": (phi3_tokenizer, phi3_5_training_chat_template),
+    "answer_and_end": (chatml_tokenizer, _marked_chatml(HEADER, f"{CONTENT} + {END!r}", "")),
+    "whole_turn": (chatml_tokenizer, _marked_chatml("", f"{HEADER!r} + {CONTENT} + {END!r}", "")),
+    "answer_alone": (chatml_tokenizer, _marked_chatml(HEADER, CONTENT, END)),
+    "end_alone": (
+        chatml_tokenizer,
+        CHATML.replace("+ '<|im_end|>", "}}{% generation %}{{ '<|im_end|>").replace(
+            "{% endfor %}", "{% endgeneration %}{% endfor %}"
+        ),
+    ),
+    "all_turns": (
+        phi3_tokenizer,
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}{% generation %}"
+        "{{ message['content'] + '<|end|>\n' }}{% endgeneration %}{% endfor %}",
+    ),
+    "no_turn": (
+        chatml_tokenizer,
+        CHATML.replace("{% endfor %}", "{% endfor %}{% generation %}{% endgeneration %}"),
+    ),
+}
+
+
+def _any_chat(generator):
+    """Turns of all kinds: empty, with control tokens, with white space around them, with keys of their own."""
+    pieces = [*PARTS, *PARTS, "<|end|>", "<|im_end|>", "<|assistant|>", " ", "\n"]
+    keys = [{}, {}, {}, {}, {"train": True}, {"train": False}, {"weight": 0.5}, {"weight": 0}]
+
+    def turn(role):
+        content = "".join(generator.choices(pieces, k=generator.randint(1, 4)))
+        content = generator.choice([content.strip(), content.strip(), content, ""])
+        return {"role": role, "content": content, **generator.choice(keys)}
+
+    chat = [system(generator.choice(["", "Be brief."]))] if generator.random() < 0.4 else []
+    return chat + [turn(role) for role in ("user", "assistant") * generator.randint(1, 4)]
+
+
+@pytest.mark.parametrize("family", TRAINING)
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+def test_rows_of_a_training_template_are_trained_where_its_own_mask_says(family, train_on, monkeypatch):
+    make, template = TRAINING[family]
+    generator = random.Random(2)
+    rows = [replace(_row(*_any_chat(generator)), weight=generator.choice((1, 2))) for _ in range(200)]
+    options = {"train_on": train_on, "max_length": 250, "training_template": template, "on_bad": "collect"}
+    fast = tokenize_rows(rows, make(template), **options)
+    monkeypatch.setattr("phlora.data.template.writes_contents_only", lambda template: False)
+    oracle = tokenize_rows(rows, make(template), **options)
+    assert list(fast.rows) == list(oracle.rows)
+    assert (fast.skipped, fast.cut) == (oracle.skipped, oracle.cut)
+    assert {note.kind: note.origins for note in fast.notes} == {
+        note.kind: note.origins for note in oracle.notes
+    }
+    assert len(fast.rows) > len(rows) / 2
+
+
+@pytest.mark.parametrize(
+    "family", ["phi3", "phi3_plain", "phi3_sentencepiece", "phi3_5", "answer_and_end", "whole_turn"]
+)
+def test_a_training_template_is_asked_once_for_chats_of_one_shape(family, monkeypatch):
+    make, template = TRAINING[family]
+    tokenizer = make(template)
+    options = {"training_template": template, "train_on": "assistant"}
+    rows = [_row(system(""), user(text), assistant(text)) for text in LANGUAGES.values()]
+    asked = []
+    apply = tokenizer.apply_chat_template
+
+    def count(*args, **kwargs):
+        asked.append(args)
+        return apply(*args, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", count)
+    tokenize_rows(rows[:1], tokenizer, **options)
+    for_one = len(asked)
+    monkeypatch.setattr("phlora.data.tokenize._token_range", None)
+    assert len(tokenize_rows(rows, tokenizer, **options).rows) == len(rows)
+    # One mask for each shape and call; the rendering is remembered with the tokenizer.
+    assert len(asked) == for_one + 1
 
 
 @pytest.mark.parametrize("record", [RECORDS["text"], RECORDS["messages"]], ids=["text", "chat"])
