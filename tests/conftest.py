@@ -9,6 +9,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 
+# Only converted models may stay in it: converting one takes long.
+_USERS_CACHE = os.environ.get("PHLORA_CACHE")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """The cache of this session and of the processes that it starts; nothing goes into the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHLORA_CACHE", str(folder))
+        yield folder
+
 
 def pytest_generate_tests(metafunc):
     """Run a test that asks for `device` on the processor, and on a GPU where there is one."""
@@ -57,12 +69,16 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder():
+def smollm2_folder(cache_folder):
     """The folder of the embedded model; the first use on a machine converts it."""
     pytest.importorskip("gguf")
     from phlora.models.embedded import embedded_folder
 
-    return embedded_folder("smollm2-135m")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PHLORA_CACHE")
+        folder = embedded_folder("smollm2-135m", cache_dir=_USERS_CACHE)
+    (cache_folder / folder.name).symlink_to(folder, target_is_directory=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
