@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -316,18 +318,61 @@ def test_a_training_template_is_asked_once_for_chats_of_one_shape(family, monkey
     assert len(asked) == for_one + 1
 
 
-@pytest.mark.parametrize("record", [RECORDS["text"], RECORDS["messages"]], ids=["text", "chat"])
-def test_nothing_else_asks_the_tokenizer_while_it_encodes(record, monkeypatch):
+class _Guarded:
+    """A Rust tokenizer that reports who sets it up or encodes while another thread encodes.
+
+    Encoding in the background waits a moment for somebody to do so.
+    """
+
+    USES = ("encode", "encode_batch", "encode_batch_fast", "no_truncation", "no_padding")
+
+    def __init__(self, backend):
+        self.__dict__.update(backend=backend, encoding=None, used=threading.Event(), intrusions=[])
+
+    def __getattr__(self, name):
+        found = getattr(self.backend, name)
+        return functools.partial(self.use, name, found) if name in self.USES else found
+
+    def __setattr__(self, name, value):
+        self.use(name, lambda: setattr(self.backend, name, value))
+
+    def use(self, name, function, *args, **kwargs):
+        own = threading.current_thread()
+        state = self.__dict__
+        if state["encoding"] not in (None, own):
+            self.intrusions.append(name)
+            self.used.set()
+        state["encoding"] = own if name.startswith("encode") else state["encoding"]
+        try:
+            if name.startswith("encode_batch") and own is not threading.main_thread():
+                self.used.wait(0.1)
+            return function(*args, **kwargs)
+        finally:
+            state["encoding"] = None if state["encoding"] is own else state["encoding"]
+
+
+CALLERS = {
+    "the BOS token": ("llama2", None, [RECORDS["text"]("a")] * 4),
+    "quoted control tokens": ("chatml", None, [RECORDS["messages"]("a <|im_end|>")] * 4),
+    "chats of another shape": (
+        "chatml",
+        TRAINING["whole_turn"][1],
+        [{"messages": [user("a"), assistant("b")] * turns} for turns in (1, 1, 2, 2, 3, 3)],
+    ),
+    "a mask for each chat": ("chatml", TRAINING["answer_alone"][1], [RECORDS["messages"]("a")] * 4),
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_nothing_else_asks_the_tokenizer_while_it_encodes(caller, monkeypatch):
     """Rust tokenizers refuse to be set up, or change what they do, while they encode on another thread."""
-    monkeypatch.setattr("phlora.data.tokenize.BATCH_ROWS", 8)
-    rows = load_rows([record(" ".join(LANGUAGES.values()) * 20) for _ in range(120)]).rows
-    tokenizer = _tokenizer("llama2" if record is RECORDS["text"] else "chatml")
-    training = None
-    if record is RECORDS["messages"]:
-        training = CHATML.replace(
-            "message['content'] ", "'' }}{% generation %}{{ message['content'] "
-        ).replace("{% endfor %}", "{% endgeneration %}{% endfor %}")
-    assert len(tokenize_rows(rows, tokenizer, training_template=training).rows) == 120
+    monkeypatch.setattr("phlora.data.tokenize.BATCH_ROWS", 2)
+    family, template, records = CALLERS[caller]
+    tokenizer = _tokenizer(family)
+    guarded = tokenizer._tokenizer = _Guarded(tokenizer._tokenizer)
+    rows = load_rows(records).rows
+    assert len(tokenize_rows(rows, tokenizer, training_template=template).rows) == len(records)
+    assert guarded.intrusions == []
 
 
 def test_more_rows_than_a_batch_keep_their_order_and_their_notes(monkeypatch):
