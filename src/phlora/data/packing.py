@@ -99,7 +99,8 @@ def share_prefixes(rows: Sequence[Sequence[int]]) -> Segments:
     """Lay rows out so that few positions are computed: groups of rows, each behind its longest common start.
 
     Rows with a common start are neighbours once sorted, and what a run of neighbours shares is the least that
-    two of them do. The best cut into runs follows by dynamic programming, O(n^2) in the number of rows.
+    two of them do. The best cut into runs follows by dynamic programming, in about n steps for each of the depths
+    at which starts that lie in each other end.
     """
     order = sorted(range(len(rows)), key=lambda index: list(rows[index]))
     common = [_common_start(rows[left], rows[right]) for left, right in pairwise(order)]
@@ -187,22 +188,51 @@ def _stream(pieces: Sequence[Group]) -> Segments:
 
 
 def _best_runs(common: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs (first, stop) of sorted rows that save the most positions; `common` is what neighbours share."""
-    best: list[tuple[int, int]] = [(0, 0)]
-    for stop in range(1, len(common) + 2):
-        candidates, shared = [(best[stop - 1][0], stop - 1)], None
-        for first in range(stop - 2, -1, -1):
-            shared = common[first] if shared is None else min(shared, common[first])
-            if shared < 2:
-                break
-            saving = (stop - first - 1) * (shared - 1) - _LEAST_SAVING
-            candidates.append((best[first][0] + saving, first))
+    """Runs (first, stop) of sorted rows that save the most positions; `common` is what neighbours share.
+
+    best[stop] is the most that rows before `stop` can save, with where their last run begins; of equals, the
+    latest. Beginnings from which a run to `stop` shares the same number of tokens are one level, and go on sharing
+    the same in every longer run. So each level is asked for one beginning only, and keeps only such as may yet be
+    its best.
+    """
+    best: list[tuple[int, int]] = [(0, 0), (0, 0)]
+    levels: list[tuple[int, list[int]]] = []
+    for stop, shared in enumerate(common, 2):
+        _add_beginning(levels, stop - 2, shared - 1, best)
+        candidates = [(best[stop - 1][0], stop - 1)]
+        for gain, firsts in levels:
+            first = firsts[-1]
+            candidates.append((best[first][0] + (stop - first - 1) * gain - _LEAST_SAVING, first))
         best.append(max(candidates))
     runs, stop = [], len(common) + 1
     while stop:
         runs.append((best[stop][1], stop))
         stop = best[stop][1]
     return runs[::-1]
+
+
+def _add_beginning(
+    levels: list[tuple[int, list[int]]], first: int, gain: int, best: Sequence[tuple[int, int]]
+) -> None:
+    """Add a beginning to the levels, lowest gain first, when all runs become one row longer.
+
+    Runs over the new pair of neighbours gain no more than the pair does for each row. With a lower gain a later
+    beginning only gets better beside an earlier one, so those that a later one equals are dropped for good; what
+    is left has its best beginning at the end.
+    """
+    if gain < 1:
+        levels.clear()
+        return
+    firsts = [first]
+    while levels and levels[-1][0] >= gain:
+        firsts += levels.pop()[1]
+    kept, most = [first], best[first][0] - first * gain
+    for earlier in firsts[1:]:
+        value = best[earlier][0] - earlier * gain
+        if value > most:
+            kept.append(earlier)
+            most = value
+    levels.append((gain, kept))
 
 
 def _common_start(left: Sequence[int], right: Sequence[int]) -> int:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
+from os.path import commonprefix
 
 import pytest
 
 from phlora.data.formats import Origin
 from phlora.data.packing import (
+    _LEAST_SAVING,
     Segments,
     TokenSequences,
+    _best_runs,
     epoch_packs,
     pack_rows,
     share_in_passes,
@@ -125,6 +129,50 @@ def test_the_cut_into_groups_saves_the_most():
     # A deeper start that too few rows have stays a part of their tails.
     shallow = checked([system + [9] * 2 + [i] for i in range(2)] + [system + [400 + i] for i in range(6)])
     assert [(g.num_shared, len(g.rows)) for g in shallow.groups] == [(29, 8)]
+
+
+def best_runs_of_all(common: list[int]) -> list[tuple[int, int]]:
+    """What `_best_runs` returns, by trying every beginning of every run."""
+    best = [(0, 0)]
+    for stop in range(1, len(common) + 2):
+        candidates = [(best[stop - 1][0], stop - 1)]
+        for first in range(stop - 1):
+            shared = min(common[first : stop - 1])
+            if shared > 1:
+                candidates.append((best[first][0] + (stop - first - 1) * (shared - 1) - _LEAST_SAVING, first))
+        best.append(max(candidates))
+    runs, stop = [], len(common) + 1
+    while stop:
+        runs.append((best[stop][1], stop))
+        stop = best[stop][1]
+    return runs[::-1]
+
+
+@pytest.mark.parametrize("most", [3, 8, 20, 60, 200])
+def test_the_best_runs_are_found_without_trying_all_beginnings(most):
+    generator = random.Random(most)
+    for _ in range(300):
+        common = [generator.randrange(most) for _ in range(generator.randrange(40))]
+        for order in (common, sorted(common), sorted(common, reverse=True)):
+            assert _best_runs(order) == best_runs_of_all(order)
+
+
+def test_the_best_runs_of_sorted_rows_are_found_without_trying_all_beginnings():
+    generator = random.Random(0)
+    for _ in range(150):
+        rows = [[generator.randrange(9) for _ in range(30)]]
+        for _ in range(generator.randrange(60)):
+            # A few start anew, most depart from an earlier row somewhere.
+            kept = generator.choice(rows)[: generator.choice((0, 5, 12, 20, 29))]
+            rows.append(kept + [generator.randrange(9) for _ in range(30 - len(kept))])
+        common = [len(commonprefix([left, right])) for left, right in pairwise(sorted(rows))]
+        assert _best_runs(common) == best_runs_of_all(common)
+
+
+def test_very_many_rows_with_one_start_are_one_run_at_once():
+    generator = random.Random(0)
+    common = [150 + generator.choice((0, 0, 0, 1, 2)) for _ in range(20_000)]
+    assert _best_runs(common) == [(0, 20_001)]
 
 
 def test_any_rows_can_be_read_back():
