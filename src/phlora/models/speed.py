@@ -52,6 +52,8 @@ from phlora.lora.recipes import Recipe, attach_recipe
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Larger pieces, such as a chunk of logits, are given back: kept, they would leave holes that nothing else fits into.
 _MOST_KEPT, _LARGEST_KEPT = 512 << 20, 32 << 20
+# The largest that glibc raises the first to by itself.
+_MOST_KEPT_BY_DEFAULT = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,17 @@ class SpeedPass:
 def at_speed(model: nn.Module, speed: Speed) -> Iterator[str]:
     """Compute at this setting: `auto` with everything that is exact and faster, `reference` with nothing of it.
 
-    The layers stay as they were made when the context is left; both kinds compute the same.
+    The layers stay as they were made when the context is left; both kinds compute the same. Memory that was kept goes
+    back to the system then.
 
     Yields:
         One line for the log.
     """
     if speed == "auto":
-        yield speed_pass(peft_layer.speed_up(model)).describe()
+        try:
+            yield speed_pass(peft_layer.speed_up(model)).describe()
+        finally:
+            return_freed_memory()
         return
     slow_down(peft_layer.slow_down(model))
     with products.torch_products():
@@ -125,17 +131,29 @@ def slow_down(model: nn.Module) -> nn.Module:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for reuse, for the rest of the process; whether it could be told to.
+    """Let the C library keep freed memory for reuse, until `return_freed_memory`; whether it could be told to.
 
     A training step frees and asks for the same large buffers over and over. By default glibc returns them to the
     system, which hands them out again page by page, cleared: measured at 8 % of a step.
     """
-    if not sys.platform.startswith("linux"):
+    libc = _glibc()
+    if libc is None:
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
+    kept = libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+    return bool(kept)
+
+
+def return_freed_memory() -> None:
+    """Undo `keep_freed_memory`: what is free goes back to the system, now and from now on."""
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BY_DEFAULT)
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 class LeanRMSNorm(Phi3RMSNorm):

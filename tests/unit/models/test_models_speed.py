@@ -1,4 +1,6 @@
 import copy
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,6 +301,20 @@ def test_other_kinds_of_layers_are_never_touched():
     speed.speed_pass(model.requires_grad_(False))
     assert type(model.model.layers[0].mlp) is Own
     assert isinstance(model.model.layers[1].self_attn, Phi3Attention)
+
+
+@pytest.mark.skipif(speed._glibc() is None, reason="glibc's allocator")
+def test_freed_memory_is_kept_while_the_model_computes_and_returned_after():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    speed.return_freed_memory()
+    before, size = resident(), 200 << 20
+    with speed.at_speed(adapted(phi3()), "auto"):
+        pieces = [torch.ones(1 << 18) for _ in range(200)]
+        pieces.clear()
+        assert resident() - before > 0.7 * size
+    assert resident() - before < 0.3 * size
 
 
 def test_the_log_names_what_was_chosen():
