@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from phlora.adapters.attach import attach, split_adapter
-from phlora.adapters.peft_layer import BlockMagnitude, BlockUp, LoraLinear, StartedUp, slow_down
+from phlora.adapters.block_modules import BlockMagnitude, BlockUp, StartedUp
+from phlora.adapters.peft_layer import LoraLinear, slow_down
 from phlora.errors import ModelError
 from phlora.models.embedded import tiny_phi3
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import phlora
 from phlora.adapters.attach import attach, split_adapter
-from phlora.adapters.peft_layer import BlockUp, LoraLinear, slow_down
+from phlora.adapters.block_modules import BlockUp
+from phlora.adapters.peft_layer import LoraLinear, slow_down
 from phlora.models.embedded import tiny_phi3
 
 # fp32 products of at most 112 terms in another order.

@@ -28,8 +28,9 @@ from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from phlora.adapters.block_modules import BLOCK_INITS, changes_base, put_blocks, start_blocks
 from phlora.adapters.blockform import from_block_diagonal, plain_alpha, plain_rank
-from phlora.adapters.peft_layer import BLOCK_INITS, changes_base, put_blocks, speed_up, start_blocks
+from phlora.adapters.peft_layer import speed_up
 from phlora.adapters.targets import (
     ALL_LINEAR,
     Targets,

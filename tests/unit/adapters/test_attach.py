@@ -13,7 +13,8 @@ from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from phlora.adapters.attach import attach, recorded_blocks, split_adapter
-from phlora.adapters.peft_layer import BlockUp, LoraLinear
+from phlora.adapters.block_modules import BlockUp
+from phlora.adapters.peft_layer import LoraLinear
 from phlora.errors import ConfigError, ModelError
 from phlora.models.embedded import tiny_phi3
 from phlora.models.load import load_adapter

@@ -1,0 +1,461 @@
+"""Adapters on row blocks of one weight, in the places that PEFT's LoRA layer has for those on all of it.
+
+An adapter on row blocks has a `BlockUp` in the place of `lora_B`, and with DoRA a `BlockMagnitude` in that of
+`lora_magnitude_vector`. Their state dicts hold the plain, block-diagonal `lora_B.weight` and the lengths of all rows,
+and so do their attributes `weight`: what PEFT reads, saves, loads and swaps is a plain adapter. One that starts from
+PiSSA or OLoRA has a `StartedDown` and a `StartedUp`, which hold beside what is trained what it started from.
+
+`start_blocks` puts a fresh adapter on row blocks into a layer, `put_blocks` one that was loaded.
+
+Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import layer as peft_lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+
+from phlora.adapters.blockform import (
+    block_factors,
+    fitting_blocks,
+    from_block_diagonal,
+    plain_rank,
+    to_block_diagonal,
+)
+from phlora.errors import ConfigError, ModelError
+from phlora.lora.blocks import RowBlock, rank_slices
+
+# PEFT's initialisations for row blocks. PiSSA and OLoRA take what they start with out of the base weight, which PEFT
+# rebuilds at every load, for a whole weight only; see `changes_base`.
+BLOCK_INITS = (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")
+
+
+def changes_base(init: Any) -> bool:
+    """Whether an initialisation `init_lora_weights` takes `s·B⁰A⁰` out of the base weight: PiSSA and OLoRA.
+
+    On row blocks the base stays as it is, and the adapter is `s · (BA - B⁰A⁰)`, a plain one of twice the rank, of which
+    the half `B⁰, A⁰` is not trained: `W + s·(BA - B⁰A⁰) = (W - s·B⁰A⁰) + s·BA`.
+    """
+    return isinstance(init, str) and (
+        init.lower() == "olora" or init == "pissa" or init.startswith("pissa_niter_")
+    )
+
+
+class _Plain(Tensor):
+    """The plain `lora_B (N, R)` of a `BlockUp` or `lora_A (R, K)` of a `StartedDown`, put together when asked for; what
+    is written into it, hot swapping for one, goes on into the blocks."""
+
+    _up: BlockUp | StartedDown
+    _whole: Tensor
+
+    @classmethod
+    def of(cls, up: BlockUp | StartedDown, plain: Tensor, whole: Tensor) -> _Plain:
+        """`plain` is `whole`, or a view of it."""
+        self = plain.as_subclass(cls)
+        # PEFT's hot swapping exchanges the insides of tensors where shapes differ, and a copy would be all that gets
+        # them. torch does not do so with a tensor that has weak references; then `data` is set instead.
+        self._up, self._whole, self._kept = up, whole, weakref.ref(self)
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self, name = args[0] if args else None, func.__name__
+        with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(self, cls) and func == Tensor.data.__set__:
+                return self._up.take(args[1])
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(self, cls):
+                return result
+            if func in (Tensor.data.__get__, Tensor.detach, Tensor.__getitem__):
+                return cls.of(self._up, result, self._whole)
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                self._up.take(self._whole)
+            return result
+
+
+class _ByRows(nn.Module):
+    """One parameter for each adapted row block, in the place where PEFT has one `weight` for all rows, and in the
+    state dict that one."""
+
+    blocks: tuple[RowBlock, ...]
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """What is trained, in the order of `blocks`."""
+        return [self.get_parameter(_name(block)) for block in self.blocks]
+
+    def joined(self) -> Tensor:
+        """The one `weight` for all rows, in a dtype that loses nothing."""
+        raise NotImplementedError
+
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        """Keep what is not trained of a `weight` for all rows, and return the values for `parts`."""
+        raise NotImplementedError
+
+    def _put(self, values: Iterable[Tensor]) -> None:
+        with torch.no_grad():
+            for part, value in zip(self.parts, values, strict=True):
+                part.copy_(value)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        weight = self.joined()
+        destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the blocks out of a plain `weight`.
+
+        Raises:
+            ModelError: it is none of these blocks.
+        """
+        key = f"{prefix}weight"
+        if key not in state_dict:
+            missing_keys.append(key)
+            return
+        values = self._receive(state_dict[key])
+        if not local_metadata.get("assign_to_params_buffers", False):
+            return self._put(values)
+        for block, part, value in zip(self.blocks, self.parts, values, strict=True):
+            setattr(self, _name(block), nn.Parameter(value.clone(), requires_grad=part.requires_grad))
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{block.name}: {tuple(self.get_parameter(_name(block)).shape)}" for block in self.blocks
+        )
+
+
+class BlockUp(_ByRows):
+    """The B_i (N_i, R_i) of the adapted row blocks, in the place where PEFT has one `lora_B (N, R)`.
+
+    Args:
+        lora_B: initial values, in the order of `blocks`.
+        blocks: rows, ranks and scalings.
+        out_features: N of the fused weight.
+    """
+
+    bias = None
+
+    def __init__(self, lora_B: Iterable[Tensor], blocks: Sequence[RowBlock], *, out_features: int) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.in_features, self.out_features = plain_rank(blocks), out_features
+        for block, B in zip(self.blocks, lora_B, strict=True):
+            # A copy: a view would keep all of the plain matrix alive.
+            self.register_parameter(_name(block), nn.Parameter(B.detach().clone()))
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """The B_i (N_i, R_i), trained or not."""
+        return self.parts
+
+    @property
+    def weight(self) -> Tensor:
+        """The block-diagonal `lora_B (N, ΣR_i)`, made anew; writing into it writes into the blocks."""
+        plain = self.joined().to(self.parts[0].dtype)
+        return _Plain.of(self, plain, plain)
+
+    def scaled(self, scaling: float) -> list[RowBlock]:
+        """The blocks when the plain form's scaling is `scaling`, as PEFT's methods may have set it."""
+        factors = block_factors(self.blocks)
+        return [
+            dataclasses.replace(block, scaling=scaling * factor)
+            for block, factor in zip(self.blocks, factors, strict=True)
+        ]
+
+    def forward(self, u: Tensor) -> Tensor:
+        """(..., ΣR_i) -> (..., N), zero where no block is."""
+        flat = u.reshape(-1, u.shape[-1])
+        y = u.new_zeros(len(flat), self.out_features)
+        factors = block_factors(self.blocks)
+        for block, columns, factor, B in zip(
+            self.blocks, rank_slices(self.blocks), factors, self.values, strict=True
+        ):
+            y[:, block.rows].addmm_(flat[:, columns], B.to(u.dtype).t(), alpha=factor)
+        return y.view(*u.shape[:-1], self.out_features)
+
+    def take(self, plain: Tensor) -> None:
+        """Become another plain `lora_B (N, R)`, of any rank, as hot swapping asks.
+
+        The blocks stay, with other ranks where need be; one that is no adapter on these blocks makes all rows one.
+        """
+        plain, like = plain.detach(), self.parts[0]
+        blocks = fitting_blocks(plain, self.blocks)
+        values = from_block_diagonal(plain.to(like.device), blocks, dtype=like.dtype)
+        if blocks == self.blocks:
+            return self._put(values)
+        self._parameters.clear()
+        self.blocks, self.in_features = blocks, plain_rank(blocks)
+        for block, value in zip(blocks, values, strict=True):
+            B = nn.Parameter(value.clone(), requires_grad=like.requires_grad)
+            self.register_parameter(_name(block), B)
+
+    def joined(self) -> Tensor:
+        return to_block_diagonal(self.values, self.blocks, out_features=self.out_features)
+
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        return from_block_diagonal(plain, self.blocks, dtype=self.parts[0].dtype)
+
+
+class _Started(_ByRows):
+    """With a buffer beside each part: what the part started from."""
+
+    def _register(self, halves: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for block, (value, start) in zip(self.blocks, halves, strict=True):
+            # Copies, as views would keep all of the plain matrix alive.
+            self.register_parameter(_name(block), nn.Parameter(value.detach().clone()))
+            self.register_buffer(f"start_{block.name}", start.detach().clone(), persistent=False)
+
+    @property
+    def starts(self) -> list[Tensor]:
+        """What is not trained, in the order of `blocks`."""
+        return [self.get_buffer(f"start_{block.name}") for block in self.blocks]
+
+    def _keep(self, halves: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        values = []
+        for buffer, (value, start) in zip(self.starts, halves, strict=True):
+            buffer.copy_(start.detach())
+            values.append(value)
+        return values
+
+
+class StartedDown(_Started):
+    """The A_i (R_i/2, K) of the row blocks, each above the A⁰_i that it started from, as `lora_A (ΣR_i, K)`.
+
+    Args:
+        lora_A: initial values (ΣR_i, K).
+        blocks: rows, ranks and scalings.
+    """
+
+    bias = None
+
+    def __init__(self, lora_A: Tensor, blocks: Sequence[RowBlock]) -> None:
+        super().__init__()
+        self.blocks = tuple(blocks)
+        self.in_features, self.out_features = lora_A.shape[1], plain_rank(blocks)
+        self._register(self._halves(lora_A))
+
+    @property
+    def weight(self) -> Tensor:
+        """`lora_A (ΣR_i, K)`, made anew; writing into it writes into the blocks."""
+        plain = self.joined()
+        return _Plain.of(self, plain, plain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., ΣR_i)."""
+        return nn.functional.linear(x, self.joined())
+
+    def take(self, plain: Tensor) -> None:
+        """Become another `lora_A` of the same rank.
+
+        Raises:
+            ModelError: its rank is another.
+        """
+        self._put(self._receive(plain.detach()))
+
+    def joined(self) -> Tensor:
+        return torch.cat([half for pair in zip(self.parts, self.starts, strict=True) for half in pair])
+
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        if plain.shape != (self.out_features, self.in_features):
+            raise ModelError(
+                f"lora_A has the shape {tuple(plain.shape)}",
+                expected=f"({self.out_features}, {self.in_features}), the values that are trained and those before",
+                fix="load the adapter instead of swapping it in",
+            )
+        return self._keep(self._halves(plain))
+
+    def _halves(self, plain: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [plain[rows].chunk(2) for rows in rank_slices(self.blocks)]
+
+
+class StartedUp(_Started, BlockUp):
+    """A `BlockUp` whose B_i (N_i, R_i/2) stand beside the -B⁰_i that they started from.
+
+    Args:
+        lora_B: initial values (N_i, R_i), in the order of `blocks`.
+        blocks: rows, ranks and scalings.
+        out_features: N of the fused weight.
+    """
+
+    def __init__(self, lora_B: Iterable[Tensor], blocks: Sequence[RowBlock], *, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.blocks = tuple(blocks)
+        self.in_features, self.out_features = plain_rank(blocks), out_features
+        self._register([B.chunk(2, 1) for B in lora_B])
+
+    @property
+    def values(self) -> list[Tensor]:
+        return [torch.cat(pair, 1) for pair in zip(self.parts, self.starts, strict=True)]
+
+    def take(self, plain: Tensor) -> None:
+        """Become another plain `lora_B (N, R)` on the same blocks.
+
+        Raises:
+            ModelError: it is none of these blocks and ranks.
+        """
+        self._put(self._receive(plain.detach()))
+
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        return self._keep([B.chunk(2, 1) for B in super()._receive(plain)])
+
+
+class BlockMagnitude(_ByRows, DoraLinearLayer):
+    """DoRA's lengths `m (N,)` of the rows, trained for the adapted blocks and for no other row.
+
+    `W' = m · (W + s·BA) / ‖W + s·BA‖` by rows, as PEFT computes it. The rows in no block keep the length that they
+    have in `W`, and stay what they are to the bit.
+
+    Args:
+        lengths: initial values `(N,)`.
+        blocks: the rows that are adapted.
+    """
+
+    lengths: Tensor
+
+    def __init__(self, lengths: Tensor, blocks: Sequence[RowBlock]) -> None:
+        super().__init__(fan_in_fan_out=False)
+        self.blocks = tuple(blocks)
+        self.register_buffer("lengths", lengths.detach().clone(), persistent=False)
+        for block in self.blocks:
+            self.register_parameter(_name(block), nn.Parameter(self.lengths[block.rows].clone()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The lengths `(N,)` of all rows, made anew."""
+        return self.joined()
+
+    def get_weight_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The lengths `(N,)` that PEFT divides `weight` by.
+
+        For a row in no block it is its own: another device or dtype than that of `lengths` would round its norm in
+        another way, and the row would move.
+        """
+        norm = super().get_weight_norm(*args, **kwargs)
+        divisor = self.lengths.to(torch.promote_types(norm.dtype, self.lengths.dtype), copy=True)
+        for block in self.blocks:
+            divisor[block.rows] = norm[block.rows]
+        return divisor
+
+    def start(self, lengths: Tensor) -> None:
+        """Take the lengths `(N,)` of all rows."""
+        self._put(self._receive(lengths))
+
+    def joined(self) -> Tensor:
+        lengths = self.lengths.clone()
+        for block, part in zip(self.blocks, self.parts, strict=True):
+            lengths[block.rows] = part
+        return lengths
+
+    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+        if plain.shape != self.lengths.shape:
+            raise ModelError(
+                f"lora_magnitude_vector has the shape {tuple(plain.shape)}",
+                expected=f"one length for each of {len(self.lengths)} rows",
+            )
+        # Those in no block too, so that what is saved again is what was loaded.
+        self.lengths.copy_(plain.detach())
+        return [plain[block.rows].to(self.lengths) for block in self.blocks]
+
+
+def start_blocks(
+    layer: peft_lora.Linear, adapter_name: str, blocks: Sequence[RowBlock], *, config: LoraConfig
+) -> None:
+    """Replace a fresh adapter by one on row blocks, each initialised as PEFT would a layer of its size.
+
+    Raises:
+        ConfigError: PEFT cannot initialise a block.
+    """
+    pairs = [_initial_pair(layer, adapter_name, block, config) for block in blocks]
+    lora_A, down = torch.cat([A for A, _ in pairs]), layer.lora_A[adapter_name]
+    started = changes_base(config.init_lora_weights)
+    if started:
+        like = down.weight
+        down = StartedDown(lora_A, blocks).to(like.device, like.dtype).requires_grad_(like.requires_grad)
+        layer.lora_A[adapter_name] = down.train(layer.training)
+    else:
+        down.weight.data.copy_(lora_A)
+    put_blocks(layer, adapter_name, [B for _, B in pairs], blocks, kind=StartedUp if started else BlockUp)
+    if adapter_name in layer.lora_magnitude_vector:
+        layer.lora_magnitude_vector[adapter_name].start(_row_lengths(layer, adapter_name))
+
+
+def put_blocks(
+    layer: peft_lora.Linear,
+    adapter_name: str,
+    lora_B: Iterable[Tensor],
+    blocks: Sequence[RowBlock],
+    *,
+    kind: type[BlockUp] = BlockUp,
+) -> None:
+    """Put the B_i (N_i, R_i) in the place of an adapter's `lora_B`, and split DoRA's lengths where there are any; the
+    stacked A is `lora_A` as it is."""
+    before = layer.lora_B[adapter_name].weight
+    up = kind(lora_B, blocks, out_features=layer.out_features)
+    up.to(before.device, before.dtype).requires_grad_(before.requires_grad)
+    layer.lora_B[adapter_name] = up.train(layer.training)
+    if adapter_name in layer.lora_magnitude_vector:
+        whole = layer.lora_magnitude_vector[adapter_name].weight
+        lengths = BlockMagnitude(whole, blocks).requires_grad_(whole.requires_grad)
+        layer.lora_magnitude_vector[adapter_name] = lengths.train(layer.training)
+
+
+def _row_lengths(layer: peft_lora.Linear, adapter_name: str) -> Tensor:
+    """`‖W + s·BA‖ (N,)`. PEFT rounds it to the 16 bits of W and computes with 32 then, which would move each row."""
+    dtype = torch.promote_types(layer.lora_A[adapter_name].weight.dtype, torch.float32)
+    with torch.no_grad():
+        weight = dequantize_module_weight(layer.get_base_layer()).to(dtype)
+        delta = layer.get_delta_weight(adapter_name).to(dtype)
+        return torch.linalg.norm(weight + delta, dim=1)
+
+
+def _initial_pair(
+    layer: peft_lora.Linear, adapter_name: str, block: RowBlock, config: LoraConfig
+) -> tuple[Tensor, Tensor]:
+    """A_i (R_i, K) and B_i (N_i, R_i) as PEFT starts them, on the device of the adapter.
+
+    Of an initialisation that changes the base, the values and then what takes them away again, of half the rank each.
+    """
+    like, started = layer.lora_A[adapter_name].weight, changes_base(config.init_lora_weights)
+    r = block.r // 2 if started else block.r
+    with torch.device("meta"):
+        base = nn.Linear(like.shape[1], block.size, bias=False)
+    # The other initialisations do not read the base weight; one number stands for all of it. DoRA's lengths do.
+    weight = _rows(layer, block) if started else like.new_zeros(()).expand(block.size, like.shape[1])
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    config = dataclasses.replace(config, use_dora=False, use_rslora=False)
+    try:
+        fresh = peft_lora.Linear(base, adapter_name, config=config, r=r, lora_alpha=block.scaling * r)
+        A, B = (side[adapter_name].weight.detach() for side in (fresh.lora_A, fresh.lora_B))
+        if (len(A), B.shape[1]) != (r, r):
+            raise ValueError(f"rank {r} is more than a weight ({block.size}, {like.shape[1]}) has")
+    except ValueError as error:
+        raise ConfigError(f"{block.name}: {error}", where="peft_config.init_lora_weights") from None
+    return (torch.cat([A, A]), torch.cat([B, -B], 1)) if started else (A, B)
+
+
+def _rows(layer: peft_lora.Linear, block: RowBlock) -> Tensor:
+    """The block's rows of the base weight, in fp32, a copy."""
+    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    return weight[block.rows].to(torch.float32, copy=True)
+
+
+def _name(block: RowBlock) -> str:
+    """`weight_q_proj`: what optimizers and reports read as `lora_B.default.weight…`."""
+    return f"weight_{block.name}"
