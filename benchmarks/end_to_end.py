@@ -201,9 +201,10 @@ class Probe:
     def __init__(self, overrides: list[str]) -> None:
         from candidates import Candidate
 
-        self.candidate = Candidate("trl-best", "smollm2-135m")
+        # First: settings that are made after a trainer take its accelerator away.
         task = read_task(overrides)
         self.rows = task.rows[: task.settings.per_device_train_batch_size]
+        self.candidate = Candidate("trl-best", "smollm2-135m")
 
     def layout(self) -> str:
         seconds = {}

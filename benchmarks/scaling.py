@@ -23,6 +23,7 @@ import copy
 import json
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,8 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, default=PLOTS, help="folder of the plots")
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     options = parser.parse_args()
+    if not options.no_plots and find_spec("matplotlib") is None:
+        parser.error("the plots need matplotlib: pip install -e '.[bench]', or leave them out with --no-plots")
     quiet()
     cases = Cases(options.size, 4 if options.quick else 1)
     results = {}
