@@ -12,7 +12,6 @@ written beside it, into phlora.json:
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections import Counter
@@ -42,6 +41,7 @@ from phlora.adapters.targets import (
     row_block_names,
 )
 from phlora.errors import ConfigError, ModelError, did_you_mean
+from phlora.files import read_json, write_json
 from phlora.lora.blocks import RowBlock, row_blocks
 
 _WHERE = "peft_config"
@@ -110,9 +110,8 @@ class BlockLoraConfig(LoraConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory) / FACTS_FILE
-        facts = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        text = json.dumps({**facts, "blocks": self.blocks}, indent=2, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
+        facts = read_json(file, ModelError) if file.is_file() else {}
+        write_json(file, {**facts, "blocks": self.blocks})
 
 
 def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
@@ -414,7 +413,7 @@ def _with_blocks(lora: LoraConfig, recorded: Mapping[str, Any]) -> BlockLoraConf
 def _recorded(folder: Path) -> dict[str, Any]:
     """The `blocks` of a folder's phlora.json."""
     file = folder / FACTS_FILE
-    recorded = json.loads(file.read_text(encoding="utf-8")).get("blocks") if file.is_file() else None
+    recorded = read_json(file, ModelError).get("blocks") if file.is_file() else None
     if not recorded:
         raise ModelError(
             "The adapter names no row blocks",

@@ -25,7 +25,6 @@ way back takes no other A than such a one; groups are left out.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import pickle
 from collections import Counter
@@ -44,6 +43,7 @@ from torch import Tensor
 from phlora.adapters.blockform import from_block_diagonal, to_block_diagonal
 from phlora.adapters.targets import FUSED
 from phlora.errors import ConfigError, ModelError, did_you_mean
+from phlora.files import read_json, write_json
 from phlora.lora.blocks import RowBlock, row_blocks, split_rows
 
 # Row blocks by the last part of a layer's name: Phi-3's, and GPT-2's, on which loralib is used most.
@@ -337,7 +337,7 @@ def write_peft(adapter: Adapter, folder: str | Path, *, base_model: str | None =
     write_peft_tensors(tensors, folder)
     _peft_config(ranks, alphas, adapter.biases, base_model).save_pretrained(str(folder))
     facts = {"base_model": base_model, "converted_from": "loralib", "blocks": layouts}
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / FACTS_FILE, facts)
 
 
 def read_peft_config(folder: Path) -> LoraConfig:
@@ -349,7 +349,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise ModelError(f"The folder holds no adapter: it lacks {CONFIG_FILE}", where=str(folder))
-    kind = _read_json(file).get("peft_type")
+    kind = read_json(file, ModelError).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"The adapter is of the kind {kind}", where=str(file), expected="a LoRA adapter")
     config = LoraConfig.from_pretrained(str(folder))
@@ -428,7 +428,7 @@ def _recorded_layouts(folder: Path) -> dict[str, Layout]:
     file = folder / FACTS_FILE
     if not file.is_file():
         return {}
-    recorded = _read_json(file).get("blocks") or {}
+    recorded = read_json(file, ModelError).get("blocks") or {}
     try:
         return {
             name: Layout(sizes=dict(entry["sizes"]), enabled=tuple(entry["enabled"]))
@@ -546,16 +546,6 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise _unreadable(file, error) from None
     return _require_flat(state, file)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"The file is no valid JSON ({error})", where=str(file)) from None
-    if not isinstance(values, dict):
-        raise ModelError("The file is no JSON object", where=str(file))
-    return values
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:

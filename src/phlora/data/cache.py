@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -31,6 +30,7 @@ from phlora.data.formats import Origin, Problem, Selection
 from phlora.data.table import Array, TokenTable
 from phlora.data.template import CLOCK, Tokenizer
 from phlora.data.tokenize import Skipped, TokenizedSet
+from phlora.files import replaced_file
 
 MAX_BYTES = 2_000_000_000
 _SUFFIX = ".safetensors"
@@ -75,10 +75,8 @@ class TokenCache:
         # A folder that cannot be written, or has no room, only means that the next run tokenises again.
         with contextlib.suppress(OSError, SafetensorError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix=".") as scratch:
-                part = Path(scratch) / "part"
+            with replaced_file(self.folder / f"{key}{_SUFFIX}") as part:
                 save_file(arrays, part, metadata=metadata)
-                os.replace(part, self.folder / f"{key}{_SUFFIX}")
             self._make_room()
 
     def _make_room(self) -> None:

@@ -10,11 +10,9 @@ import difflib
 import errno
 import json
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -36,6 +34,7 @@ from phlora.evaluate.findings import (
     verdict,
 )
 from phlora.evaluate.metrics import is_word_part
+from phlora.files import replaced_file
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -367,15 +366,11 @@ def _redacted(value: Any, key: str = "") -> Any:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, path)
+        with replaced_file(path) as part:
+            part.write_bytes(content)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoomError("The disk is full", where=str(path), fix="free some room and repeat") from None
         raise RunError(f"The report cannot be written: {error.strerror}", where=str(path)) from None

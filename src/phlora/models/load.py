@@ -25,6 +25,7 @@ from transformers import (
 
 from phlora.config import quantization_config
 from phlora.errors import ModelError, NoRoomError
+from phlora.files import read_json
 from phlora.models import phi3
 from phlora.models.choices import (
     DTYPES,
@@ -41,7 +42,6 @@ from phlora.models.sources import (
     first_line,
     locate,
     path_advice,
-    read_json,
     reading,
     resolve_source,
 )
@@ -410,7 +410,7 @@ def _adapter_file(folder: Path) -> Path:
     missing = [path.name for path in (folder / "adapter_config.json", file) if not path.is_file()]
     if missing:
         raise ModelError(f"The folder holds no adapter: it lacks {' and '.join(missing)}", where=str(folder))
-    kind = read_json(folder / "adapter_config.json").get("peft_type")
+    kind = read_json(folder / "adapter_config.json", ModelError).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"The adapter is of the kind {kind}", where=str(folder), expected="a LoRA adapter")
     return file
@@ -434,7 +434,7 @@ def _survey_adapter(file: Path) -> tuple[int, float]:
 def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     """Refuse an adapter of other weights; a note where that cannot be told."""
     facts = folder / ADAPTER_FACTS
-    recorded = read_json(facts).get("base_fingerprint") if facts.is_file() else None
+    recorded = read_json(facts, ModelError).get("base_fingerprint") if facts.is_file() else None
     if not recorded:
         return ("The adapter does not say which weights it was trained on, so they are not compared",)
     precision = recorded.partition(":")[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
-import json
 import os
 import pickle
 import re
@@ -41,6 +40,7 @@ from phlora.errors import (
     NoRoomError,
     nearest,
 )
+from phlora.files import read_json
 from phlora.models.embedded import EMBEDDED, embedded_folder, silent_gguf
 
 _HUB_TIMEOUT_SECONDS = 10
@@ -127,7 +127,7 @@ def path_advice(path: Path) -> str:
 def _check_folder(folder: Path) -> None:
     """Refuse a folder without config or weights, and tell an adapter from a model."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(folder / "adapter_config.json", ModelError).get("base_model_name_or_path")
         raise ModelError(
             f"This folder holds an adapter of `{base or 'an unnamed base model'}`, not a model",
             where=str(folder),
@@ -146,22 +146,10 @@ def _check_folder(folder: Path) -> None:
 
 def _missing_weights(folder: Path) -> list[str]:
     for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
-        shards = set(read_json(index).get("weight_map", {}).values())
+        shards = set(read_json(index, ModelError).get("weight_map", {}).values())
         return sorted(shard for shard in shards if not (folder / shard).is_file())
     found = any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES)
     return [] if found else ["weights (*.safetensors)"]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"The file is no valid JSON ({error})", where=str(path)) from error
-    except OSError as error:
-        raise ModelError(f"The file cannot be read ({error.strerror})", where=str(path)) from error
-    if not isinstance(content, dict):
-        raise ModelError("The file is no JSON object", where=str(path))
-    return content
 
 
 @dataclass(frozen=True)

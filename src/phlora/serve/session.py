@@ -7,7 +7,6 @@ history as far as it got, because the person has read it. Nothing is written any
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
@@ -20,6 +19,7 @@ from phlora.data.template import TemplateRefusal
 from phlora.data.tokenize import encode_chat
 from phlora.display import Display, printable
 from phlora.errors import InputError, ModelError, RunError, did_you_mean
+from phlora.files import read_json
 from phlora.models.generate import stream
 from phlora.models.load import LoadedModel, LoadedTokenizer, load_adapter, load_model, prepare_tokenizer
 from phlora.models.phi3 import context_lengths
@@ -219,7 +219,7 @@ def _adapter_in(run: Path) -> Path:
     for folder in (run / "adapter" / "best", run / "adapter" / "last", run / "adapter"):
         if (folder / "adapter_config.json").is_file():
             return folder
-    status = _read_json(run / "run.json", RunError).get("status", "unknown")
+    status = read_json(run / "run.json", RunError).get("status", "unknown")
     raise RunError(
         f"The run has no adapter yet ({status})", where=str(run), fix="finish it: phlora train … --resume"
     )
@@ -227,14 +227,14 @@ def _adapter_in(run: Path) -> Path:
 
 def _base_of(run: Path) -> ModelConfig:
     """The base model of a run as its configuration asked for it; the device may be another one today."""
-    config = _read_json(run / "run.json", RunError).get("config")
+    config = read_json(run / "run.json", RunError).get("config")
     if not isinstance(config, dict):
         raise RunError("The run does not say what its base model is", where=str(run / "run.json"))
     return replace(build_config(config).model, device="auto", attn_implementation="auto")
 
 
 def _named_base(adapter: Path) -> ModelConfig:
-    facts = _read_json(adapter / "adapter_config.json", ModelError)
+    facts = read_json(adapter / "adapter_config.json", ModelError)
     base = facts.get("base_model_name_or_path")
     if not base:
         raise ModelError(
@@ -243,16 +243,6 @@ def _named_base(adapter: Path) -> ModelConfig:
             expected="`base_model_name_or_path`",
         )
     return ModelConfig(name=base, revision=facts.get("revision"))
-
-
-def _read_json(file: Path, problem: type[InputError]) -> dict[str, Any]:
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise problem(f"The file is no valid JSON ({error})", where=str(file)) from None
-    if not isinstance(facts, dict):
-        raise problem("The file holds no mapping", where=str(file))
-    return facts
 
 
 def _tokenizer_of(adapter: Path, base: LoadedModel) -> LoadedTokenizer:

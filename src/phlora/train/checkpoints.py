@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
+from phlora.files import read_json, write_json, write_text
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "complete.json"
@@ -83,18 +84,12 @@ class RunFolder:
             RunError: the folder holds no run, or its run.json cannot be read.
         """
         file = self.path / RUN_FILE
-        try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not file.is_file():
             found = "The folder holds no run" if self.path.is_dir() else "The run folder does not exist"
             raise RunError(
                 found, where=str(self.path), expected=f"a folder with {RUN_FILE}, written by `phlora train`"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RunError(f"{RUN_FILE} cannot be read: {error}", where=str(file)) from None
-        if not isinstance(facts, dict):
-            raise RunError(f"{RUN_FILE} holds no mapping", where=str(file))
-        return facts
+            )
+        return read_json(file, RunError)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         write_json(self.path / RUN_FILE, facts)
@@ -281,37 +276,6 @@ def digest(value: Any) -> str:
     """A short stable hash of plain values."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole: readers see the old text or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """Fill a new folder beside `path`, then put it in its place in one rename; on an error the old one stays."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if path.exists():
-            os.rename(path, old)
-        os.rename(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def append_event(path: Path, event: str, **values: Any) -> None:

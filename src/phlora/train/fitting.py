@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,8 @@ from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCol
 from phlora.data.packing import TokenSequences
 from phlora.data.table import TokenizedRow
 from phlora.display import Display
+from phlora.errors import RunError
+from phlora.files import read_json, replaced_folder, write_json, write_text
 from phlora.models.load import ADAPTER_FACTS, LoadedModel
 from phlora.models.rotary import longrope_limit
 from phlora.models.speed import at_speed
@@ -37,7 +38,7 @@ from phlora.train.callbacks import (
     TrainingProgress,
 )
 from phlora.train.card import model_card
-from phlora.train.checkpoints import RunFolder, replaced_folder, write_json, write_text
+from phlora.train.checkpoints import RunFolder
 from phlora.train.planning import PreparedData
 from phlora.train.settings import Settings
 from phlora.train.trainer import SFTTrainer
@@ -215,5 +216,5 @@ def _best_before(folder: RunFolder) -> dict[str, Any]:
     file = folder.best_adapter / ADAPTER_FACTS
     if not file.is_file():
         return {}
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts = read_json(file, RunError)
     return {"step": facts["step"], "loss": facts["held_out_loss"]} if "held_out_loss" in facts else {}

@@ -13,7 +13,6 @@ One merged model waits, in the dtype that is saved, while the other is made: nev
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,6 +54,7 @@ from phlora.errors import (
     RunError,
     did_you_mean,
 )
+from phlora.files import read_json, replaced_file, replaced_folder, write_json
 from phlora.models.fingerprint import split_fingerprint
 from phlora.models.head import IGNORED, trunk_and_head
 from phlora.models.load import (
@@ -68,8 +68,8 @@ from phlora.models.load import (
 )
 from phlora.models.phi3 import context_lengths, fused_row_blocks
 from phlora.models.quantized import dequantize, quantization_of
-from phlora.models.sources import locate, read_json, reading, resolve_source
-from phlora.train.checkpoints import RUN_FILE, RunFolder, replaced_folder, write_json
+from phlora.models.sources import locate, reading, resolve_source
+from phlora.train.checkpoints import RUN_FILE, RunFolder
 from phlora.train.planning import HELD_OUT_FILE
 
 MERGE_FILE = "merge.json"
@@ -372,6 +372,7 @@ def convert(
         with replaced_folder(output) as part:
             write_peft(adapter, part, base_model=model)
     else:
+        output.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(output) as part:
             write_loralib(adapter, part)
     return ConvertReport(
@@ -508,7 +509,7 @@ def _find(source: Path, *, model: str | None, offline: bool, needs_base: bool = 
     if model is not None and model != base.name:
         base = ModelConfig(name=model)
     file = found.adapter / ADAPTER_FACTS
-    fingerprint = (read_json(file).get("base_fingerprint") or "") if file.is_file() else ""
+    fingerprint = (read_json(file, ModelError).get("base_fingerprint") or "") if file.is_file() else ""
     if needs_base and not base.name:
         raise ModelError(
             "The adapter does not say what its base model is",
@@ -550,7 +551,7 @@ def _of_adapter(folder: Path) -> _Source:
         raise RunError("The folder does not exist", where=str(folder), expected="a run or an adapter folder")
     if not (folder / "adapter_config.json").is_file():
         raise RunError("The folder holds neither a run nor an adapter", where=str(folder))
-    facts = read_json(folder / "adapter_config.json")
+    facts = read_json(folder / "adapter_config.json", ModelError)
     base = facts.get("base_model_name_or_path") or ""
     return _Source(adapter=folder, base=ModelConfig(name=base, revision=facts.get("revision")))
 
@@ -679,18 +680,6 @@ def require_new(output: Path) -> None:
     """
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise RunError("The output exists already", where=str(output), fix="name another --output")
-
-
-@contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """Fill a file beside `path`, then put it in its place in one rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _saved_dtype(base: ModelConfig, requested: str) -> str:

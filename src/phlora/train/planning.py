@@ -21,6 +21,7 @@ from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem
+from phlora.files import replaced_file
 from phlora.models.embedded import cache_root
 from phlora.models.load import LoadedTokenizer
 from phlora.train.settings import Settings
@@ -304,7 +305,7 @@ def make_plan(data: PreparedData, adapter: AdapterSummary, settings: Settings, m
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Write rows as JSONL in a form that `load_rows` reads back to the same rows."""
-    with path.open("w", encoding="utf-8") as file:
+    with replaced_file(path) as part, part.open("w", encoding="utf-8") as file:
         for row in rows:
             parts = {
                 name: getattr(row, name) for name in ("messages", "prompt", "completion", "text", "tools")

@@ -22,7 +22,6 @@ goes through TRL's own path.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import warnings
 from collections import defaultdict
@@ -38,7 +37,8 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from transformers.trainer_utils import TrainOutput
 
 from phlora.data.collate import share_step
-from phlora.errors import ConfigError, NonFiniteError
+from phlora.errors import ConfigError, NonFiniteError, RunError
+from phlora.files import read_json
 from phlora.models.attention import copy_cost
 from phlora.models.head import LossTerms, trained_weight
 from phlora.models.head import token_losses as _token_losses
@@ -304,5 +304,5 @@ def _finished_step(checkpoint: str | bool | None, planned: Any) -> int | None:
     state_file = Path(checkpoint) / "trainer_state.json"
     if not state_file.is_file():
         return None
-    step = int(json.loads(state_file.read_text(encoding="utf-8"))["global_step"])
+    step = int(read_json(state_file, RunError)["global_step"])
     return step if step >= planned() else None

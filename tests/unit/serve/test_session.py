@@ -416,7 +416,7 @@ def test_opening_leaves_nothing_behind(run_folder: Path) -> None:
     ("file", "text", "problem", "says"),
     [
         ("run.json", "{", RunError, "no valid JSON"),
-        ("run.json", "[]", RunError, "no mapping"),
+        ("run.json", "[]", RunError, "no JSON object"),
         ("run.json", "{}", RunError, "does not say what its base model is"),
         ("run.json", '{"config": {"data": "d"}}', ConfigError, "`model` is missing"),
         ("run.json", '{"config": {"data": "d", "model": "./gone"}}', ModelError, "does not exist"),

@@ -1,0 +1,80 @@
+"""Files and folders that are written whole or not at all, and JSON files that hold one object."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from phlora.errors import InputError
+
+
+def read_json(path: Path, problem: type[InputError]) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        problem: the error to raise, by what the file is a part of.
+
+    Raises:
+        InputError: as `problem`: the file cannot be read, is no JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise problem(f"The file is no valid JSON ({error})", where=str(path)) from error
+    except OSError as error:
+        raise problem(f"The file cannot be read ({error.strerror})", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise problem("The file is no JSON object", where=str(path))
+    return content
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object, indented, whole or not at all; what JSON does not know is written as text."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with replaced_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Fill a file beside `path`, then put it in its place in one rename; on an error the old one stays.
+
+    Readers see the old file or the new one, never a part. The folder has to exist: one that was removed in the
+    meantime must not come back with this file alone.
+    """
+    part = _beside(path, "part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Fill a new folder beside `path`, then put it in its place in one rename; on an error the old one stays."""
+    part, old = _beside(path, "part"), _beside(path, "old")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if path.exists():
+            os.rename(path, old)
+        os.rename(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A hidden name in the same folder that no other thread, process or machine has."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}.{ending}")
