@@ -120,6 +120,14 @@ MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Long
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The base model, if not the one that the adapter names.")
 ]
+IntoBase = Annotated[
+    MergeBase,
+    typer.Option(
+        "--base",
+        help="Trained on nf4 or int8: merge into the full or the dequantized base; auto: the lower loss.",
+        show_default=True,
+    ),
+]
 SavedDtype = Annotated[
     str,
     typer.Option(
@@ -343,14 +351,7 @@ def chat(
 def merge(
     source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run folder or adapter folder.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="New model folder.")],
-    base: Annotated[
-        MergeBase,
-        typer.Option(
-            "--base",
-            help="Trained on nf4 or int8: merge into the full or the dequantized base; auto: the lower loss.",
-            show_default=True,
-        ),
-    ] = MergeBase.auto,
+    base: IntoBase = MergeBase.auto,
     model: BaseModel = None,
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
@@ -430,6 +431,7 @@ def convert(
             help="Kernel of a convolution in a loralib file, such as conv1=3,3; repeatable.",
         ),
     ] = None,
+    base: IntoBase = MergeBase.auto,
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
     offline: Offline = False,
@@ -439,7 +441,7 @@ def convert(
     """Convert an adapter between loralib's file and PEFT's folder without losing a bit, or merge it.
 
     Every tensor is used or nothing is written. Pickles that hold more than tensors are not opened.
-    `--to merged` is `phlora merge`, also for a loralib file; --dtype and --rows are for it.
+    `--to merged` is `phlora merge`, also for a loralib file; --base, --dtype and --rows are for it.
     """
     if to is AdapterFormat.merged and kernel:
         raise ConfigError(
@@ -447,9 +449,9 @@ def convert(
             where="phlora convert",
             fix="leave it out",
         )
-    if to is not AdapterFormat.merged and (rows or dtype != "auto"):
+    if to is not AdapterFormat.merged and (rows or dtype != "auto" or base is not MergeBase.auto):
         raise ConfigError(
-            "--rows and --dtype are for --to merged", where="phlora convert", fix="leave them out"
+            "--base, --dtype and --rows are for --to merged", where="phlora convert", fix="leave them out"
         )
     if offline:
         _forbid_network()
@@ -461,8 +463,8 @@ def convert(
         loralib = {"lora_alpha": lora_alpha, "enable": names, "blocks": fold.parse_blocks(blocks or [])}
         report: Any
         if to is AdapterFormat.merged:
-            proof = {"dtype": dtype, "rows": rows or None, "display": _display(quiet)}
-            report = fold.convert_to_model(source, output, **loralib, **how, **proof)
+            how |= {"base": base.value, "dtype": dtype, "rows": rows or None, "display": _display(quiet)}
+            report = fold.convert_to_model(source, output, **loralib, **how)
         else:
             kernels = fold.parse_kernels(kernel or [])
             report = fold.convert(source, output, to=to.value, kernels=kernels, **loralib, **how)

@@ -94,6 +94,7 @@ def test_convolutions_go_there_and_back_with_their_kernel_named(
         (["--to", "peft", "--lora-alpha", "8"], "no 2 equal blocks|several choices"),
         (["--to", "peft", "--lora-alpha", "8", "--blocks", "qkv_proj=64"], "--blocks"),
         (["--to", "peft", "--lora-alpha", "8", "--rows", "x.jsonl"], "--to merged"),
+        (["--to", "peft", "--lora-alpha", "8", "--base", "full"], "--base, --dtype and --rows are for"),
         (["--to", "merged", "--lora-alpha", "8"], "--model BASE"),
         (["--to", "gguf"], "gguf"),
     ],
@@ -141,12 +142,16 @@ def test_merge_passes_its_options_on(phlora: Callable[..., Outcome], monkeypatch
     asked = {"model": "base", "dtype": "bfloat16", "rows": ["r.jsonl"], "max_rows": 5, "device": "cpu"}
     asked["base"] = "full"
     assert calls == [("runs/a", "out", plain), ("runs/a", "out", plain | asked)]
+    of_convert = {name: plain[name] for name in ("base", "model", "dtype", "rows", "offline")}
     phlora("convert", "runs/a", "--to", "merged", "-o", "out", "--dtype", "float16")
-    assert calls[2] == ("runs/a", "out", {"model": None, "dtype": "float16", "rows": None, "offline": False})
+    phlora("convert", "runs/a", "--to", "merged", "-o", "out", "--base", "dequantized")
+    assert calls[2] == ("runs/a", "out", of_convert | {"dtype": "float16"})
+    assert calls[3] == ("runs/a", "out", of_convert | {"base": "dequantized"})
 
 
-def test_a_base_that_there_is_not_is_exit_code_2(phlora: Callable[..., Outcome]) -> None:
-    done = phlora("merge", "runs/a", "-o", "out", "--base", "quantised")
+@pytest.mark.parametrize("command", [["merge"], ["convert", "--to", "merged"]])
+def test_a_base_that_there_is_not_is_exit_code_2(phlora: Callable[..., Outcome], command: list[str]) -> None:
+    done = phlora(*command, "runs/a", "-o", "out", "--base", "quantised")
     assert done.code == 2 and "dequantized" in done.err
 
 
