@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+from command_line import CommandLine
 
 from phlora import cli, errors
 from phlora.config import RunConfig, TrainOn
@@ -26,46 +27,6 @@ CHATS = [
     {"messages": [{"role": "user", "content": "سلام"}, {"role": "assistant", "content": "درود بر شما"}]},
     {"messages": [{"role": "user", "content": "Xin chào"}, {"role": "assistant", "content": "Chào bạn"}]},
 ]
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture(autouse=True)
-def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands set environment variables and Python's logging, as a process of their own may."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "PHLORA_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "error" if "VERBOSITY" in name else "1")
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    cli._records.lines.clear()
-
-
-@pytest.fixture
-def phlora(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Runs a command line in this process."""
-
-    def run(*arguments: str) -> Outcome:
-        with pytest.raises(SystemExit) as end:
-            cli.main(arguments)
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @dataclass
@@ -128,7 +89,7 @@ def write_config(text: str = "model: m\ndata: file.jsonl\noutput: runs/file\n") 
 # --------------------------------------------------------------------------------------------------- train
 
 
-def test_a_model_and_data_are_enough(phlora: Callable[..., Outcome], training: FakeTraining) -> None:
+def test_a_model_and_data_are_enough(phlora: CommandLine, training: FakeTraining) -> None:
     done = phlora("train", "--model", "m", "--data", "a.jsonl", "--data", "b.jsonl", "--eval-data", "c.jsonl")
     config = training.calls[0]["config"]
     assert done.code == 0
@@ -149,22 +110,18 @@ def test_a_model_and_data_are_enough(phlora: Callable[..., Outcome], training: F
     ],
 )
 def test_the_run_folder_is_named_after_the_data(
-    phlora: Callable[..., Outcome], training: FakeTraining, data: str, output: str
+    phlora: CommandLine, training: FakeTraining, data: str, output: str
 ) -> None:
     phlora("train", "--model", "m", "--data", data)
     assert training.calls[0]["config"].output == output
 
 
-def test_a_script_s_output_dir_names_the_run_folder(
-    phlora: Callable[..., Outcome], training: FakeTraining
-) -> None:
+def test_a_script_s_output_dir_names_the_run_folder(phlora: CommandLine, training: FakeTraining) -> None:
     phlora("train", "--model", "m", "--data", "d", "--set", "training_config.output_dir=elsewhere")
     assert training.calls[0]["config"].output == "elsewhere"
 
 
-def test_options_and_assignments_override_the_file(
-    phlora: Callable[..., Outcome], training: FakeTraining
-) -> None:
+def test_options_and_assignments_override_the_file(phlora: CommandLine, training: FakeTraining) -> None:
     file = write_config("model: {name: m, revision: abc}\ndata: file.jsonl\npeft_config: {r: 8}\n")
     phlora("train", file, "-m", "other", "-o", "here", "--offline", "--set", "peft_config.r=16")
     config = training.calls[0]["config"]
@@ -181,13 +138,13 @@ def test_options_and_assignments_override_the_file(
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_names_are_never_read_as_yaml(phlora: Callable[..., Outcome], training: FakeTraining) -> None:
+def test_names_are_never_read_as_yaml(phlora: CommandLine, training: FakeTraining) -> None:
     phlora("train", "--model", "12", "--data", "a: [b].jsonl")
     config = training.calls[0]["config"]
     assert (config.model.name, config.data.files[0].path) == ("12", "a: [b].jsonl")
 
 
-def test_flags_reach_the_training(phlora: Callable[..., Outcome], training: FakeTraining) -> None:
+def test_flags_reach_the_training(phlora: CommandLine, training: FakeTraining) -> None:
     phlora("train", write_config(), "--resume", "--quiet")
     phlora("train", write_config(), "--overwrite")
     first, second = training.calls
@@ -195,21 +152,19 @@ def test_flags_reach_the_training(phlora: Callable[..., Outcome], training: Fake
     assert (second["resume"], second["overwrite"], second["display"].quiet) == (False, True, False)
 
 
-def test_the_result_alone_stands_on_standard_output(
-    phlora: Callable[..., Outcome], training: FakeTraining
-) -> None:
+def test_the_result_alone_stands_on_standard_output(phlora: CommandLine, training: FakeTraining) -> None:
     done = phlora("train", write_config())
     assert done.out == "exact_match 0.02 -> 0.91\n"
     assert "phlora chat runs/file" in done.err and "{'loss': 1.0}" in done.err
 
 
-def test_json_holds_the_run_and_its_report(phlora: Callable[..., Outcome], training: FakeTraining) -> None:
+def test_json_holds_the_run_and_its_report(phlora: CommandLine, training: FakeTraining) -> None:
     done = phlora("train", write_config(), "--json")
     assert done.json == {"run": "runs/file", "report": FakeReport().to_json()}
 
 
 def test_a_dry_run_shows_the_configuration_and_its_origins(
-    phlora: Callable[..., Outcome], training: FakeTraining
+    phlora: CommandLine, training: FakeTraining
 ) -> None:
     arguments = ["train", write_config(), "--dry-run", "--set", "peft_config.r=16"]
     text, document = phlora(*arguments), phlora(*arguments, "--json").json
@@ -223,7 +178,7 @@ def test_a_dry_run_shows_the_configuration_and_its_origins(
 # ------------------------------------------------------------------------------------------------ evaluate
 
 
-def test_evaluate_passes_its_options_on(phlora: Callable[..., Outcome], training: FakeTraining) -> None:
+def test_evaluate_passes_its_options_on(phlora: CommandLine, training: FakeTraining) -> None:
     done = phlora(
         *("evaluate", "runs/x", "--data", "d", "--metric", "rouge_l", "--metric", "contains:a"),
         *("--max-answers", "0", "--max-new-tokens", "5", "--json"),
@@ -234,9 +189,7 @@ def test_evaluate_passes_its_options_on(phlora: Callable[..., Outcome], training
     assert (call["max_answers"], call["max_new_tokens"]) == (0, 5)
 
 
-def test_evaluate_leaves_the_run_s_own_settings(
-    phlora: Callable[..., Outcome], training: FakeTraining
-) -> None:
+def test_evaluate_leaves_the_run_s_own_settings(phlora: CommandLine, training: FakeTraining) -> None:
     done = phlora("evaluate", "runs/x")
     assert done.out == "exact_match 0.02 -> 0.91\n"
     assert {training.calls[0][key] for key in ("data", "metrics", "max_answers", "max_new_tokens")} == {None}
@@ -245,9 +198,7 @@ def test_evaluate_leaves_the_run_s_own_settings(
 # ---------------------------------------------------------------------------------------------------- data
 
 
-def test_check_reports_and_exits_with_its_code(
-    phlora: Callable[..., Outcome], chats: Path, tmp_path: Path
-) -> None:
+def test_check_reports_and_exits_with_its_code(phlora: CommandLine, chats: Path, tmp_path: Path) -> None:
     twice = write_rows(tmp_path / "twice.jsonl", [*CHATS, CHATS[0]])
     broken = write_rows(tmp_path / "broken.jsonl", [*CHATS, {"messages": [{"role": "usr", "content": "x"}]}])
     assert phlora("data", "check", str(chats)).code == 0
@@ -257,13 +208,13 @@ def test_check_reports_and_exits_with_its_code(
     assert done.code == 2 and f"{broken}:3" in done.out
 
 
-def test_check_finds_held_out_rows_in_the_data(phlora: Callable[..., Outcome], chats: Path) -> None:
+def test_check_finds_held_out_rows_in_the_data(phlora: CommandLine, chats: Path) -> None:
     done = phlora("data", "check", str(chats), "--eval-data", str(chats), "--json", "--strict")
     assert done.code == 1
     assert done.json["num_leaked_eval_rows"] == 2
 
 
-def test_check_needs_a_tokenizer_to_count_tokens(phlora: Callable[..., Outcome], chats: Path) -> None:
+def test_check_needs_a_tokenizer_to_count_tokens(phlora: CommandLine, chats: Path) -> None:
     done = phlora("data", "check", str(chats), "--max-length", "10")
     assert done.code == 2 and "--model" in done.err
 
@@ -279,7 +230,7 @@ def test_check_does_not_import_torch(chats: Path) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_what_a_file_says_cannot_command_the_terminal(phlora: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_what_a_file_says_cannot_command_the_terminal(phlora: CommandLine, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "x.jsonl", [*CHATS, {"messages": [{"role": "\x1b[31m", "content": "x"}]}])
     done = phlora("data", "check", str(file))
     assert "\x1b" not in done.out and "\\x1b[31m" in done.out
@@ -294,7 +245,7 @@ def tokenizer(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> Any:
     return tiny_tokenizer
 
 
-def test_preview_marks_what_is_trained(phlora: Callable[..., Outcome], chats: Path, tokenizer: Any) -> None:
+def test_preview_marks_what_is_trained(phlora: CommandLine, chats: Path, tokenizer: Any) -> None:
     done = phlora("data", "preview", str(chats), "--rows", "1")
     plain = done.out.replace("│", "")
     assert f"{chats}:1" in plain and f"{chats}:2" not in plain
@@ -303,18 +254,14 @@ def test_preview_marks_what_is_trained(phlora: Callable[..., Outcome], chats: Pa
     assert "⟦ ⟧" in done.err and "\x1b" not in done.out
 
 
-def test_preview_in_json_gives_every_token(
-    phlora: Callable[..., Outcome], chats: Path, tokenizer: Any
-) -> None:
+def test_preview_in_json_gives_every_token(phlora: CommandLine, chats: Path, tokenizer: Any) -> None:
     document = phlora("data", "preview", str(chats), "--json", "--train-on", "all").json
     first, second = document["rows"]
     assert "".join(token["text"] for token in first["tokens"]).count("سلام") == 1
     assert any(token["trained"] and token["weight"] == 1.0 for token in second["tokens"])
 
 
-def test_preview_shows_weights_and_rows_left_out(
-    phlora: Callable[..., Outcome], tmp_path: Path, tokenizer: Any
-) -> None:
+def test_preview_shows_weights_and_rows_left_out(phlora: CommandLine, tmp_path: Path, tokenizer: Any) -> None:
     weighted = {"messages": [CHATS[0]["messages"][0], {**CHATS[0]["messages"][1], "weight": 0.5}]}
     long = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 99}]}
     file = write_rows(tmp_path / "x.jsonl", [weighted, long])
@@ -324,7 +271,7 @@ def test_preview_shows_weights_and_rows_left_out(
 
 
 def test_preview_of_a_good_beginning_does_not_need_a_good_end(
-    phlora: Callable[..., Outcome], tmp_path: Path, tokenizer: Any
+    phlora: CommandLine, tmp_path: Path, tokenizer: Any
 ) -> None:
     file = write_rows(tmp_path / "x.jsonl", [*CHATS, {"messages": "broken"}])
     assert phlora("data", "preview", str(file), "--rows", "2").code == 0
@@ -372,7 +319,7 @@ def test_preview_of_a_good_beginning_does_not_need_a_good_end(
     ],
 )
 def test_bad_input_is_one_clear_message(
-    phlora: Callable[..., Outcome], training: FakeTraining, chats: Path, arguments: str, says: str
+    phlora: CommandLine, training: FakeTraining, chats: Path, arguments: str, says: str
 ) -> None:
     write_config()
     Path("broken.yaml").write_text("model: m\ndata: [a\n", encoding="utf-8")
@@ -390,7 +337,7 @@ def test_bad_input_is_one_clear_message(
         assert document.code == 2 and document.json["error"]["exit_code"] == 2
 
 
-def test_a_run_folder_without_a_run(phlora: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_run_folder_without_a_run(phlora: CommandLine, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "x"
     run.mkdir(parents=True)
     (run / "run.json").write_text('{"status": "interrupted"}', encoding="utf-8")
@@ -412,7 +359,7 @@ def test_a_run_folder_without_a_run(phlora: Callable[..., Outcome], tmp_path: Pa
     ],
 )
 def test_errors_become_a_message_and_an_exit_code(
-    phlora: Callable[..., Outcome], training: FakeTraining, error: Exception, code: int, kind: str
+    phlora: CommandLine, training: FakeTraining, error: Exception, code: int, kind: str
 ) -> None:
     training.raises = error
     done = phlora("train", write_config(), "--json")
@@ -425,7 +372,7 @@ def test_errors_become_a_message_and_an_exit_code(
 
 
 def test_a_bug_is_called_one_and_its_traceback_kept(
-    phlora: Callable[..., Outcome], training: FakeTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path))
     training.raises = ZeroDivisionError("division by zero")
@@ -439,7 +386,7 @@ def test_a_bug_is_called_one_and_its_traceback_kept(
 
 
 def test_debugging_shows_the_traceback(
-    phlora: Callable[..., Outcome], training: FakeTraining, monkeypatch: pytest.MonkeyPatch
+    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHLORA_DEBUG", "1")
     training.raises = ZeroDivisionError("division by zero")
@@ -449,7 +396,7 @@ def test_debugging_shows_the_traceback(
 
 
 def test_a_full_temporary_folder_does_not_hide_the_bug(
-    phlora: Callable[..., Outcome], training: FakeTraining, monkeypatch: pytest.MonkeyPatch
+    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli.tempfile, "tempdir", "/does/not/exist")
     training.raises = ZeroDivisionError("division by zero")
@@ -461,7 +408,7 @@ def test_a_full_temporary_folder_does_not_hide_the_bug(
 
 
 def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(
-    phlora: Callable[..., Outcome], training: FakeTraining, monkeypatch: pytest.MonkeyPatch
+    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Path("runs/file/checkpoints/checkpoint-40")
     checkpoint.mkdir(parents=True)
@@ -477,9 +424,7 @@ def test_an_interrupted_run_says_what_is_kept_and_how_to_go_on(
     )
 
 
-def test_an_early_interruption_says_that_nothing_is_kept(
-    phlora: Callable[..., Outcome], training: FakeTraining
-) -> None:
+def test_an_early_interruption_says_that_nothing_is_kept(phlora: CommandLine, training: FakeTraining) -> None:
     training.raises = KeyboardInterrupt()
     done = phlora("train", write_config(), "--json")
     assert done.code == 130 and "No checkpoint" in done.err and "--overwrite" not in done.err
@@ -493,7 +438,7 @@ def test_an_early_interruption_says_that_nothing_is_kept(
 
 
 def test_warnings_of_libraries_go_to_the_log(
-    phlora: Callable[..., Outcome], training: FakeTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def noisy(config: RunConfig, **options: Any) -> None:
         logging.getLogger("trl").warning("a warning")
@@ -548,7 +493,7 @@ def test_every_script_passes_where_the_locale_has_no_utf8(chats: Path) -> None:
 @pytest.mark.parametrize(
     "command", ["", "train", "evaluate", "chat", "data", "data check", "data preview"], ids=lambda c: c or "-"
 )
-def test_every_command_has_a_useful_help(phlora: Callable[..., Outcome], command: str) -> None:
+def test_every_command_has_a_useful_help(phlora: CommandLine, command: str) -> None:
     done = phlora(*command.split(), "--help")
     assert done.code == 0 and done.err == ""
     if command != "data":
@@ -557,10 +502,8 @@ def test_every_command_has_a_useful_help(phlora: Callable[..., Outcome], command
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "chat", "data check", "data preview"])
-def test_the_page_on_the_command_line_knows_every_option(
-    phlora: Callable[..., Outcome], command: str
-) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+def test_the_page_on_the_command_line_knows_every_option(phlora: CommandLine, command: str) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
     section = page.partition(f"## phlora {command}\n")[2].partition("\n## ")[0]
     table = section.partition("| option | |")[2].partition("\n\n")[0]
     in_help = re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", phlora(*command.split(), "--help").out, re.MULTILINE)
@@ -568,7 +511,7 @@ def test_the_page_on_the_command_line_knows_every_option(
     assert documented == set(in_help) - {"--help"}
 
 
-def test_the_version(phlora: Callable[..., Outcome]) -> None:
+def test_the_version(phlora: CommandLine) -> None:
     from phlora import __version__
 
     assert phlora("--version").out == f"phlora {__version__}\n"

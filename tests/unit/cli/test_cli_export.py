@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import CommandLine
 
-from phlora import cli
 from phlora.errors import Finding
-
-
-@dataclass
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def phlora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs a command line in this process, without its log handlers."""
-    monkeypatch.setattr(cli, "_start_log", lambda: None)
-    monkeypatch.setattr(cli, "_adopt_loggers", lambda: None)
-
-    def run(*arguments: str | Path) -> Outcome:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture
@@ -55,9 +27,7 @@ def loralib_file(tmp_path: Path) -> Path:
     return tmp_path / "in.pt"
 
 
-def test_there_and_back_on_the_command_line(
-    phlora: Callable[..., Outcome], loralib_file: Path, tmp_path: Path
-) -> None:
+def test_there_and_back_on_the_command_line(phlora: CommandLine, loralib_file: Path, tmp_path: Path) -> None:
     peft, back = tmp_path / "peft", tmp_path / "back.pt"
     options = ["--lora-alpha", "8", "--enable", "q,v", "--blocks", "qkv_proj=64,32,32"]
     done = phlora("convert", loralib_file, "--to", "peft", "-o", peft, *options)
@@ -69,9 +39,7 @@ def test_there_and_back_on_the_command_line(
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_convolutions_go_there_and_back_with_their_kernel_named(
-    phlora: Callable[..., Outcome], tmp_path: Path
-) -> None:
+def test_convolutions_go_there_and_back_with_their_kernel_named(phlora: CommandLine, tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {"conv1.lora_A": torch.randn(6, 12), "conv1.lora_B": torch.randn(24, 6)}
     torch.save(state, tmp_path / "in.pt")
@@ -100,7 +68,7 @@ def test_convolutions_go_there_and_back_with_their_kernel_named(
     ],
 )
 def test_a_mistake_is_exit_code_2_and_writes_nothing(
-    phlora: Callable[..., Outcome], loralib_file: Path, tmp_path: Path, options: list[str], message: str
+    phlora: CommandLine, loralib_file: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     done = phlora("convert", loralib_file, "-o", tmp_path / "out", *options)
     assert done.code == 2
@@ -117,7 +85,7 @@ class FakeReport:
         return {"changed_tokens": 0}
 
 
-def test_merge_passes_its_options_on(phlora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_passes_its_options_on(phlora: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def merge_run(*arguments: Any, **options: Any) -> FakeReport:
@@ -150,14 +118,12 @@ def test_merge_passes_its_options_on(phlora: Callable[..., Outcome], monkeypatch
 
 
 @pytest.mark.parametrize("command", [["merge"], ["convert", "--to", "merged"]])
-def test_a_base_that_there_is_not_is_exit_code_2(phlora: Callable[..., Outcome], command: list[str]) -> None:
+def test_a_base_that_there_is_not_is_exit_code_2(phlora: CommandLine, command: list[str]) -> None:
     done = phlora(*command, "runs/a", "-o", "out", "--base", "quantised")
     assert done.code == 2 and "dequantized" in done.err
 
 
-def test_a_refused_merge_is_exit_code_1(
-    phlora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_merge_is_exit_code_1(phlora: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     def merge_run(*_: Any, **__: Any) -> None:
         raise Finding("The merged model does not answer like base and adapter", where="out")
 
@@ -166,6 +132,6 @@ def test_a_refused_merge_is_exit_code_1(
     assert done.code == 1 and done.json["error"]["kind"] == "Finding"
 
 
-def test_a_missing_source_is_exit_code_2(phlora: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_a_missing_source_is_exit_code_2(phlora: CommandLine, tmp_path: Path) -> None:
     done = phlora("merge", tmp_path / "nowhere", "-o", tmp_path / "out")
     assert done.code == 2 and "does not exist" in done.err
