@@ -69,10 +69,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         yield part
         if path.exists():
             os.rename(path, old)
-        os.rename(part, path)
+        try:
+            os.rename(part, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -58,6 +58,10 @@ def test_a_failed_replacement_leaves_the_old_folder_alone(tmp_path: Path) -> Non
         (part / "weights").write_text("new")
         raise RuntimeError
     assert (best / "weights").read_text() == "old"
+    # At the last moment: the old folder has moved already, and what should take its place is gone.
+    with pytest.raises(OSError), files.replaced_folder(best) as part:
+        part.rmdir()
+    assert (best / "weights").read_text() == "old"
     with files.replaced_folder(best) as part:
         (part / "weights").write_text("new")
     assert (best / "weights").read_text() == "new"
