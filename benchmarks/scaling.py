@@ -237,7 +237,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON there")
     options = parser.parse_args()
     if not options.no_plots and find_spec("matplotlib") is None:
-        parser.error("the plots need matplotlib: pip install -e '.[bench]', or leave them out with --no-plots")
+        parser.error(
+            "the plots need matplotlib: pip install -e '.[bench]', or leave them out with --no-plots"
+        )
     quiet()
     cases = Cases(options.size, 4 if options.quick else 1)
     results = {}
