@@ -146,8 +146,9 @@ def step_flops(
     """FLOPs that no exact LoRA step can leave out, forward and backward; a multiply-add is two.
 
     Linears: forward, and the input gradient except below the lowest adapted one. LoRA: six per parameter and position,
-    with the same exception. Attention: two products forward and five backward over the causal pairs. Head: forward and
-    input gradient of the trained predictions. No gradient of a frozen weight.
+    with the same exception. What follows the last attention counts trained predictions only. Attention: two products
+    forward and five backward over the causal pairs. Head: forward and input gradient of the trained predictions. No
+    gradient of a frozen weight.
     """
     sizes = {name: rows * columns for name, (rows, columns) in shapes.linears.items()}
     lowest = min(LINEARS.index(name) for name in targets)
@@ -156,9 +157,12 @@ def step_flops(
     lora = shapes.layers * rank * sum(sum(shapes.linears[name]) for name in targets)
     attention = 2 * shapes.query * work.pairs
     backward_layers = shapes.layers if lowest == 0 else shapes.layers - 1
+    unread, last = max(0, work.positions - work.trained), LINEARS[1:]
+    unread_lora = rank * sum(sum(shapes.linears[name]) for name in targets if name in last)
     return {
-        "linears": 2 * forward - unneeded,
-        "lora": (6 * lora - 2 * rank * shapes.linears[LINEARS[lowest]][0]) * work.positions,
+        "linears": 2 * forward - unneeded - 4 * unread * sum(sizes[name] for name in last),
+        "lora": (6 * lora - 2 * rank * shapes.linears[LINEARS[lowest]][0]) * work.positions
+        - 6 * unread_lora * unread,
         "attention": attention * (2 * shapes.layers + 5 * backward_layers),
         "head": 4 * shapes.vocab * shapes.hidden * work.trained,
     }
