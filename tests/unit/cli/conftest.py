@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Outcome
+from command_line import CHATS, CommandLine, FakeTraining, Outcome, write_rows
 
 from phlora import cli
+from phlora.cli.console import recent_records
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
-    cli._records.lines.clear()
+    recent_records.lines.clear()
 
 
 @pytest.fixture
@@ -39,3 +41,17 @@ def phlora(capsys: pytest.CaptureFixture[str]) -> CommandLine:
         return Outcome(int(end.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTraining:
+    fake = FakeTraining()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "phlora.train.finetune", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "phlora.train.proof", fake)  # type: ignore[arg-type]
+    return fake
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "chats.jsonl", CHATS)

@@ -1,0 +1,60 @@
+"""`phlora chat`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from phlora.cli.console import forbid_network, make_display, standard_output_kept
+from phlora.cli.options import Offline
+
+commands = typer.Typer()
+
+
+@commands.command(
+    epilog="\b\nExamples:\n"
+    "  phlora chat runs/support\n"
+    '  phlora chat smollm2-135m --system "Answer in one sentence."\n'
+    '  echo "Where is my parcel?" | phlora chat runs/support'
+)
+def chat(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="RUN|MODEL", help="Run folder, adapter folder, or whatever --model takes."),
+    ],
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System prompt  [default: none]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest reply, in tokens.", show_default=True)
+    ] = 512,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.", show_default=True),
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Makes replies repeatable above temperature 0.")
+    ] = None,
+    offline: Offline = False,
+) -> None:
+    """Chat with a tuned model, its base, or both.
+
+    /base, /tuned and /compare choose who answers; /help lists all commands. Ctrl-C stops a reply, Ctrl-D or
+    /exit leaves. When standard input is no terminal, each line is one user turn. Nothing is stored.
+    """
+    if offline:
+        forbid_network()
+    from phlora.serve.session import converse, open_chat
+
+    display = make_display(quiet=False)
+    with standard_output_kept():
+        session = open_chat(
+            source,
+            system=system,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            display=display,
+        )
+    converse(session, display=display)

@@ -1,0 +1,184 @@
+"""`phlora merge` and `phlora convert`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from phlora.cli.console import forbid_network, make_display, print_result, standard_output_kept
+from phlora.cli.options import Json, Offline, Quiet
+from phlora.errors import ConfigError
+
+
+class AdapterFormat(StrEnum):
+    """What an adapter is converted to."""
+
+    peft = "peft"
+    loralib = "loralib"
+    merged = "merged"
+
+
+class MergeBase(StrEnum):
+    """The base that an adapter of a quantised one is merged into."""
+
+    auto = "auto"
+    full = "full"
+    dequantized = "dequantized"
+
+
+commands = typer.Typer()
+BaseModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="The base model, if not the one that the adapter names.")
+]
+IntoBase = Annotated[
+    MergeBase,
+    typer.Option(
+        "--base",
+        help="Trained on nf4 or int8: merge into the full or the dequantized base; auto: the lower loss.",
+        show_default=True,
+    ),
+]
+SavedDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Of the merged model: auto (as the base's files), float32, bfloat16, float16.",
+        show_default=True,
+    ),
+]
+ProofRows = Annotated[
+    list[str] | None,
+    typer.Option("--rows", metavar="FILE", help="Chats for the proof, if not the run's held-out ones."),
+]
+
+
+@commands.command(
+    short_help="Merge an adapter into its base, and prove it.",
+    epilog="\b\nExamples:\n"
+    "  phlora merge runs/support -o models/support\n"
+    "  phlora merge runs/support -o models/support --base dequantized\n"
+    "  phlora merge some/adapter -o models/support --rows chats.jsonl --dtype bfloat16",
+)
+def merge(
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run folder or adapter folder.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="New model folder.")],
+    base: IntoBase = MergeBase.auto,
+    model: BaseModel = None,
+    dtype: SavedDtype = "auto",
+    rows: ProofRows = None,
+    max_rows: Annotated[
+        int, typer.Option("--max-rows", min=1, help="Rows of the proof at most.", show_default=True)
+    ] = 64,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default=True)
+    ] = "auto",
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fold an adapter into its 16- or 32-bit base and save the whole model, which stock transformers loads.
+
+    What was saved is loaded again and compared with base and adapter on the run's held-out rows: largest and
+    mean difference of the logits, changed greedy tokens. Beyond the bound nothing is kept and the exit code is 1.
+    For an adapter of a quantised base the loss merged into either base is measured and shown.
+    """
+    if offline:
+        forbid_network()
+    from phlora.train.fold import merge_run
+
+    with standard_output_kept():
+        report = merge_run(
+            source,
+            output,
+            base=base.value,
+            model=model,
+            dtype=dtype,
+            rows=rows or None,
+            max_rows=max_rows,
+            device=device,
+            offline=offline,
+            display=make_display(quiet),
+        )
+    print_result(report.to_json() if as_json else report.summary())
+
+
+@commands.command(
+    short_help="Convert an adapter: PEFT, loralib, merged model.",
+    epilog="\b\nExamples:\n"
+    "  phlora convert runs/support --to loralib -o support.pt\n"
+    "  phlora convert gpt2.pt --to peft -o adapter --lora-alpha 32 --enable q,v\n"
+    "  phlora convert phi3.pt --to merged -o model --lora-alpha 32 --model PHI3 --rows chats.jsonl",
+)
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="loralib file (.pt), PEFT adapter folder or run folder.")
+    ],
+    to: Annotated[AdapterFormat, typer.Option("--to", help="What to convert to.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="OUT", help="New folder; for loralib a new file.")
+    ],
+    model: BaseModel = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option("--lora-alpha", help="Of the layers of a loralib file, which does not know it."),
+    ] = None,
+    enable: Annotated[
+        str | None,
+        typer.Option("--enable", metavar="q,v", help="Adapted row blocks, where shapes do not tell."),
+    ] = None,
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--blocks",
+            metavar="LAYER=ROWS,...",
+            help="Rows of each block, such as qkv_proj=3072,1024,1024; by default those of --model; repeatable.",
+        ),
+    ] = None,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kernel",
+            metavar="LAYER=SIZES",
+            help="Kernel of a convolution in a loralib file, such as conv1=3,3; repeatable.",
+        ),
+    ] = None,
+    base: IntoBase = MergeBase.auto,
+    dtype: SavedDtype = "auto",
+    rows: ProofRows = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Convert an adapter between loralib's file and PEFT's folder without losing a bit, or merge it.
+
+    Every tensor is used or nothing is written. Pickles that hold more than tensors are not opened.
+    `--to merged` is `phlora merge`, also for a loralib file; --base, --dtype and --rows are for it.
+    """
+    if to is AdapterFormat.merged and kernel:
+        raise ConfigError(
+            "--kernel is for --to peft: chat models have no convolutions",
+            where="phlora convert",
+            fix="leave it out",
+        )
+    if to is not AdapterFormat.merged and (rows or dtype != "auto" or base is not MergeBase.auto):
+        raise ConfigError(
+            "--base, --dtype and --rows are for --to merged", where="phlora convert", fix="leave them out"
+        )
+    if offline:
+        forbid_network()
+    from phlora.train import fold
+
+    names = [name.strip() for name in (enable or "").split(",") if name.strip()]
+    how: dict[str, Any] = {"model": model, "offline": offline}
+    with standard_output_kept():
+        loralib = {"lora_alpha": lora_alpha, "enable": names, "blocks": fold.parse_blocks(blocks or [])}
+        report: Any
+        if to is AdapterFormat.merged:
+            how |= {"base": base.value, "dtype": dtype, "rows": rows or None, "display": make_display(quiet)}
+            report = fold.convert_to_model(source, output, **loralib, **how)
+        else:
+            kernels = fold.parse_kernels(kernel or [])
+            report = fold.convert(source, output, to=to.value, kernels=kernels, **loralib, **how)
+    print_result(report.to_json() if as_json else report.summary())

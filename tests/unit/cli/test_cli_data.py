@@ -1,0 +1,99 @@
+"""`phlora data check` and `phlora data preview`: what they show, and with which exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+from command_line import CHATS, CommandLine, write_rows
+
+from phlora.cli import data
+from phlora.config import TrainOn
+
+
+def test_check_reports_and_exits_with_its_code(phlora: CommandLine, chats: Path, tmp_path: Path) -> None:
+    twice = write_rows(tmp_path / "twice.jsonl", [*CHATS, CHATS[0]])
+    broken = write_rows(tmp_path / "broken.jsonl", [*CHATS, {"messages": [{"role": "usr", "content": "x"}]}])
+    assert phlora("data", "check", str(chats)).code == 0
+    assert phlora("data", "check", str(twice)).code == 0
+    assert phlora("data", "check", str(twice), "--strict").code == 1
+    done = phlora("data", "check", str(broken))
+    assert done.code == 2 and f"{broken}:3" in done.out
+
+
+def test_check_finds_held_out_rows_in_the_data(phlora: CommandLine, chats: Path) -> None:
+    done = phlora("data", "check", str(chats), "--eval-data", str(chats), "--json", "--strict")
+    assert done.code == 1
+    assert done.json["num_leaked_eval_rows"] == 2
+
+
+def test_check_needs_a_tokenizer_to_count_tokens(phlora: CommandLine, chats: Path) -> None:
+    done = phlora("data", "check", str(chats), "--max-length", "10")
+    assert done.code == 2 and "--model" in done.err
+
+
+def test_check_does_not_import_torch(chats: Path) -> None:
+    code = (
+        "import sys; from phlora.cli import main\n"
+        f"try: main(['data', 'check', {str(chats)!r}])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_a_file_says_cannot_command_the_terminal(phlora: CommandLine, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [*CHATS, {"messages": [{"role": "\x1b[31m", "content": "x"}]}])
+    done = phlora("data", "check", str(file))
+    assert "\x1b" not in done.out and "\\x1b[31m" in done.out
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> Any:
+    from phlora.models import load
+
+    loaded = SimpleNamespace(tokenizer=tiny_tokenizer, training_template=None, notes=("a note",))
+    monkeypatch.setattr(load, "load_tokenizer", lambda name: loaded)
+    return tiny_tokenizer
+
+
+def test_preview_marks_what_is_trained(phlora: CommandLine, chats: Path, tokenizer: Any) -> None:
+    done = phlora("data", "preview", str(chats), "--rows", "1")
+    plain = done.out.replace("│", "")
+    assert f"{chats}:1" in plain and f"{chats}:2" not in plain
+    assert "⟦درود بر شما<|end|>" in plain
+    assert "سلام" in plain.partition("⟦")[0]
+    assert "⟦ ⟧" in done.err and "\x1b" not in done.out
+
+
+def test_preview_in_json_gives_every_token(phlora: CommandLine, chats: Path, tokenizer: Any) -> None:
+    document = phlora("data", "preview", str(chats), "--json", "--train-on", "all").json
+    first, second = document["rows"]
+    assert "".join(token["text"] for token in first["tokens"]).count("سلام") == 1
+    assert any(token["trained"] and token["weight"] == 1.0 for token in second["tokens"])
+
+
+def test_preview_shows_weights_and_rows_left_out(phlora: CommandLine, tmp_path: Path, tokenizer: Any) -> None:
+    weighted = {"messages": [CHATS[0]["messages"][0], {**CHATS[0]["messages"][1], "weight": 0.5}]}
+    long = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 99}]}
+    file = write_rows(tmp_path / "x.jsonl", [weighted, long])
+    done = phlora("data", "preview", str(file), "--max-length", "50")
+    assert "⟦×0.5 " in done.out
+    assert "left out: " in done.out
+
+
+def test_preview_of_a_good_beginning_does_not_need_a_good_end(
+    phlora: CommandLine, tmp_path: Path, tokenizer: Any
+) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [*CHATS, {"messages": "broken"}])
+    assert phlora("data", "preview", str(file), "--rows", "2").code == 0
+    assert phlora("data", "preview", str(file), "--rows", "3").code == 2
+
+
+def test_the_choices_of_train_on_are_those_of_the_configuration() -> None:
+    assert {choice.value for choice in data.TrainOn} == set(get_args(TrainOn))
