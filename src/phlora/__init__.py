@@ -15,7 +15,7 @@ _HOMES = {
     "evaluate_run": "phlora.train.proof",
     "Run": "phlora.train.finetune",
     "SFTTrainer": "phlora.train.trainer",
-    "convert": "phlora.train.fold",
+    "convert": "phlora.train.conversion",
     "merge_run": "phlora.train.fold",
     "load_model": "phlora.models.load",
     "load_tokenizer": "phlora.models.load",
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from phlora.adapters.peft_layer import speed_up
     from phlora.errors import PhloraError
     from phlora.models.load import load_model, load_tokenizer
+    from phlora.train.conversion import convert
     from phlora.train.finetune import Run, finetune
-    from phlora.train.fold import convert, merge_run
+    from phlora.train.fold import merge_run
     from phlora.train.proof import evaluate_run
     from phlora.train.trainer import SFTTrainer
 

@@ -168,17 +168,17 @@ def convert(
         )
     if offline:
         forbid_network()
-    from phlora.train import fold
+    from phlora.train import conversion
 
     names = [name.strip() for name in (enable or "").split(",") if name.strip()]
     how: dict[str, Any] = {"model": model, "offline": offline}
     with standard_output_kept():
-        loralib = {"lora_alpha": lora_alpha, "enable": names, "blocks": fold.parse_blocks(blocks or [])}
+        loralib = {"lora_alpha": lora_alpha, "enable": names, "blocks": conversion.parse_blocks(blocks or [])}
         report: Any
         if to is AdapterFormat.merged:
             how |= {"base": base.value, "dtype": dtype, "rows": rows or None, "display": make_display(quiet)}
-            report = fold.convert_to_model(source, output, **loralib, **how)
+            report = conversion.convert_to_model(source, output, **loralib, **how)
         else:
-            kernels = fold.parse_kernels(kernel or [])
-            report = fold.convert(source, output, to=to.value, kernels=kernels, **loralib, **how)
+            kernels = conversion.parse_kernels(kernel or [])
+            report = conversion.convert(source, output, to=to.value, kernels=kernels, **loralib, **how)
     print_result(report.to_json() if as_json else report.summary())

@@ -1,4 +1,4 @@
-"""Merging and converting folders: what is saved is whole, proven by loading it, or not there at all."""
+"""Merging: what is saved is whole, proven by loading it, or not there at all."""
 
 from __future__ import annotations
 
@@ -14,64 +14,26 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny_adapters import QUIET, ROWS, TEXTS, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import phlora.lora as lora
 from phlora.adapters.merge import BOUNDS
 from phlora.data.formats import load_rows
 from phlora.data.tokenize import tokenize_rows
-from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
 from phlora.models.embedded import tiny_phi3
-from phlora.train import fold
+from phlora.train import fold, outputs, sources
+from phlora.train.conversion import convert
 from phlora.train.finetune import finetune
-from phlora.train.fold import convert, convert_to_model, merge_run, parse_blocks
-
-TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
-ROWS = [
-    {
-        "messages": [
-            {"role": "user", "content": f"say {i} {TEXTS[i % 5]}"},
-            {"role": "assistant", "content": f"{TEXTS[i % 5]} {i}"},
-        ]
-    }
-    for i in range(20)
-]
-QUIET = Display(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = tiny_phi3()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder, trained for two steps."""
-    done = finetune(
-        model={"name": str(base), "dtype": "float32", "device": "cpu"},
-        data=ROWS[:14],
-        eval_data=ROWS[14:],
-        training_config={"max_steps": 2, "learning_rate": 2e-2},
-        peft_config={"r": 4},
-        evaluation={"enabled": False},
-        output=tmp_path_factory.mktemp("runs") / "run",
-        display=QUIET,
-    )
-    assert done.folder is not None
-    return done.folder
+from phlora.train.fold import merge_run
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])
-def quantized_run(base: Path, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Path:
+def quantized_run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: Any) -> Path:
     """A run on a quantised base, trained far enough that the adapter makes up for the rounding."""
     pytest.importorskip("bitsandbytes")
     done = finetune(
-        model={"name": str(base), "dtype": "float32", "device": "cpu", "quantization": request.param},
+        model={"name": str(model_folder), "dtype": "float32", "device": "cpu", "quantization": request.param},
         data=ROWS[:14],
         eval_data=ROWS[14:],
         training_config={"max_steps": 8, "learning_rate": 2e-2},
@@ -82,23 +44,6 @@ def quantized_run(base: Path, tmp_path_factory: pytest.TempPathFactory, request:
     )
     assert done.folder is not None
     return done.folder
-
-
-@pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    """A bare PEFT adapter, as another tool would have written it."""
-    return save_adapter(base, tmp_path / "adapter")
-
-
-def save_adapter(base: Path, folder: Path, **config: Any) -> Path:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tuned = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **config}))
-    torch.manual_seed(0)
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name or "lora_embedding" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    tuned.save_pretrained(str(folder), save_embedding_layers=False)
-    return folder
 
 
 def answers(model: Any, tokenizer: Any) -> list[list[int]]:
@@ -115,7 +60,7 @@ def answers(model: Any, tokenizer: Any) -> list[list[int]]:
 
 
 def test_a_merged_run_is_a_model_that_stock_transformers_loads_and_that_answers_alike(
-    run: Path, base: Path, tmp_path: Path
+    run: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     report = merge_run(run, tmp_path / "model", display=QUIET)
     assert (report.dtype, report.num_modules, report.num_rows) == ("float32", 8, 6)
@@ -124,7 +69,9 @@ def test_a_merged_run_is_a_model_that_stock_transformers_loads_and_that_answers_
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "adapter" / "best")
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder), run / "adapter" / "best"
+    )
     tuned.generation_config = merged.generation_config
     assert answers(merged, tokenizer) == answers(tuned, tokenizer)
     stops = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>", "<|assistant|>"])
@@ -143,7 +90,9 @@ def test_the_adapter_inside_a_run_has_the_runs_base_and_rows(run: Path, tmp_path
     assert report.num_rows == 2 and report.adapter.endswith("last")
 
 
-def test_an_adapter_alone_needs_rows_and_its_own_base(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_alone_needs_rows_and_its_own_base(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="--rows"):
         merge_run(adapter, tmp_path / "model", display=QUIET)
     assert merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET).num_rows == 20
@@ -151,13 +100,15 @@ def test_an_adapter_alone_needs_rows_and_its_own_base(base: Path, adapter: Path,
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ModelError, match="--model BASE"):
         merge_run(adapter, tmp_path / "other", rows=ROWS, display=QUIET)
-    merge_run(adapter, tmp_path / "other", rows=ROWS, model=str(base), display=QUIET)
+    merge_run(adapter, tmp_path / "other", rows=ROWS, model=str(model_folder), display=QUIET)
 
 
-def test_the_saved_dtype_is_that_of_the_bases_files(base: Path, adapter: Path, tmp_path: Path) -> None:
+def test_the_saved_dtype_is_that_of_the_bases_files(
+    model_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
     half = tmp_path / "half"
-    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float16).save_pretrained(half)
-    AutoTokenizer.from_pretrained(base).save_pretrained(half)
+    AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(half)
     config = json.loads((half / "config.json").read_text())
     # As in Phi-3's own folder; the code files that it names are not in a merged one.
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
@@ -214,7 +165,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(fold.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(NoRoomError, match="are free"):
         merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET)
@@ -226,7 +177,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 @pytest.mark.filterwarnings("ignore:.*tie.*", "ignore:.*tied.*")
 def test_an_adapter_on_tied_embeddings_is_refused_before_anything_is_written(
-    base: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path
 ) -> None:
     tied = tmp_path / "tied"
     model, tokenizer = tiny_phi3()
@@ -274,7 +225,7 @@ def held_out_loss(model: Any, tokenizer: Any) -> float:
 
 
 def test_an_adapter_of_a_quantised_base_goes_where_the_measured_loss_is_lower(
-    quantized_run: Path, base: Path, tmp_path: Path
+    quantized_run: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     reports = {
         name: merge_run(quantized_run, tmp_path / name, base=name, display=QUIET)
@@ -298,7 +249,7 @@ def test_an_adapter_of_a_quantised_base_goes_where_the_measured_loss_is_lower(
         assert held_out_loss(saved, tokenizer) == pytest.approx(losses[name], rel=1e-5)
         assert "quantization_config" not in saved.config.to_dict()
     tuned = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base), quantized_run / "adapter" / "best"
+        AutoModelForCausalLM.from_pretrained(model_folder), quantized_run / "adapter" / "best"
     )
     assert held_out_loss(tuned, tokenizer) == pytest.approx(losses["full"], rel=1e-5)
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("auto", lower))
@@ -332,7 +283,7 @@ def test_no_more_than_two_models_are_in_memory(
     """Counted at every load, after the new one is there."""
     alive: list[Any] = []
     counts = []
-    honest = fold.load_model
+    honest = sources.load_model
 
     def counting(*arguments: Any, **options: Any) -> Any:
         loaded = honest(*arguments, **options)
@@ -341,7 +292,7 @@ def test_no_more_than_two_models_are_in_memory(
         counts.append(sum(model() is not None for model in alive))
         return loaded
 
-    monkeypatch.setattr(fold, "load_model", counting)
+    monkeypatch.setattr(sources, "load_model", counting)
     merge_run(quantized_run, tmp_path / "model", display=QUIET)
     assert counts == [1, 2, 1]
 
@@ -357,101 +308,6 @@ def test_a_base_that_was_not_quantised_cannot_be_dequantised(
     assert not (tmp_path / "model").exists()
     report = merge_run(run, tmp_path / "model", base="full", display=QUIET)
     assert report.base == "full" and report.losses["full"] == pytest.approx(report.losses["adapter"])
-
-
-# ------------------------------------------------------------------------------------------------- convert
-
-
-def test_a_run_becomes_a_loralib_file_and_a_loralib_file_becomes_the_same_model(
-    run: Path, base: Path, tmp_path: Path
-) -> None:
-    report = convert(run, tmp_path / "adapter.pt", to="loralib")
-    assert report.num_tensors == 16 and "2 × qkv_proj: Linear(r=4, lora_alpha=8)" in report.summary()
-    merged = merge_run(run, tmp_path / "a", display=QUIET)
-    again = convert_to_model(
-        tmp_path / "adapter.pt",
-        tmp_path / "b",
-        lora_alpha=8,
-        model=str(base),
-        rows=run / "heldout.jsonl",
-        display=QUIET,
-    )
-    assert again.num_tokens == merged.num_tokens and again.adapter == str(tmp_path / "adapter.pt")
-    left, right = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
-def test_blocks_come_from_the_base_model(base: Path, tmp_path: Path) -> None:
-    model, tokenizer = tiny_phi3()
-    lora.replace(
-        model,
-        ["qkv_proj"],
-        r=2,
-        lora_alpha=4,
-        enable_lora=[True, False, True],
-        out_features_per_block=(64, 32, 32),
-    )
-    torch.manual_seed(0)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.qkv_proj.lora_B, std=0.1)
-    torch.save(lora.lora_state_dict(model), tmp_path / "in.pt")
-    report = convert(
-        tmp_path / "in.pt", tmp_path / "peft", to="peft", lora_alpha=4, enable=["q", "v"], model=str(base)
-    )
-    assert report.num_tensors == 4
-    convert(tmp_path / "peft", tmp_path / "out.pt", to="loralib")
-    before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pt", "out.pt"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-    ids = tokenizer(TEXTS[3], return_tensors="pt").input_ids
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft")
-    with torch.no_grad():
-        torch.testing.assert_close(tuned(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
-
-
-def test_a_pickled_peft_adapter_becomes_safetensors_with_everything_beside_it(
-    adapter: Path, tmp_path: Path
-) -> None:
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    torch.save(tensors, adapter / "adapter_model.bin")
-    (adapter / "adapter_model.safetensors").unlink()
-    (adapter / "chat_template.jinja").write_text("{{ messages }}")
-    (adapter / "optimizer.pt").write_bytes(b"large")
-    report = convert(adapter, tmp_path / "out", to="peft")
-    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
-    assert report.num_tensors == len(tensors) == 16
-    assert all(torch.equal(after[name], value) for name, value in tensors.items())
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"adapter_config.json", "chat_template.jinja"} <= names
-    assert not {"adapter_model.bin", "optimizer.pt"} & names
-
-
-def test_lora_alpha_is_asked_for_where_it_is_unknown_and_nowhere_else(
-    base: Path, adapter: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "adapter.pt"
-    convert(adapter, file, to="loralib")
-    with pytest.raises(ConfigError, match="--lora-alpha 32"):
-        convert(file, tmp_path / "x", to="peft")
-    with pytest.raises(ConfigError, match="leave it out"):
-        convert(adapter, tmp_path / "x", to="peft", lora_alpha=8)
-    for to in (convert_to_model, lambda *paths, **options: convert(*paths, to="peft", **options)):
-        with pytest.raises(ConfigError, match="knows no blocks"):
-            to(adapter, tmp_path / "x", enable=["q"])
-    with pytest.raises(ConfigError, match="--model BASE"):
-        convert_to_model(file, tmp_path / "x", lora_alpha=8)
-    assert not (tmp_path / "x").exists()
-
-
-def test_blocks_on_the_command_line() -> None:
-    assert parse_blocks([]) is None
-    assert parse_blocks(["qkv_proj=64,32,32", "mixer=4,8"]) == {
-        "qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32},
-        "mixer": {"0": 4, "1": 8},
-    }
-    for text in ("qkv_proj", "qkv_proj=64,32", "=3,4", "mixer=3,-4", "mixer=3,x"):
-        with pytest.raises(ConfigError, match="--blocks"):
-            parse_blocks([text])
 
 
 # ---------------------------------------------------------------------------------------- the real model

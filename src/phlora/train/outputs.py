@@ -1,0 +1,68 @@
+"""What a merge or a conversion writes: only where nothing stands yet, and only where it fits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from phlora.errors import NoRoomError, RunError
+from phlora.models.load import LoadedTokenizer
+
+# Tokenizer, configuration and report, which do not grow with the model.
+_SMALL_FILES_BYTES = 50_000_000
+
+
+def require_new(output: Path) -> None:
+    """Refuse an output that exists: nobody's files are replaced.
+
+    Raises:
+        RunError: a file, or a folder that is not empty.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise RunError("The output exists already", where=str(output), fix="name another --output")
+
+
+def require_room(output: Path, tensor_bytes: int) -> None:
+    """Refuse an output that does not fit.
+
+    Raises:
+        NoRoomError: less free disk than the tensors and their small companions take.
+    """
+    needed = tensor_bytes + _SMALL_FILES_BYTES
+    existing = next(p for p in output.absolute().parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise NoRoomError(
+            f"The output takes {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free",
+            where=str(existing),
+            fix="make room, or name an --output on another disk",
+        )
+
+
+def save_model(model: Any, tokenizer: LoadedTokenizer, folder: Path) -> None:
+    """Everything that stock transformers needs to load the model and to end its replies."""
+    pad = tokenizer.tokenizer.pad_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad
+    model.generation_config.eos_token_id = list(tokenizer.stop_token_ids)
+    if type(model).__module__.startswith("transformers."):
+        # It would point to code files that are not in the folder.
+        vars(model.config).pop("auto_map", None)
+    with _no_bars():
+        model.save_pretrained(folder)
+    tokenizer.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
