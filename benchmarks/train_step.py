@@ -108,10 +108,16 @@ def measure(
     }
 
 
-def only_step(side: str, size: str, rows: list[Row]) -> dict[str, Any]:
-    """One step in a process that ends with it: side by side, those of all candidates would not fit into memory."""
+def start_worker(side: str, size: str) -> Worker:
+    """A process with one candidate, warmed up by a short step."""
     worker = Worker("candidates", "Candidate", side, size)
     worker.call("step", worker.call("rows", "mixed", scale=0.1))
+    return worker
+
+
+def only_step(side: str, size: str, rows: list[Row]) -> dict[str, Any]:
+    """One step in a process that ends with it: side by side, those of all candidates would not fit into memory."""
+    worker = start_worker(side, size)
     result: dict[str, Any] = worker.call("step", rows, "padded", trim=True)
     worker.close()
     return result
@@ -264,20 +270,18 @@ def show_goals(size: str, goals: list[dict[str, Any]]) -> None:
 def run_size(size: str, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if size == "phi3-mini" else "cpu"
     scale = 0.2 if options.quick else 1.0
-    workers = {side: Worker("candidates", "Candidate", side, size) for side in EVERY_ROUND}
-    any_worker = workers[EVERY_ROUND[0]]
-    shapes = any_worker.call("shapes")
-    warm_up = any_worker.call("rows", "mixed", scale=0.1)
-    for worker in workers.values():
-        worker.call("step", warm_up)
     sets = {}
     for name in names:
+        # New processes for each set, so that no peak holds what an earlier set left behind.
+        workers = {side: start_worker(side, size) for side in EVERY_ROUND}
+        any_worker = workers[EVERY_ROUND[0]]
         rows = any_worker.call("rows", name, scale=scale, long_row=options.long_row)
         rows = rows[: 8 if options.quick else None]
+        shapes = any_worker.call("shapes")
         sets[name] = measure(workers, rows, size=size, shapes=shapes, steps=options.steps, device=device)
         show(name, size, sets[name], device=device)
-    for worker in workers.values():
-        worker.close()
+        for worker in workers.values():
+            worker.close()
     # The goals were set for the embedded model and for Phi-3-mini on a GPU, on whole sets.
     goals = [] if size in ("phi3-layers", "tiny") or options.quick else goals_of(sets, device=device)
     return {"sets": sets, "goals": goals}
