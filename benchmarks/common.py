@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from phlora.data.packing import Segments
+from phlora.data.prefixes import Segments
 
 Row = dict[str, list[int]]
 
@@ -38,6 +38,7 @@ SETS = {
     "mixed": "8 chats of 40 to 600 tokens, answers trained",
     "shared": "32 chats of a 150-token system prompt and tails of 28 to 60 tokens, answers trained",
     "multi_turn": "4 chats of 4 turns and 250 to 550 tokens, all answers trained",
+    "turns": "6 conversations of 4 turns behind one 150-token system prompt, a row for each turn, its answer trained",
     "long_row": "one chat of 2,048 tokens, its answer trained",
     "full_loss": "4 rows of 256 tokens, every token trained",
     "pack_4k": "chats of 100 to 2,048 tokens, 4,096 tokens in all, answers trained",
@@ -127,10 +128,11 @@ def work_of_rows(rows: Sequence[Row]) -> Work:
 
 
 def work_of_segments(segments: Segments, trained: int) -> Work:
-    """Shared starts once: a tail sees them and itself."""
+    """Shared starts once: what stands behind them sees them and itself."""
     pairs = 0
     for group in segments.groups:
-        pairs += group.num_shared * (group.num_shared + 1) // 2
+        before, own = group.num_shared - len(group.shared), len(group.shared)
+        pairs += own * before + own * (own + 1) // 2
         pairs += sum(t * group.num_shared + t * (t + 1) // 2 for t in group.tail_lengths)
     return Work(segments.num_positions, pairs, trained)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import Row
+from phlora.config import TrainOn
 from phlora.data.formats import load_rows
 from phlora.data.tokenize import tokenize_rows
 
@@ -35,6 +36,8 @@ def make_rows(
         rows = maker.shared(32)
     elif name == "multi_turn":
         rows = maker.chats([480, 300, 550, 250], turns=4)
+    elif name == "turns":
+        rows = maker.turns(6, turns=4)
     elif name == "long_row":
         rows = maker.chats([long_row])
     elif name == "full_loss":
@@ -94,15 +97,25 @@ class _Maker:
         self.generator.shuffle(tails)
         return self._rows([[system, *self._turn(0.4 * (t - 10), 0.6 * (t - 10))] for t in tails])
 
+    def turns(self, count: int, *, turns: int) -> list[Row]:
+        """Conversations behind one system prompt, each once up to each of its answers; a turn has 60 tokens."""
+        system = {"role": "system", "content": self.text(self.length(146))}
+        words = self.length(60) - 10
+        conversations = [
+            [m for _ in range(turns) for m in self._turn(0.6 * words, 0.4 * words)] for _ in range(count)
+        ]
+        chats = [[system, *chat[: 2 * n]] for chat in conversations for n in range(1, turns + 1)]
+        return self._rows(chats, train_on="last")
+
     def _turn(self, question: float, answer: float) -> list[dict[str, str]]:
         return [
             {"role": "user", "content": self.text(round(question))},
             {"role": "assistant", "content": self.text(round(answer))},
         ]
 
-    def _rows(self, chats: list[list[dict[str, str]]]) -> list[Row]:
+    def _rows(self, chats: list[list[dict[str, str]]], *, train_on: TrainOn = "assistant") -> list[Row]:
         rows = load_rows([{"messages": messages} for messages in chats]).rows
-        tokenized = tokenize_rows(rows, self.tokenizer).rows
+        tokenized = tokenize_rows(rows, self.tokenizer, train_on=train_on).rows
         return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in tokenized]
 
 

@@ -54,10 +54,10 @@ from phlora.data.collate import SharedPrefixCollator
 
 # The sets of each size unless --set names others.
 DEFAULT_SETS = {
-    "smollm2-135m": ["mixed", "shared", "multi_turn", "long_row", "full_loss"],
+    "smollm2-135m": ["mixed", "shared", "multi_turn", "turns", "long_row", "full_loss"],
     "phi3-layers": ["full_loss"],
     "phi3-mini": ["pack_4k", "pack_16k", "pack_64k"],
-    "tiny": ["mixed", "shared", "multi_turn", "long_row", "full_loss"],
+    "tiny": ["mixed", "shared", "multi_turn", "turns", "long_row", "full_loss"],
 }
 EVERY_ROUND = ("phlora-shared", "trl-best")
 PROBED_ROWS = 8

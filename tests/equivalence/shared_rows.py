@@ -50,6 +50,12 @@ ROWS: dict[str, list[Row]] = {
     "two starts and rows alone": [chat(START + tail, [(30, 99)]) for tail in TAILS[:3]]
     + [chat(START[::-1] + tail, [(30, 99)]) for tail in TAILS]
     + [chat(some_ids(n, 90 + n), [(1, 99)]) for n in (3, 25)],
+    "starts within starts": [chat(START + TAILS[2] + tail, [(25, 50), (57, 99)]) for tail in TAILS]
+    + [chat(START + TAILS[2] + some_ids(20, 7) + tail, [(3 * n, 99)]) for n, tail in enumerate(TAILS)]
+    + [chat(START + tail, [(30, 99)], 0.5) for tail in TAILS[:2]],
+    "one row for each turn": [
+        chat((START + some_ids(60, 8))[: 20 * n], [(20 * n - 9, 20 * n)]) for n in range(1, 6)
+    ],
     "nothing in common": [chat(some_ids(n, n), [(2, 99)]) for n in (5, 30, 11)],
     "one row": [chat(START, [(5, 99)])],
     "twins and a row that begins others": [

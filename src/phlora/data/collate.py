@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from phlora.data.packing import Segments, share_in_passes, share_prefixes
+from phlora.data.prefixes import Segments, share_in_passes, share_prefixes
 from phlora.data.table import IGNORED, TokenizedRow
 
 Feature: TypeAlias = TokenizedRow | Mapping[str, Any]
@@ -85,7 +85,7 @@ class PackedCollator:
 class SharedPrefixCollator:
     """Lays rows out as one stream of groups, in which a common start of several rows stands once.
 
-    Returns `segments` (`phlora.data.packing.Segments`) and, each (1, T), `input_ids` and `position_ids` int64,
+    Returns `segments` (`phlora.data.prefixes.Segments`) and, each (1, T), `input_ids` and `position_ids` int64,
     `shift_labels` int64: the token that each position is trained to predict, -100 where none, and
     `loss_weights` float32: the weight of that prediction, summed over the rows that share it. Labels are
     shifted here because a shared token is followed by a tail, not by its successor. What follows the last position
@@ -132,29 +132,30 @@ def share_step(
 
 def _stream(rows: Sequence[_Row], segments: Segments) -> Batch:
     """The tensors of the rows that stand in the segments."""
-    ids: list[int] = []
-    places: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    for group in segments.groups:
-        members = [rows[number] for number in group.rows]
-        shared = range(group.num_shared)
-        ids += members[0].ids[: group.num_shared]
-        places += shared
-        targets += [max(row.targets[place] for row in members) for place in shared]
-        weights += [sum(row.weights[place] for row in members) for place in shared]
-        for row in members:
-            ids += row.ids[group.num_shared :]
-            places += range(group.num_shared, len(row.ids))
-            targets += row.targets[group.num_shared :]
-            weights += row.weights[group.num_shared :]
+    ids, places, targets = ([0] * segments.num_positions for _ in range(3))
+    weights = [0.0] * segments.num_positions
+    for number, group in enumerate(segments.groups):
+        if group.shared:
+            members = [rows[row] for row in segments.rows_of(number)]
+            span = slice(group.shared.start, group.shared.stop)
+            shared = range(group.num_shared - len(group.shared), group.num_shared)
+            ids[span] = members[0].ids[shared.start : shared.stop]
+            places[span] = shared
+            targets[span] = [max(row.targets[place] for row in members) for place in shared]
+            weights[span] = [sum(row.weights[place] for row in members) for place in shared]
+        for row, start, length in group.tails():
+            span, own = slice(start, start + length), slice(group.num_shared, None)
+            ids[span] = rows[row].ids[own]
+            places[span] = range(group.num_shared, group.num_shared + length)
+            targets[span] = rows[row].targets[own]
+            weights[span] = rows[row].weights[own]
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": torch.tensor([places]),
         "shift_labels": torch.tensor([targets]),
         "loss_weights": torch.tensor([weights], dtype=torch.float32),
         "segments": segments,
-        "num_tokens": sum(rows[number].num_tokens for group in segments.groups for number in group.rows),
+        "num_tokens": sum(rows[row].num_tokens for row in segments.rows_of(0)),
     }
 
 

@@ -1,18 +1,19 @@
 """Attention over a stream of row groups that share their first tokens, exact and isolated.
 
-Legend: `T` stream positions, `H` query heads, `G` kv heads, `E` head width, `P` shared tokens of a group, `n` tails.
+Legend: `T` stream positions, `H` query heads, `G` kv heads, `E` head width.
 
-A shared token sees the shared tokens before it. A token of a tail sees all shared tokens of its group and its own
-tail up to itself, and nothing of any other row: what every row would see on its own. A stream without shared tokens
-is plain packing.
+A token sees the shared tokens of all groups that it stands in, and what stands before it of its own tail or of the
+shared tokens that it is one of; nothing of any other row: what every row would see on its own. A stream without shared
+tokens is plain packing.
 
 Three ways, the same values:
 
 - `attend_densely`: one (T, T) mask, T^2 work. The truth that the other two are tested against.
 - `attend_padded`: the tails as a padded batch behind copies of the shared keys. Public torch only, any device, and
   sliding windows, which are counted in positions of the row and not of the stream.
-- `attend_merged`: on CPU. All tail queries meet the shared keys in one call without a mask and without a copy, the
-  tails themselves are a padded causal batch, and the two halves of each softmax are merged by their log-sum-exp.
+- `attend_merged`: on CPU. All queries behind the shared tokens of a group meet these in one call without a mask and
+  without a copy, what is left is causal attention of shared tokens and tails to themselves, and the parts of each
+  softmax are merged by their log-sum-exp.
 
 `segment_attention` is registered with transformers under `SEGMENTS`; the `segments` keyword of the model reaches it
 through transformers' own keywords. Without that keyword it is transformers' `sdpa`.
@@ -33,7 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from phlora.data.packing import Group, Segments
+from phlora.data.prefixes import Group, Segments
 from phlora.errors import ModelError
 
 SEGMENTS = "phlora_segments"
@@ -158,20 +159,15 @@ def attend_densely(
 
 def segment_mask(segments: Segments, *, window: int | None = None, device: Any = None) -> Tensor:
     """Which position sees which: (T, T) bool, rows are queries."""
-    group_of, tail_of, place_of = [], [], []
-    for number, group in enumerate(segments.groups):
-        lengths = [group.num_shared, *group.tail_lengths]
-        for tail, length in enumerate(lengths):
-            group_of += [number] * length
-            tail_of += [tail] * length
-            place_of += range(length) if tail == 0 else range(group.num_shared, group.num_shared + length)
-    groups, tails, places = (torch.tensor(x, device=device) for x in (group_of, tail_of, place_of))
-    seen = groups[:, None] == groups
-    seen &= (tails == 0) | (tails[:, None] == tails)
-    seen &= places[:, None] >= places
-    if window is not None:
-        seen &= places[:, None] - places < window
-    return seen
+    total = segments.num_positions
+    seen = torch.zeros(total, total, dtype=torch.bool, device=device)
+    places = torch.zeros(total, dtype=torch.long, device=device)
+    for path in segments.paths.values():
+        along = torch.tensor(path, device=device)
+        seen[along[:, None], along] = True
+        places[along] = torch.arange(len(path), device=device)
+    distance = places[:, None] - places
+    return seen & (distance >= 0) & (distance < (window or total))
 
 
 def attend_padded(
@@ -185,26 +181,18 @@ def attend_padded(
 ) -> Tensor:
     """As `attend_densely`, with the tails as padded batches behind copies of the shared keys and values."""
     key, value = _for_all_heads(query, key, value)
-    outputs = []
-    for part in _parts(segments, query.device):
-        shared = part.shared
-        if part.num_shared:
-            mask = _causal_mask(part.num_shared, 0, window, query.device)
-            outputs.append(_sdpa(query[:, :, shared], key[:, :, shared], value[:, :, shared], mask, scaling))
-        for block in part.blocks:
-            keys, values = (
-                torch.cat([x[:, :, shared].expand(block.num_rows, -1, -1, -1), block.batch(x)], dim=2)
-                for x in (key, value)
-            )
-            mask = _causal_mask(block.width, part.num_shared, window, query.device)
-            outputs.append(block.stream(_sdpa(block.batch(query), keys, values, mask, scaling)))
-    return torch.cat(outputs, dim=2)
+    outputs: dict[int, Tensor] = {}
+    for block in _layout(segments, query.device).blocks:
+        keys, values = block.batch_behind(key), block.batch_behind(value)
+        mask = _causal_mask(block.width, keys.shape[2] - block.width, window, query.device)
+        outputs[block.span.start] = block.stream(_sdpa(block.batch(query), keys, values, mask, scaling))
+    return torch.cat([outputs[start] for start in sorted(outputs)], dim=2)
 
 
 def attend_merged(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scaling: float) -> Tensor:
     """As `attend_densely` without a window, on CPU, with no mask and no copy of shared keys."""
-    parts = _parts(segments, query.device, alone=_ALONE)
-    output: Tensor = _MergedAttention.apply(query, key, value, parts, scaling)
+    layout = _layout(segments, query.device, alone=_ALONE)
+    output: Tensor = _MergedAttention.apply(query, key, value, layout, scaling)
     return output
 
 
@@ -219,22 +207,20 @@ class _MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: tuple[_Part, ...], scaling: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: _Layout, scaling: float
     ) -> Tensor:
         inputs, output = (query, key, value), torch.empty_like(query)
         norm = query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
-        for part in parts:
-            for block in part.rows:
-                out, lse = _causal([block.batch(x) for x in inputs], scaling)
-                output[:, :, block.span], norm[:, :, block.span] = block.stream(out), block.stream(lse)
-            if part.num_shared:
-                tails, shared = part.tails, part.shared
-                rest = _flash(
-                    query[:, :, tails], key[:, :, shared], value[:, :, shared], 0.0, False, scale=scaling
-                )
-                _merge_(output[:, :, tails], norm[:, :, tails], *rest)
+        for block in layout.blocks:
+            out, lse = _causal([block.batch(x) for x in inputs], scaling)
+            output[:, :, block.span], norm[:, :, block.span] = block.stream(out), block.stream(lse)
+        for shared, behind in layout.starts:
+            rest = _flash(
+                query[:, :, behind], key[:, :, shared], value[:, :, shared], 0.0, False, scale=scaling
+            )
+            _merge_(output[:, :, behind], norm[:, :, behind], *rest)
         ctx.save_for_backward(query, key, value, output, norm)
-        ctx.parts, ctx.scaling = parts, scaling
+        ctx.layout, ctx.scaling = layout, scaling
         return output
 
     @staticmethod
@@ -242,20 +228,19 @@ class _MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in saved[:3]]
-        for part in ctx.parts:
-            for block in part.rows:
-                ours = _causal_backward(
-                    block.batch(grad, padding=0), [block.batch(x) for x in saved], ctx.scaling
-                )
-                for whole, x in zip(grads, ours, strict=True):
-                    whole[:, :, block.span] = block.stream(x)
-            if part.num_shared:
-                spans = (part.tails, part.shared, part.shared)
-                q, k, v = (x[:, :, span] for x, span in zip(saved[:3], spans, strict=True))
-                out, lse, above = (x[:, :, part.tails] for x in (*saved[3:], grad))
-                theirs = _flash_backward(above, q, k, v, out, lse, 0.0, False, scale=ctx.scaling)
-                for whole, span, x in zip(grads, spans, theirs, strict=True):
-                    whole[:, :, span] += x
+        for block in ctx.layout.blocks:
+            ours = _causal_backward(
+                block.batch(grad, padding=0), [block.batch(x) for x in saved], ctx.scaling
+            )
+            for whole, x in zip(grads, ours, strict=True):
+                whole[:, :, block.span] = block.stream(x)
+        for shared, behind in ctx.layout.starts:
+            spans = (behind, shared, shared)
+            q, k, v = (x[:, :, span] for x, span in zip(saved[:3], spans, strict=True))
+            out, lse, above = (x[:, :, behind] for x in (*saved[3:], grad))
+            theirs = _flash_backward(above, q, k, v, out, lse, 0.0, False, scale=ctx.scaling)
+            for whole, span, x in zip(grads, spans, theirs, strict=True):
+                whole[:, :, span] += x
         return *grads, None, None
 
 
@@ -343,12 +328,13 @@ class _Block:
     """Neighbouring rows of similar length as a batch of `num_rows` rows and `width` columns.
 
     Padding repeats the last token of its row: it comes after every real token, so no real token sees it. Rows of
-    equal length need none of it and are taken where they lie.
+    equal length need none of it and are taken where they lie. `before` is where the shared tokens before them lie.
     """
 
     span: slice
     num_rows: int
     width: int
+    before: tuple[slice, ...]
     padded: Tensor | None = None
     is_real: Tensor | None = None
     real: Tensor | None = None
@@ -362,6 +348,11 @@ class _Block:
         real = self.is_real.view(self.num_rows, 1, self.width, *[1] * (x.dim() - 3))
         return taken.masked_fill(~real, padding)
 
+    def batch_behind(self, x: Tensor) -> Tensor:
+        """As `batch`, each row behind copies of the shared tokens before it."""
+        before = (x[:, :, span].expand(self.num_rows, -1, -1, -1) for span in self.before)
+        return torch.cat([*before, self.batch(x)], dim=2)
+
     def stream(self, x: Tensor) -> Tensor:
         """(num_rows, H, width, ...) -> (1, H, span, ...)."""
         flat = x.transpose(0, 1).flatten(1, 2)
@@ -369,34 +360,33 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A group as attention needs it: where its shared tokens and its tails lie, and the tails in batches."""
+class _Layout:
+    """A stream as attention needs it.
 
-    shared: slice
-    tails: slice
+    Attributes:
+        blocks: shared tokens of each group, and tails, each of which attend to themselves causally.
+        starts: where the shared tokens of each group lie, and all that stands behind them.
+    """
+
     blocks: tuple[_Block, ...]
-
-    @property
-    def num_shared(self) -> int:
-        return int(self.shared.stop - self.shared.start)
-
-    @property
-    def rows(self) -> tuple[_Block, ...]:
-        """What attends to itself causally: the shared tokens and the tails."""
-        return (_Block(self.shared, 1, self.num_shared), *self.blocks) if self.num_shared else self.blocks
+    starts: tuple[tuple[slice, slice], ...]
 
 
 @functools.lru_cache(maxsize=8)
-def _parts(segments: Segments, device: torch.device, *, alone: int | None = None) -> tuple[_Part, ...]:
+def _layout(segments: Segments, device: torch.device, *, alone: int | None = None) -> _Layout:
     """The same for every layer, so made once for each batch; tails of `alone` tokens or more in no batch."""
-    return tuple(
-        _Part(
-            slice(group.start, group.tails_start),
-            slice(group.tails_start, group.stop),
-            tuple(_block(tails, device) for tails in _batches(group, alone)),
-        )
-        for group in segments.groups
-    )
+    blocks, starts = [], []
+    for group in segments.groups:
+        outer, shared = (_spans(group.outer), _spans([group.shared] if group.shared else []))
+        for span in shared:
+            blocks.append(_Block(span, 1, len(group.shared), outer))
+            starts.append((span, slice(span.stop, group.stop)))
+        blocks += [_block(tails, outer + shared, device) for tails in _batches(group, alone)]
+    return _Layout(tuple(blocks), tuple(starts))
+
+
+def _spans(ranges: Sequence[range]) -> tuple[slice, ...]:
+    return tuple(slice(span.start, span.stop) for span in ranges)
 
 
 def _batches(group: Group, alone: int | None) -> list[list[tuple[int, int]]]:
@@ -410,15 +400,15 @@ def _batches(group: Group, alone: int | None) -> list[list[tuple[int, int]]]:
     return batches
 
 
-def _block(tails: list[tuple[int, int]], device: torch.device) -> _Block:
+def _block(tails: list[tuple[int, int]], before: tuple[slice, ...], device: torch.device) -> _Block:
     span, width = slice(tails[0][0], tails[-1][0] + tails[-1][1]), tails[0][1]
     if tails[-1][1] == width:
-        return _Block(span, len(tails), width)
+        return _Block(span, len(tails), width, before)
     starts, lengths = torch.tensor(tails, device=device).T
     columns = torch.arange(width, device=device)
     is_real = (columns < lengths[:, None]).flatten()
     padded = starts[:, None] + torch.minimum(columns, lengths[:, None] - 1)
-    return _Block(span, len(tails), width, padded.flatten(), is_real, is_real.nonzero().squeeze(1))
+    return _Block(span, len(tails), width, before, padded.flatten(), is_real, is_real.nonzero().squeeze(1))
 
 
 def _causal_mask(width: int, before: int, window: int | None, device: torch.device) -> Tensor | None:

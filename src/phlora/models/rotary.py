@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phlora.data.packing import Segments
+from phlora.data.prefixes import Segments
 from phlora.errors import ModelError
 
 
@@ -72,16 +72,15 @@ def _row_lengths(inputs: Mapping[str, Any], limit: int) -> Tensor:
 
 
 def _lengths_along(segments: Segments, limit: int) -> list[int]:
-    lengths: list[int] = []
-    for group in segments.groups:
-        longest, shortest = (group.num_shared + group.tail_lengths[end] for end in (0, -1))
-        if group.num_shared and shortest <= limit < longest:
-            raise ModelError(
-                f"Rows of {shortest} and {longest} tokens share their first tokens, which the model rotates with "
-                f"other factors past {limit}",
-                fix=f"collate them with SharedPrefixCollator(rope_limit={limit})",
-            )
-        lengths += [longest] * group.num_shared
-        for _, _, tail in group.tails():
-            lengths += [group.num_shared + tail] * tail
-    return lengths
+    longest = [0] * segments.num_positions
+    for path in segments.paths.values():
+        for position in path:
+            shorter, longer = sorted((longest[position] or len(path), len(path)))
+            if shorter <= limit < longer:
+                raise ModelError(
+                    f"Rows of {shorter} and {longer} tokens share their first tokens, which the model rotates "
+                    f"with other factors past {limit}",
+                    fix=f"collate them with SharedPrefixCollator(rope_limit={limit})",
+                )
+            longest[position] = longer
+    return longest

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from phlora.config import Speed
 from phlora.data.collate import sharing_keys
-from phlora.data.packing import TokenSequences, share_in_passes, share_prefixes
+from phlora.data.packing import TokenSequences
+from phlora.data.prefixes import share_in_passes, share_prefixes
 from phlora.data.table import TokenizedRow, TokenTable
 from phlora.models.attention import copy_cost, sharing_obstacle
 from phlora.models.rotary import longrope_limit

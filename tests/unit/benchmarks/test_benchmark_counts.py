@@ -102,6 +102,8 @@ def test_rows_have_the_lengths_that_their_set_states(load) -> None:
     assert abs(lengths("long_row", long_row=512)[0] - 512) <= 20
     assert abs(sum(lengths("pack_4k")) - 4096) <= 0.05 * 4096
     assert len(lengths("shared")) == 32
+    turns = lengths("turns")
+    assert all(abs(got - 150 - 60 * (1 + n % 4)) <= 30 for n, got in enumerate(turns)) and len(turns) == 24
     assert lengths("mixed") == lengths("mixed")
 
 

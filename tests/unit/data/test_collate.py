@@ -81,8 +81,8 @@ def test_a_label_that_is_not_its_token_is_shared_only_with_the_same_label():
     ids = list(range(30, 70))
     plain = {"input_ids": ids, "labels": ids}
     other = {"input_ids": ids, "labels": [*ids[:35], 9, *ids[36:]]}
-    (group,) = SharedPrefixCollator()([plain, other])["segments"].groups
+    _, group = SharedPrefixCollator()([plain, other])["segments"].groups
     assert group.num_shared == 34
-    (group,) = SharedPrefixCollator()([other, other])["segments"].groups
+    _, group = SharedPrefixCollator()([other, other])["segments"].groups
     # Every computed position but the last, which each row keeps.
     assert group.num_shared == 38

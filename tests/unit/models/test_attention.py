@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from phlora.data.collate import SharedPrefixCollator
-from phlora.data.packing import Segments, share_prefixes
+from phlora.data.prefixes import Segments, share_prefixes
 from phlora.errors import ModelError
 from phlora.models import attention
 from phlora.models.embedded import tiny_phi3
@@ -27,6 +27,13 @@ LAYOUTS = {
     "a row that begins others, and twins": [START, START + [1], START + [1], START],
     "equal lengths": [START + [20 + i] * 3 for i in range(4)] + [[50 + i] * 5 for i in range(3)],
     "long rows": [[60 + i] * n for i, n in enumerate((127, 128, 200, 700))],
+    "groups within groups": [
+        START + [20] * 25 + [30] * (20 + i) + [40 + i] * n for i, n in enumerate((3, 1, 140))
+    ]
+    + [START + [20] * 25 + [50 + i] * (2 + i) for i in range(3)]
+    + [START + [60 + i] * n for i, n in enumerate((2, 40, 9))]
+    + [[70, 71], [72]],
+    "one row for each turn": [list(range(n)) for n in (20, 45, 66, 250, 251, 300)],
     "long shared and long tails": [START * 5 + [20 + i] * n for i, n in enumerate((2, 35, 131, 390))],
 }
 
