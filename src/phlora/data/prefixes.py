@@ -143,12 +143,10 @@ def share_in_passes(
     tree = _best_tree(rows)
     if _size(tree, 0, copy_cost) <= max_positions:
         return [_lay_out(tree)]
+    sized = [(_size(piece, 0, copy_cost), piece) for piece in _cut(tree, max_positions, copy_cost)]
     passes: list[list[_Node]] = []
     rooms: list[float] = []
-    for piece in sorted(
-        _cut(tree, max_positions, copy_cost), key=lambda n: _size(n, 0, copy_cost), reverse=True
-    ):
-        size = _size(piece, 0, copy_cost)
+    for size, piece in sorted(sized, key=lambda pair: pair[0], reverse=True):
         fitting = [number for number, room in enumerate(rooms) if size <= room]
         if fitting:
             number = min(fitting, key=rooms.__getitem__)
@@ -168,28 +166,26 @@ def _size(node: _Node, depth: int, copy_cost: float) -> float:
 
 def _cut(tree: _Node, max_positions: int, copy_cost: float) -> list[_Node]:
     """What stands in a tree, in pieces that fit, each behind the tokens that its rows share."""
-    ordered, depths = [tree], [0]
-    for node, depth in zip(ordered, depths, strict=False):
-        ordered += node.nodes
-        depths += [depth + node.length] * len(node.nodes)
-    pieces: dict[int, list[_Node]] = {}
-    for node, depth in zip(reversed(ordered), reversed(depths), strict=True):
-        inside = depth + node.length
-        if _size(node, depth, copy_cost) <= max_positions - depth or not node.nodes:
-            pieces[id(node)] = [node]
+    nodes = [(tree, 0)]
+    for node, depth in nodes:
+        nodes += [(below, depth + node.length) for below in node.nodes]
+    pieces: dict[_Node, list[_Node]] = {}
+    for node, depth in reversed(nodes):
+        if not node.nodes or depth + _size(node, depth, copy_cost) <= max_positions:
+            pieces[node] = [node]
             continue
         parts: list[list[_Node]] = []
         room = 0.0
-        for piece in chain.from_iterable(pieces[id(below)] for below in node.nodes):
-            taken = _size(piece, inside, copy_cost)
-            if not parts or taken > room:
+        for piece in chain.from_iterable(pieces[below] for below in node.nodes):
+            size = _size(piece, depth + node.length, copy_cost)
+            if not parts or size > room:
                 parts.append([])
-                room = max_positions - inside
+                room = max_positions - depth - node.length - copy_cost * depth
             parts[-1].append(piece)
-            room -= taken
+            room -= size
         # What is left alone shares with nobody.
-        pieces[id(node)] = [_Node(node.length, p) if len(p) > 1 else p[0].behind(node.length) for p in parts]
-    return [piece for node in tree.nodes for piece in pieces[id(node)]]
+        pieces[node] = [_Node(node.length, p) if len(p) > 1 else p[0].behind(node.length) for p in parts]
+    return [piece for node in tree.nodes for piece in pieces[node]]
 
 
 def _lay_out(tree: _Node) -> Segments:
@@ -233,6 +229,7 @@ class _Branch:
 
 
 def _best_tree(rows: Sequence[Sequence[int]]) -> _Node:
+    """The outermost group: what each branch costs is known from those behind it, which are groups from those before."""
     branches = _branches(rows)
     for branch in branches:
         _weigh(branch)
