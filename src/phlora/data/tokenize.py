@@ -725,9 +725,10 @@ class _RowTokenizer:
 
     def _chat(self, draft: _Draft, rendering: Rendering, ids: list[int], offsets: list[Span]) -> _TokenRow:
         """Train the answers and the tokens that end them."""
-        trained, weights = self._place(rendering, ids, offsets, draft.row)
+        loses_whitespace = self._loses_whitespace(rendering, ids, offsets)
+        trained, weights = self._place(rendering, ids, offsets, draft.row, stripped=loses_whitespace)
         notes = set(rendering.notes)
-        if self._loses_whitespace(rendering, ids, offsets):
+        if loses_whitespace:
             notes.add("leading_whitespace")
         self._note(notes, draft.row.origin)
         return _TokenRow(ids, trained, weights, draft.row.origin, draft.num_cut_messages)
@@ -755,10 +756,12 @@ class _RowTokenizer:
         return bool(message.get("train", by_default[self.options.train_on])) and message.get("weight") != 0
 
     def _place(
-        self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row
+        self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row, *, stripped: bool
     ) -> tuple[bytearray, list[float] | None]:
-        """Which tokens of a chat are trained, and their weights."""
-        mask = self._generation_mask(rendering.messages, ids, row.tools) if self._heeds_markers else None
+        """Which tokens of a chat are trained, and their weights; `stripped`: as without white space before answers."""
+        # The control token that swallowed it would pass for the first token of the answer.
+        messages = [_stripped(m) for m in rendering.messages] if stripped else rendering.messages
+        mask = self._generation_mask(messages, ids, row.tools) if self._heeds_markers else None
 
         def tokens_of(index: int) -> Span:
             return self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)
@@ -912,6 +915,11 @@ def _exchange_starts(messages: Sequence[Message]) -> list[int]:
         for index in range(head + 1, last + 1)
         if messages[index]["role"] == "user" and messages[index - 1]["role"] != "user"
     ]
+
+
+def _stripped(message: Message) -> Message:
+    """An answer without the white space before it."""
+    return {**message, "content": message["content"].lstrip()} if message["role"] == "assistant" else message
 
 
 def _last_assistant(messages: Sequence[Message]) -> int:

@@ -481,6 +481,20 @@ def test_swallowed_white_space_is_told():
     assert _kinds(_run(_tokenizer("phi3_plain"), user("a"), assistant("\n\n    def f()"))) == set()
 
 
+@pytest.mark.parametrize("family", TRAINING)
+def test_white_space_before_an_answer_does_not_change_what_is_trained_before_it(family):
+    make, template = TRAINING[family]
+    tokenizer = make(template)
+    before = {}
+    for content in ("def f()", " \n def f()"):
+        chat = [user("a"), assistant(content), user("b"), assistant(content)]
+        result = tokenize_rows([_row(*chat)], tokenizer, training_template=template)
+        trained = _trained(tokenizer, result.rows[0])
+        before[content] = [part.rstrip() for part in trained.split("def f()")]
+    plain, spaced = before.values()
+    assert spaced == plain
+
+
 @pytest.mark.parametrize("family", ["phi3", "llama2"])
 def test_a_system_prompt_the_template_has_no_place_for_joins_the_first_user_turn(family):
     tokenizer = _tokenizer(family)
