@@ -158,16 +158,21 @@ def attend_densely(
 
 
 def segment_mask(segments: Segments, *, window: int | None = None, device: Any = None) -> Tensor:
-    """Which position sees which: (T, T) bool, rows are queries."""
+    """Which position sees which: (T, T) bool, rows are queries.
+
+    What sees a token stands in one stretch: from the token itself to the end of its tail, or of its group.
+    """
     total = segments.num_positions
-    seen = torch.zeros(total, total, dtype=torch.bool, device=device)
-    places = torch.zeros(total, dtype=torch.long, device=device)
-    for path in segments.paths.values():
-        along = torch.tensor(path, device=device)
-        seen[along[:, None], along] = True
-        places[along] = torch.arange(len(path), device=device)
-    distance = places[:, None] - places
-    return seen & (distance >= 0) & (distance < (window or total))
+    stop, place = (torch.empty(total, dtype=torch.long, device=device) for _ in range(2))
+    for group in segments.groups:
+        spans = [(group.shared.start, len(group.shared), group.num_shared - len(group.shared), group.stop)]
+        spans += [(start, length, group.num_shared, start + length) for _, start, length in group.tails()]
+        for start, length, before, end in spans:
+            stop[start : start + length] = end
+            place[start : start + length] = torch.arange(before, before + length, device=device)
+    query = torch.arange(total, device=device)[:, None]
+    seen = (query >= query.T) & (query < stop)
+    return seen if window is None else seen & (place[:, None] - place < window)
 
 
 def attend_padded(
