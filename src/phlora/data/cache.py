@@ -37,7 +37,7 @@ _SUFFIX = ".safetensors"
 _ARRAYS = ("input_ids", "trained", "starts", "weights", "weighted", "lines", "file_numbers", "cuts")
 _KINDS = {"I32": np.int32, "I64": np.int64, "U8": np.uint8, "F32": np.float32}
 # Whatever has a part in the tokens has one in their name.
-_CODE = ("cache.py", "table.py", "template.py", "tokenize.py")
+_CODE = ("cache.py", "encoding.py", "landmarks.py", "table.py", "template.py", "tokenize.py")
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 

@@ -4,17 +4,11 @@ Trained are the contents of the assistant turns and the token that ends each tur
 read from the character spans of `template.py` through the tokenizer's offsets; it never depends on how many
 tokens a prefix of the chat would have alone. `labels` follow transformers' convention: aligned with
 `input_ids`, -100 where nothing is learned.
-
-A control token such as `<|end|>` written inside a message is data, so it is tokenised as plain text: the
-stretch between two real control tokens is encoded alone with `split_special_tokens`. That is done only
-where encoding a harmless text of the same shape alone gives the same tokens as in its place; elsewhere an
-invisible space breaks the control token up.
 """
 
 from __future__ import annotations
 
 import json
-import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +19,9 @@ from itertools import islice
 from typing import Any, Literal
 
 from phlora.config import TooLong, TrainOn
+from phlora.data.encoding import Encoded, Encoder
 from phlora.data.formats import Message, Origin, Problem, Row, Severity
+from phlora.data.landmarks import Landmarks, find_landmarks, find_marks
 from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
 from phlora.data.template import (
     ChatTemplate,
@@ -36,7 +32,7 @@ from phlora.data.template import (
     Tokenizer,
     chat_template,
 )
-from phlora.errors import DataError, ModelError
+from phlora.errors import DataError
 
 __all__ = [
     "IGNORED",
@@ -53,7 +49,6 @@ __all__ = [
 BATCH_ROWS = 512
 # A note may concern every row of a large file; beyond this many it counts them and names no more.
 MAX_NAMED_ORIGINS = 1000
-ZERO_WIDTH_SPACE = "\u200b"
 
 SkipKind = Literal["no_answer", "not_rendered", "too_long", "no_trained_token"]
 # Rows that no setting can make trainable: a mistake in the data rather than a choice.
@@ -211,7 +206,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer) -> PromptItem | None:
         DataError: the chat template cannot render the prompt.
     """
     if row.completion is not None and row.prompt is not None:
-        ids = _Encoder(tokenizer).plain(row.prompt)[0]
+        ids = Encoder(tokenizer).plain(row.prompt)[0]
         return PromptItem(ids, row.completion, None, None, row.origin)
     last = _last_assistant(row.messages or ())
     if row.messages is None or last < 1:
@@ -233,278 +228,9 @@ def encode_chat(
     Raises:
         TemplateRefusal: the chat template cannot render the chat.
     """
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     rendering = chat_template(tokenizer).render(messages, tools, generation=True)
     return encoder.rendering(rendering, chat_template(tokenizer), tools=tools, generation=True)[1]
-
-
-# ------------------------------------------------------------------------------------------------ encoding
-
-Encoded = tuple[list[int], list[Span]]
-
-
-class _Encoder:
-    """Text to ids and character offsets, without special tokens of its own."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        if not tokenizer.is_fast:
-            raise ModelError(
-                f"The tokenizer {type(tokenizer).__name__} gives no character offsets",
-                expected="a fast tokenizer (tokenizer.json)",
-                fix="save the model's tokenizer in the fast format",
-            )
-        self.tokenizer = tokenizer
-        # The Rust tokenizer cannot be given options while it encodes on another thread.
-        self.lock = threading.Lock()
-
-    def texts(self, texts: list[str], *, split_special_tokens: bool = False) -> list[Encoded]:
-        if not texts:
-            return []
-        with self.lock:
-            encoded = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                split_special_tokens=split_special_tokens,
-                verbose=False,
-            )
-        # The encodings give their offsets in one go; as a column of the result they are built token by token.
-        return [
-            (ids, encoding.offsets)
-            for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True)
-        ]
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """As `texts`, without offsets, which take a fifth of the time of encoding."""
-        backend = self.tokenizer.backend_tokenizer
-        with self.lock:
-            # As the tokenizer itself sets it before it encodes.
-            backend.encode_special_tokens = False
-            backend.no_truncation()
-            backend.no_padding()
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def plain(self, text: str) -> Encoded:
-        """Text that no template rendered: it begins with the one BOS token that the tokenizer would add."""
-        return self.with_bos(self.texts([text])[0])
-
-    def with_bos(self, encoded: Encoded) -> Encoded:
-        ids, offsets = encoded
-        if self._bos and ids[:1] != self._bos:
-            return [*self._bos, *ids], [(0, 0), *offsets]
-        return ids, offsets
-
-    @cached_property
-    def _bos(self) -> list[int]:
-        """The BOS token where the tokenizer adds one."""
-        with self.lock:
-            first: list[int] = self.tokenizer("")["input_ids"][:1]
-        return first if first == [self.tokenizer.bos_token_id] else []
-
-    def rendering(
-        self,
-        rendering: Rendering,
-        template: ChatTemplate,
-        *,
-        tools: list[Any] | None = None,
-        generation: bool = False,
-    ) -> tuple[Rendering, list[int], list[Span]]:
-        """Encode one rendered chat, with control tokens inside the contents as plain text."""
-        written = control_spans(rendering, template)
-        if not written:
-            return rendering, *self.texts([rendering.text])[0]
-        encoded = self._with_plain_text(rendering.text, written, template)
-        if encoded:
-            return replace(rendering, notes=rendering.notes | {"control_tokens"}), *encoded
-        messages = [
-            {
-                **message,
-                "content": template.control_pattern.sub(
-                    lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], message["content"]
-                ),
-            }
-            for message in rendering.messages
-        ]
-        broken = template.render(messages, tools, generation=generation)
-        notes = rendering.notes | broken.notes | {"control_tokens_broken"}
-        return replace(broken, notes=notes), *self.texts([broken.text])[0]
-
-    def _with_plain_text(self, text: str, written: Sequence[Span], template: ChatTemplate) -> Encoded | None:
-        """Encode with the control tokens at `written` as plain text; None when that would not be exact."""
-        harmless = _overwrite(text, written)
-        ids, offsets = self.texts([harmless])[0]
-        control_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in template.control_tokens}
-        borders = [
-            index
-            for index, (token, offset) in enumerate(zip(ids, offsets, strict=True))
-            if token in control_ids and harmless[slice(*offset)].strip() in template.control_tokens
-        ]
-        new_ids: list[int] = []
-        new_offsets: list[Span] = []
-        for left, right in zip([-1, *borders], [*borders, len(ids)], strict=True):
-            if left >= 0:
-                new_ids.append(ids[left])
-                new_offsets.append(offsets[left])
-            start = offsets[left][1] if left >= 0 else 0
-            end = offsets[right][0] if right < len(ids) else len(text)
-            piece, piece_offsets = ids[left + 1 : right], offsets[left + 1 : right]
-            if any(start <= span[0] < end for span in written):
-                alone, plain = self.texts([harmless[start:end], text[start:end]], split_special_tokens=True)
-                if alone[0] != piece or control_ids.intersection(plain[0]):
-                    return None
-                piece = plain[0]
-                piece_offsets = [(start + one, start + other) for one, other in plain[1]]
-            new_ids += piece
-            new_offsets += piece_offsets
-        return new_ids, new_offsets
-
-
-@dataclass(frozen=True)
-class _Landmarks:
-    """Where the turns of a frame stand among the tokens, counted from its control tokens.
-
-    No token reaches over a control token, so a content lies between the tokens of its header and the control
-    token that follows it. That needs no offsets, and holds for all contents without control tokens of their own.
-
-    Attributes:
-        order: the messages that have a place, of `num_messages`.
-        headers: per place the control tokens up to its content, and the ids between the last of them and it.
-        ends: per place the control tokens up to the end of its turn; None: it ends with the row.
-        num_controls: of the whole frame.
-        marks: what the template's generation markers enclose; None where there are none to be heeded.
-    """
-
-    control_ids: frozenset[int]
-    num_messages: int
-    order: tuple[int, ...]
-    headers: tuple[tuple[int, list[int]], ...]
-    ends: tuple[int | None, ...]
-    num_controls: int
-    marks: _Marks | None = None
-
-    def ranges(self, ids: list[int]) -> list[Span] | None:
-        """The tokens of each turn, content and end; None where a header is merged with its content."""
-        places = [place for place, token in enumerate(ids) if token in self.control_ids]
-        if len(places) != self.num_controls:
-            return None
-        found = [(0, 0)] * self.num_messages
-        for index, (num_before, header), end in zip(self.order, self.headers, self.ends, strict=True):
-            start = places[num_before - 1] + 1
-            stop = start + len(header)
-            if ids[start:stop] != header:
-                return None
-            found[index] = (stop, len(ids) if end is None else places[end - 1] + 1)
-        return found
-
-    def owned(self, ranges: Sequence[Span], num_tokens: int) -> list[Span]:
-        """The tokens of each turn from the end of the one before it up to the next content."""
-        owned = [(0, 0)] * self.num_messages
-        following = num_tokens
-        for index in reversed(self.order):
-            owned[index] = (ranges[index - 1][1] if index else 0, following)
-            following = ranges[index][0]
-        return owned
-
-
-@dataclass(frozen=True)
-class _Marks:
-    """Which tokens of a frame stand between generation markers.
-
-    Attributes:
-        literals: a byte for each token of each literal.
-        contents: whether they are enclosed.
-    """
-
-    literals: tuple[bytes, ...]
-    contents: tuple[bool, ...]
-
-    def mask(self, starts: Sequence[int], num_tokens: int) -> bytes:
-        """A byte for each token of a row in which the contents begin at `starts`."""
-        parts = [self.literals[0]]
-        following = [*starts[1:], num_tokens]
-        for start, stop, literal, is_marked in zip(
-            starts, following, self.literals[1:], self.contents, strict=True
-        ):
-            parts += [bytes([is_marked]) * (stop - len(literal) - start), literal]
-        return b"".join(parts)
-
-
-def _marks(
-    landmarks: _Landmarks, ids: Sequence[int], ranges: Sequence[Span], mask: Sequence[int]
-) -> _Marks | None:
-    """What a mask encloses, from a row with contents of a token or so; None where contents alone decide a border.
-
-    That is where markers end with a content: its last character may be of several tokens.
-    """
-    literals, contents, last = [], [], 0
-    for index in landmarks.order:
-        start = ranges[index][0]
-        stop = next(place for place in range(start, len(ids)) if ids[place] in landmarks.control_ids)
-        is_marked = any(mask[start:stop])
-        if is_marked and not all(mask[start : stop + 1]):
-            return None
-        literals.append(bytes(mask[last:start]))
-        contents.append(is_marked)
-        last = stop
-    return _Marks((*literals, bytes(mask[last:])), tuple(contents))
-
-
-def _landmarks(frame: Frame, template: ChatTemplate, encoder: _Encoder) -> _Landmarks | None:
-    """The landmarks of a frame; None where control tokens do not stand all around its contents."""
-    tokenizer = encoder.tokenizer
-    control_ids = {tokenizer.convert_tokens_to_ids(token): token for token in template.control_tokens}
-    added = [
-        token for token in tokenizer.added_tokens_decoder.values() if token.content in template.control_tokens
-    ]
-    if any(
-        token.lstrip or token.single_word or token.normalized or (token.rstrip and not token.special)
-        for token in added
-    ):
-        return None
-    headers, ends, num_controls = [], [], 0
-    for number, literal in enumerate(frame.literals):
-        matches = list(template.control_pattern.finditer(literal))
-        if number:
-            tail = frame.tails[number - 1]
-            stops = [match.end() for match in matches]
-            if not matches or matches[0].start() or (tail != len(literal) and tail not in stops):
-                return None
-            is_whole = number == len(frame.tails) and tail == len(literal)
-            ends.append(None if is_whole else num_controls + stops.index(tail) + 1)
-        num_controls += len(matches)
-        if number < len(frame.tails):
-            if not matches:
-                return None
-            header = encoder.texts([literal[matches[-1].start() :]])[0][0]
-            if header[0] not in control_ids or tokenizer.unk_token_id in header:
-                return None
-            headers.append((num_controls, header[1:]))
-    return _Landmarks(
-        frozenset(control_ids), len(frame.shape), frame.order, tuple(headers), tuple(ends), num_controls
-    )
-
-
-def control_spans(rendering: Rendering, template: ChatTemplate) -> list[Span]:
-    """Where the contents of a rendered chat spell out control tokens."""
-    spans = []
-    for message, span in zip(rendering.messages, rendering.spans, strict=True):
-        if span and template.has_control(message["content"]):
-            matches = template.control_pattern.finditer(rendering.text, span[0], span[1])
-            spans += [match.span() for match in matches]
-    return spans
-
-
-def _overwrite(text: str, spans: Sequence[Span]) -> str:
-    """The text with each span overwritten by as many ordinary characters."""
-    parts, position = [], 0
-    for start, end in spans:
-        parts += [text[position:start], "<" + "x" * (end - start - 1)]
-        position = end
-    return "".join([*parts, text[position:]])
-
-
-# ------------------------------------------------------------------------------------------------ rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,7 +285,7 @@ class _Draft:
     rendering: Rendering | None = None
     num_cut_messages: int = 0
     is_simple: bool = True
-    landmarks: _Landmarks | None = None
+    landmarks: Landmarks | None = None
 
 
 @dataclass
@@ -567,10 +293,10 @@ class _RowTokenizer:
     tokenizer: Tokenizer
     options: _Options
     notes: dict[str, _Noted] = field(default_factory=dict)
-    landmarks: dict[Frame, _Landmarks | None] = field(default_factory=dict)
+    landmarks: dict[Frame, Landmarks | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.encoder = _Encoder(self.tokenizer)
+        self.encoder = Encoder(self.tokenizer)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -640,7 +366,7 @@ class _RowTokenizer:
         landmarks = self._landmarks_of(rendering) if simple and rendering.frame else None
         return _Draft(row, rendering.text, rendering, is_simple=simple, landmarks=landmarks)
 
-    def _landmarks_of(self, rendering: Rendering) -> _Landmarks | None:
+    def _landmarks_of(self, rendering: Rendering) -> Landmarks | None:
         """None also where offsets are needed for more: for swallowed white space."""
         frame = rendering.frame
         if frame is None:
@@ -651,9 +377,9 @@ class _RowTokenizer:
             self.landmarks[frame] = self._find_landmarks(frame)
         return self.landmarks[frame]
 
-    def _find_landmarks(self, frame: Frame) -> _Landmarks | None:
+    def _find_landmarks(self, frame: Frame) -> Landmarks | None:
         """With generation markers that are heeded: where a chat of this shape shows what they enclose."""
-        landmarks = _landmarks(frame, self.template, self.encoder)
+        landmarks = find_landmarks(frame, self.template, self.encoder)
         if landmarks is None or not self._heeds_markers:
             return landmarks
         probe = frame.fill([{"role": role, "content": "x" if says else ""} for role, says in frame.shape])
@@ -661,7 +387,7 @@ class _RowTokenizer:
         mask, ranges = self._generation_mask(probe.messages, ids), landmarks.ranges(ids)
         if mask is None or ranges is None:
             return landmarks if ranges else None
-        marks = _marks(landmarks, ids, ranges, mask)
+        marks = find_marks(landmarks, ids, ranges, mask)
         roles = [frame.shape[index][0] for index in frame.order]
         if marks is None or any(m and r != "assistant" for m, r in zip(marks.contents, roles, strict=True)):
             return None
@@ -738,7 +464,7 @@ class _RowTokenizer:
         draft: _Draft,
         rendering: Rendering,
         ids: list[int],
-        landmarks: _Landmarks,
+        landmarks: Landmarks,
         ranges: list[Span],
     ) -> _TokenRow:
         """As `_chat`, with the tokens of each turn known."""
