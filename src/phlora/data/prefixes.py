@@ -180,7 +180,7 @@ def _cut(tree: _Node, max_positions: int, copy_cost: float) -> list[_Node]:
             size = _size(piece, depth + node.length, copy_cost)
             if not parts or size > room:
                 parts.append([])
-                room = max_positions - depth - node.length - copy_cost * depth
+                room = max_positions - depth - node.length
             parts[-1].append(piece)
             room -= size
         # What is left alone shares with nobody.

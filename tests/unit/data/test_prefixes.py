@@ -220,3 +220,13 @@ def test_a_group_within_a_group_stands_with_all_that_is_before_it_in_several_pas
     assert outline(whole) == [(0, 0, 0), (0, 39, 20), (39, 60, 20)]
     passes = share_in_passes(rows, max_positions=150)
     assert [outline(segments)[1:] for segments in passes] == [[(0, 99, 17)], [(0, 99, 3)], [(0, 39, 20)]]
+
+
+@pytest.mark.parametrize("copy_cost", [0.1, 0.25, 0.5])
+def test_the_copies_before_the_shared_tokens_of_a_group_within_take_room_too(copy_cost):
+    starts = [[*range(40), 100 * branch, *range(300, 330)] for branch in range(1, 4)]
+    rows = [[*start, 1000 + number, *range(number)] for start in starts for number in range(8)]
+    for most in range(150, 400, 5):
+        for segments in share_in_passes(rows, max_positions=most, copy_cost=copy_cost):
+            read_back(segments, rows)
+            assert segments.num_positions + copy_cost * sum(map(copied, segments.groups)) <= most
