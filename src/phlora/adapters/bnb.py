@@ -24,7 +24,7 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-from phlora.lora import products
+from phlora.lora import matmul
 from phlora.lora.fused import frozen_linear
 
 
@@ -40,11 +40,11 @@ class _Dequantized:
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = self.compute_dtype or x.dtype
         bias = None if bias is None else bias.to(dtype)
-        return products.linear(x.to(dtype), self.dense(dtype), bias).to(x.dtype)
+        return matmul.linear(x.to(dtype), self.dense(dtype), bias).to(x.dtype)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         dtype = self.compute_dtype or dy.dtype
-        return products.matmul(dy.to(dtype), self.dense(dtype)).to(dy.dtype)
+        return matmul.matmul(dy.to(dtype), self.dense(dtype)).to(dy.dtype)
 
 
 @dataclass(frozen=True)

@@ -36,17 +36,12 @@ class Targets:
     Attributes:
         modules: full names, in the model's order.
         blocks: module -> the row blocks that are adapted, where not the whole weight is, in the order of the rows.
-        names: the last parts of the modules with how many of each, in the model's order.
         notes: what was understood beyond the letter of the request.
     """
 
     modules: tuple[str, ...]
     notes: tuple[str, ...] = ()
     blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def names(self) -> dict[str, int]:
-        return dict(Counter(_leaf(module) for module in self.modules))
 
 
 def resolve_targets(

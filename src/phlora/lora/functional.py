@@ -18,25 +18,6 @@ from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.operands import DenseWeight, FrozenWeight
 
 
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | FrozenWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scaling: float,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """`y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`.
-
-    Shapes: x (T, K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) -> (T, N).
-    The adapter is computed in the dtype of `x`; its own parameters may have another one.
-    """
-    blocks = [RowBlock(name="", start=0, stop=lora_B.shape[0], r=lora_B.shape[1], scaling=scaling)]
-    return lora_blocks(x, weight, lora_A, [lora_B], blocks=blocks, bias=bias, dropout=dropout)
-
-
 def lora_blocks(
     x: Tensor,
     weight: Tensor | FrozenWeight,
@@ -47,9 +28,11 @@ def lora_blocks(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`lora_linear` on chosen row blocks of a fused weight; all blocks see the same dropped-out `x`.
+    """`y = x Wᵀ + bias`, and `scaling_i · dropout(x) A_iᵀ B_iᵀ` in the rows of each adapted block.
 
     Shapes: x (T, K), weight (N, K), lora_A (ΣR_i, K), lora_B [(N_i, R_i), ...], bias (N,) -> (T, N).
+    All blocks see the same dropped-out `x`. A plain LoRA is one block of all rows. The adapter is computed in the dtype
+    of `x`; its own parameters may have another one.
     """
     operand = DenseWeight(weight) if isinstance(weight, Tensor) else weight
     y = operand.matmul(x, bias)

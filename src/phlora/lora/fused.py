@@ -6,9 +6,9 @@
 with `x̃ = dropout(x)`. Each `+=` is done by the product itself, in place (addmm_), and `g` is formed once.
 
 Kept for backward are `x (T, K)` and `u (T, ΣR)` only: no dropped-out copy and no mask
-(the seed is kept and the mask drawn again), no scaled or summed copy of `(T, N)`. Where `x` came with a recipe, its
-ingredients are kept in its place. A frozen weight gets no gradient product, an input that needs no gradient none
-either.
+(the seed is kept and the mask drawn again), no scaled or summed copy of `(T, N)`. Where `x` says how it is computed
+again, what that takes is kept in its place. A frozen weight gets no gradient product, an input that needs no gradient
+none either.
 
 Leaves out: double backward (an error from torch), forward-mode differentiation, vmap. While torch.compile
 traces, the reference formulas stand in: the compiler plans memory and redraws dropout masks itself.
@@ -27,28 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phlora.lora import functional, products
+from phlora.lora import functional, matmul
 from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.operands import DenseWeight, FrozenWeight
-from phlora.lora.recipes import Recipe, recipe_of
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor | FrozenWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *,
-    scaling: float,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """`y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ`; see `functional.lora_linear`.
-
-    Kept for backward: x (T, K), x Aᵀ (T, R), references to the parameters.
-    """
-    blocks = [RowBlock(name="", start=0, stop=lora_B.shape[0], r=lora_B.shape[1], scaling=scaling)]
-    return lora_blocks(x, weight, lora_A, [lora_B], blocks=blocks, bias=bias, dropout=dropout)
+from phlora.lora.recompute import Recompute, recompute_of
 
 
 def lora_blocks(
@@ -61,7 +43,7 @@ def lora_blocks(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`lora_linear` on chosen row blocks of a fused weight; see `functional.lora_blocks`.
+    """A frozen linear layer with LoRA on row blocks of its weight; see `functional.lora_blocks`.
 
     Kept for backward: x (T, K), x Aᵀ (T, ΣR_i), references to the parameters.
     Under autocast everything is computed in the autocast dtype, as torch's own linear is.
@@ -73,7 +55,7 @@ def lora_blocks(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     dense, operand = (weight, None) if isinstance(weight, Tensor) else (None, weight)
     y: Tensor = _LoraBlocks.apply(  # type: ignore[no-untyped-call]
-        x, dense, bias, lora_A, operand, tuple(blocks), dropout, autocast, recipe_of(x), *lora_B
+        x, dense, bias, lora_A, operand, tuple(blocks), dropout, autocast, recompute_of(x), *lora_B
     )
     return y
 
@@ -84,14 +66,6 @@ def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -
         return weight.matmul(x, bias)
     y: Tensor = _FrozenLinear.apply(x, bias, weight)  # type: ignore[no-untyped-call]
     return y
-
-
-def delta_weight(
-    lora_A: Tensor, lora_B: Sequence[Tensor], *, blocks: Sequence[RowBlock], out_features: int
-) -> Tensor:
-    """`ΔW (N, K)`, written block by block, without gradient; see `functional.delta_weight`."""
-    delta = lora_A.new_zeros(out_features, lora_A.shape[1])
-    return _add_delta_(delta, lora_A, lora_B, blocks)
 
 
 def merged_weight(
@@ -128,7 +102,7 @@ class _LoraBlocks(torch.autograd.Function):
         blocks: tuple[RowBlock, ...],
         dropout: float,
         autocast: bool,
-        recipe: Recipe | None,
+        recompute: Recompute | None,
         *lora_B: Tensor,
     ) -> Tensor:
         with _without_autocast(x.device.type):
@@ -140,7 +114,7 @@ class _LoraBlocks(torch.autograd.Function):
             seed = torch.empty((), dtype=torch.int64).random_() if dropout else None
             keep = _share_kept(dropout)
             dropped = flat_x if seed is None else _draw_mask(flat_x.shape, dropout, seed, like=x).mul_(flat_x)
-            u = products.linear(dropped, lora_A.to(x.dtype))
+            u = matmul.linear(dropped, lora_A.to(x.dtype))
             for block, columns, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
                 y[:, block.rows].addmm_(u[:, columns], B.to(x.dtype).t(), alpha=block.scaling / keep)
 
@@ -148,10 +122,10 @@ class _LoraBlocks(torch.autograd.Function):
         need_B = any(ctx.needs_input_grad[9:])
         kept: tuple[Tensor, ...] = ()
         if need_A or need_weight:
-            kept = recipe.ingredients if recipe else (x,)
+            kept = recompute.inputs if recompute else (x,)
         # The seed is saved as a tensor, so that checkpointing replaces it together with the `u` made with it.
         ctx.save_for_backward(u if need_B else None, seed, weight, lora_A, *lora_B, *kept)
-        ctx.make_x = recipe.make if recipe else None
+        ctx.recompute_x = recompute.function if recompute else None
         # A dense weight goes through save_for_backward only, where torch notices if it is overwritten.
         ctx.operand = operand if weight is None else None
         ctx.blocks, ctx.dropout, ctx.bias_dtype = blocks, dropout, None if bias is None else bias.dtype
@@ -171,7 +145,7 @@ class _LoraBlocks(torch.autograd.Function):
         with _without_autocast(dy.device.type):
             leading, dy = dy.shape[:-1], _flat(dy).contiguous()
             if need_A or need_weight:
-                x = _flat(ctx.make_x(*kept) if ctx.make_x else kept[0])
+                x = _flat(ctx.recompute_x(*kept) if ctx.recompute_x else kept[0])
             if need_x or need_A:
                 g = _rank_gradient(dy, lora_B, blocks, keep)
                 shape = len(dy), lora_A.shape[1]
@@ -181,9 +155,9 @@ class _LoraBlocks(torch.autograd.Function):
                 dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(dy.dtype), mask).view(*leading, shape[1])
             if need_A:
                 dropped = x if mask is None else mask.mul_(x)
-                dA = products.matmul(g.t(), dropped).to(lora_A.dtype)
+                dA = matmul.matmul(g.t(), dropped).to(lora_A.dtype)
             dB = _up_gradients(dy, u, lora_B, blocks, keep, need_B)
-            dW = products.matmul(dy.t(), x).to(weight.dtype) if need_weight else None
+            dW = matmul.matmul(dy.t(), x).to(weight.dtype) if need_weight else None
             dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
         return dx, dW, dbias, dA, None, None, None, None, None, *dB
 
@@ -209,7 +183,7 @@ class _FrozenLinear(torch.autograd.Function):
 def _rank_gradient(dy: Tensor, lora_B: Sequence[Tensor], blocks: Sequence[RowBlock], keep: float) -> Tensor:
     """`g (T, ΣR_i)`: `scaling_i / keep · dy[:, rows_i] B_i`, side by side."""
     parts = [
-        products.matmul(dy[:, block.rows], B.to(dy.dtype), alpha=block.scaling / keep)
+        matmul.matmul(dy[:, block.rows], B.to(dy.dtype), alpha=block.scaling / keep)
         for block, B in zip(blocks, lora_B, strict=True)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -235,7 +209,7 @@ def _up_gradients(
             gradients.append(None)
             continue
         # The narrow factor first: the product with the wide one transposed is the slower of the two.
-        dB = products.matmul(u[:, columns].t(), dy[:, block.rows], alpha=block.scaling / keep)
+        dB = matmul.matmul(u[:, columns].t(), dy[:, block.rows], alpha=block.scaling / keep)
         gradients.append(dB.t().contiguous().to(B.dtype))
     return gradients
 

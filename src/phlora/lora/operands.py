@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from phlora.lora import products
+from phlora.lora import matmul
 
 
 class FrozenWeight(Protocol):
@@ -39,7 +39,7 @@ class DenseWeight:
     weight: Tensor
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return products.linear(x, self.weight, bias)
+        return matmul.linear(x, self.weight, bias)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
-        return products.matmul(dy, self.weight)
+        return matmul.matmul(dy, self.weight)

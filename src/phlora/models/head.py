@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from phlora.errors import ModelError
-from phlora.lora import products
+from phlora.lora import matmul
 from phlora.lora.frozen import is_plain_linear
 from phlora.models.attention import segment_inputs
 from phlora.models.rotary import rotated_by_row
@@ -193,7 +193,7 @@ class _HeadLosses(torch.autograd.Function):
             losses[part], correct[part], log_sums = _losses_and_exponentials_(logits, target, terms)
             if slopes is not None:
                 slope = _slope_(logits, target, log_sums, terms).to(dtype)
-                slopes[part] = products.matmul(slope, head.weight.to(dtype))
+                slopes[part] = matmul.matmul(slope, head.weight.to(dtype))
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(correct)
         return losses, correct

@@ -8,8 +8,8 @@ classes of modules are exchanged, never their parameters, hooks or names, so tha
 optimizer, a checkpoint) sees no difference.
 
 - `FrozenLinear`: a frozen linear layer keeps nothing for backward but its weight.
-- `LeanRMSNorm`: keeps its input and one number per token. Its output carries the recipe (`lora.recipes`), so that a
-  LoRA layer behind it keeps nothing more.
+- `LeanRMSNorm`: keeps its input and one number per token. Its output says how to compute it again (`lora.recompute`),
+  so that a LoRA layer behind it keeps nothing more.
 - `LeanMLP`: keeps the output of gate_up and nothing else of width I; the gated product is made again for `down_proj`.
 - `LeanAttention`: q, k and v are rotated and laid out in one pass and the fused qkv is let go.
 - `LastLayer`: what follows the last attention runs only on the positions that `models.head` asks for, those that
@@ -44,9 +44,9 @@ from transformers.models.phi3.modeling_phi3 import (
 
 from phlora.adapters import peft_layer
 from phlora.config import Speed
-from phlora.lora import products
+from phlora.lora import matmul
 from phlora.lora.frozen import FrozenLinear
-from phlora.lora.recipes import Recipe, attach_recipe
+from phlora.lora.recompute import Recompute, attach_recompute
 
 # glibc's names for what it gives back to the system, and from which size on it asks the system for each piece anew.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -96,7 +96,7 @@ def at_speed(model: nn.Module, speed: Speed) -> Iterator[str]:
             return_freed_memory()
         return
     slow_down(peft_layer.slow_down(model))
-    with products.torch_products():
+    with matmul.torch_alone():
         yield "speed is reference: the layers of PEFT and transformers, products by torch"
 
 
@@ -116,7 +116,7 @@ def speed_pass(model: nn.Module) -> SpeedPass:
     device = next(model.parameters()).device
     return SpeedPass(
         layers=dict(replaced),
-        products=products.backend(device),
+        products=matmul.backend(device),
         threads=torch.get_num_threads(),
         keeps_memory=device.type == "cpu" and keep_freed_memory(),
     )
@@ -169,7 +169,7 @@ class LeanRMSNorm(Phi3RMSNorm):
         if not _is_recorded(x) or self.weight.requires_grad:
             return super().forward(x)
         y, rstd = _RMSNorm.apply(x, self.weight, self.variance_epsilon)
-        return attach_recipe(y, Recipe(_normalize, (x.detach(), rstd, self.weight)))
+        return attach_recompute(y, Recompute(_normalize, (x.detach(), rstd, self.weight)))
 
 
 class LeanMLP(Phi3MLP):
@@ -186,7 +186,7 @@ class LeanMLP(Phi3MLP):
         if not _is_recorded(gate_up):
             return self.down_proj(_gate(gate_up))
         product = _Gate.apply(gate_up)
-        return self.down_proj(attach_recipe(product, Recipe(_gate, (gate_up.detach(),))))
+        return self.down_proj(attach_recompute(product, Recompute(_gate, (gate_up.detach(),))))
 
 
 class LeanAttention(Phi3Attention):

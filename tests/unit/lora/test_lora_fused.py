@@ -153,18 +153,12 @@ def test_expanded_output_gradient():
     torch.testing.assert_close(ours, problem.A.grad)
 
 
-def test_lora_linear_is_the_one_block_case():
+@pytest.mark.parametrize("module", [functional, fused], ids=["functional", "fused"])
+def test_one_block_of_all_rows_is_plain_lora(module):
     problem = make({"w": 11}, ["w"], r=3)
-    y = fused.lora_linear(problem.x, problem.weight, problem.A, problem.B[0], scaling=0.3, bias=problem.bias)
     expected = F.linear(problem.x, problem.weight, problem.bias)
     expected = expected + 0.3 * problem.x @ problem.A.t() @ problem.B[0].t()
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(
-        functional.lora_linear(
-            problem.x, problem.weight, problem.A, problem.B[0], scaling=0.3, bias=problem.bias
-        ),
-        expected,
-    )
+    torch.testing.assert_close(problem.run(module), expected)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -298,7 +292,8 @@ def dropped_out_inputs(p: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Identity adapter on 40,000 ones: the output is the dropped-out input itself."""
     x, eye = torch.ones(10_000, 4, dtype=dtype), torch.eye(4, dtype=dtype)
     with torch.no_grad():
-        return fused.lora_linear(x, torch.zeros_like(eye), eye, eye, scaling=1.0, dropout=p)
+        whole = row_blocks({"w": 4}, ["w"], r=4, scaling=1.0)
+        return fused.lora_blocks(x, torch.zeros_like(eye), eye, [eye], blocks=whole, dropout=p)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -503,10 +498,10 @@ def test_compiles_without_a_graph_break():
 def test_delta_weight_is_zero_outside_the_enabled_rows():
     problem = make({"q": 40, "k": 10, "v": 10}, ("q", "v"))
     with torch.no_grad():
+        delta = functional.delta_weight(problem.A, problem.B, blocks=problem.blocks, out_features=60)
+        assert delta[:40].abs().min() > 0 and delta[50:].abs().min() > 0
+        assert not delta[40:50].any()
         for module in (functional, fused):
-            delta = module.delta_weight(problem.A, problem.B, blocks=problem.blocks, out_features=60)
-            assert delta[:40].abs().min() > 0 and delta[50:].abs().min() > 0
-            assert not delta[40:50].any()
             zero = torch.zeros_like(problem.weight)
             y = module.lora_blocks(problem.x, zero, problem.A, problem.B, blocks=problem.blocks)
             torch.testing.assert_close(F.linear(problem.x, delta), y)

@@ -1,21 +1,21 @@
 import pytest
 import torch
 
-from phlora.lora import products
+from phlora.lora import matmul
 
-needs_onednn = pytest.mark.skipif(products.backend() != "oneDNN", reason="this build of torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(matmul.backend() != "oneDNN", reason="this build of torch has no oneDNN")
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """Shapes of the products that oneDNN was asked for."""
-    shapes, original = [], products._onednn_linear
+    shapes, original = [], matmul._onednn_linear
 
     def counted(x, weight, *rest):
         shapes.append((*x.shape, weight.shape[0]))
         return original(x, weight, *rest)
 
-    monkeypatch.setattr(products, "_onednn_linear", counted)
+    monkeypatch.setattr(matmul, "_onednn_linear", counted)
     return shapes
 
 
@@ -27,7 +27,7 @@ def calls(monkeypatch):
 def test_linear_equals_float64(rows, inner, columns, bias, calls):
     x, weight = torch.randn(rows, inner), torch.randn(columns, inner)
     b = torch.randn(columns) if bias else None
-    y = products.linear(x, weight, b)
+    y = matmul.linear(x, weight, b)
     truth = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
     assert calls
     torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-4)
@@ -40,9 +40,7 @@ def test_matmul_equals_float64_for_plain_and_transposed_factors(alpha, calls):
     truth = alpha * (left.double() @ right.double())
     transposed = right.t().contiguous().t()
     for factors in [(left, right), (left, transposed), (left.t().contiguous().t(), right)]:
-        torch.testing.assert_close(
-            products.matmul(*factors, alpha=alpha).double(), truth, rtol=1e-5, atol=1e-4
-        )
+        torch.testing.assert_close(matmul.matmul(*factors, alpha=alpha).double(), truth, rtol=1e-5, atol=1e-4)
     assert len(calls) == 3
 
 
@@ -50,7 +48,7 @@ def test_matmul_equals_float64_for_plain_and_transposed_factors(alpha, calls):
 def test_leading_dimensions_are_kept(calls):
     x, weight = torch.randn(4, 64, 128), torch.randn(96, 128)
     torch.testing.assert_close(
-        products.linear(x, weight), torch.nn.functional.linear(x, weight), atol=1e-4, rtol=1e-5
+        matmul.linear(x, weight), torch.nn.functional.linear(x, weight), atol=1e-4, rtol=1e-5
     )
     assert calls
 
@@ -78,7 +76,7 @@ def test_leading_dimensions_are_kept(calls):
 )
 def test_what_does_not_suit_onednn_is_multiplied_by_torch(change, calls):
     x, weight = change(torch.randn(256, 256), torch.randn(256, 256))
-    y = products.linear(x, weight)
+    y = matmul.linear(x, weight)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight))
     assert not calls
     assert y.requires_grad == (x.requires_grad or weight.requires_grad)
@@ -89,16 +87,16 @@ def test_reduced_precision_stays_torch_s_affair(calls):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        products.linear(x, weight)
+        matmul.linear(x, weight)
     finally:
         torch.set_float32_matmul_precision(before)
     assert not calls
 
 
-def test_torch_products_turns_it_off_and_on_again(calls):
+def test_torch_alone_turns_it_off_and_on_again(calls):
     x, weight = torch.randn(256, 256), torch.randn(256, 256)
-    with products.torch_products():
-        assert products.backend() == "torch's BLAS"
-        assert torch.equal(products.linear(x, weight), torch.nn.functional.linear(x, weight))
-        assert torch.equal(products.matmul(x, weight), x @ weight)
+    with matmul.torch_alone():
+        assert matmul.backend() == "torch's BLAS"
+        assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
+        assert torch.equal(matmul.matmul(x, weight), x @ weight)
     assert not calls

@@ -43,7 +43,7 @@ def backend(device: torch.device | str = "cpu") -> str:
 
 
 @contextmanager
-def torch_products() -> Iterator[None]:
+def torch_alone() -> Iterator[None]:
     """Multiply as torch does by itself, to compare with; for the whole process."""
     global _onednn_allowed
     before, _onednn_allowed = _onednn_allowed, False
