@@ -74,7 +74,7 @@ def peak_mb() -> float:
 
 def measure_phlora(path: Path, max_length: int) -> dict[str, object]:
     from phlora.data.checks import check
-    from phlora.data.formats import read_rows
+    from phlora.data.dataset import read_rows
     from phlora.data.packing import epoch_packs
     from phlora.data.tokenize import tokenize_rows
     from phlora.models.load import load_tokenizer

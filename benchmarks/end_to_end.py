@@ -42,7 +42,7 @@ class Task:
 
 def read_task(overrides: list[str]) -> Task:
     from phlora.config import load_config
-    from phlora.data.formats import load_rows
+    from phlora.data.dataset import load_rows
     from phlora.data.tokenize import encode_prompt, tokenize_rows
     from phlora.models.load import load_tokenizer
     from phlora.train.settings import training_settings

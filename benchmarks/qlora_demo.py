@@ -57,7 +57,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_to
 def answer_with_both(run: Path, merged: Path, quantization: str) -> dict[str, Any]:
     """The answers of the adapter on its quantised base, and of the merged model, to all held-out requests."""
     from phlora.config import load_config
-    from phlora.data.formats import load_rows
+    from phlora.data.dataset import load_rows
     from phlora.data.tokenize import encode_prompt
     from phlora.evaluate.metrics import exact_match
     from phlora.models.load import load_adapter, load_model

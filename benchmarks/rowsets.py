@@ -8,7 +8,7 @@ from typing import Any
 
 from common import Row
 from phlora.config import TrainOn
-from phlora.data.formats import load_rows
+from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
 
 _WORDS = (

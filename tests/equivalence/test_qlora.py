@@ -19,7 +19,7 @@ from phlora.adapters.attach import attach
 from phlora.adapters.operands import frozen_weight
 from phlora.config import QuantizationConfig
 from phlora.data.collate import Collator
-from phlora.data.formats import Origin
+from phlora.data.rows import Origin
 from phlora.data.tokenize import TokenizedRow
 from phlora.display import Display
 from phlora.errors import ModelError, RunError

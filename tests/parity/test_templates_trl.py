@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from trl import chat_template_utils as trl_templates
 
-from phlora.data.formats import load_rows
+from phlora.data.dataset import load_rows
 from phlora.data.tokenize import IGNORED, tokenize_row
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "data"))

@@ -22,7 +22,7 @@ from phlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from phlora.data.checks import PreviewRow
-    from phlora.data.formats import Row
+    from phlora.data.rows import Row
     from phlora.models.load import LoadedTokenizer
 
 
@@ -169,7 +169,7 @@ def _tokenizer(model: str, display: Display) -> LoadedTokenizer:
 def _first_rows(file: str, format: str, num_rows: int) -> list[Row]:
     from itertools import islice
 
-    from phlora.data.formats import read_rows
+    from phlora.data.dataset import read_rows
 
     return list(islice(read_rows(file, format=format), num_rows))
 

@@ -1,7 +1,10 @@
 """Chat files in, token rows out: reading, checking, tokenising, packing and collating.
 
-    sources.py    files, folders and hub data sets -> records, with the line that each came from
-    formats.py    records of every common schema -> Row; duplicates, fingerprints and the eval split
+    rows.py       Row, where it stands (Origin), what was found (Problem), and the digests of rows
+    readers.py    files, folders and hub data sets -> records, with the line that each came from
+    formats.py    records of every common schema -> Row
+    dataset.py    all rows of several sources: loaded, or indexed and read again
+    split.py      which rows are held out
     template.py   what a chat template does to each message; where its text stands in the rendering
     table.py      token rows as flat arrays
     tokenize.py   Row -> input_ids, labels and weights; what was dropped or cut, and why

@@ -26,7 +26,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from phlora.data.formats import Origin, Problem, Selection
+from phlora.data.dataset import RowSubset
+from phlora.data.rows import Origin, Problem
 from phlora.data.table import Array, TokenTable
 from phlora.data.template import CLOCK, Tokenizer
 from phlora.data.tokenize import Skipped, TokenizedSet
@@ -36,8 +37,8 @@ MAX_BYTES = 2_000_000_000
 _SUFFIX = ".safetensors"
 _ARRAYS = ("input_ids", "trained", "starts", "weights", "weighted", "lines", "file_numbers", "cuts")
 _KINDS = {"I32": np.int32, "I64": np.int64, "U8": np.uint8, "F32": np.float32}
-# Whatever has a part in the tokens has one in their name.
-_CODE = ("cache.py", "encoding.py", "landmarks.py", "table.py", "template.py", "tokenize.py")
+# Whatever may have a part in the tokens has one in their name: all code that turns data into tokens.
+_CODE = tuple(sorted(Path(__file__).parent.rglob("*.py")))
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -88,7 +89,7 @@ class TokenCache:
                 file.unlink(missing_ok=True)
 
 
-def token_key(rows: Selection, tokenizer_digest: bytes, settings: Mapping[str, Any]) -> str:
+def token_key(rows: RowSubset, tokenizer_digest: bytes, settings: Mapping[str, Any]) -> str:
     """The name of an entry: equal exactly where rows, tokenizer, template and settings are.
 
     Args:
@@ -103,7 +104,7 @@ def token_key(rows: Selection, tokenizer_digest: bytes, settings: Mapping[str, A
     for places in (survey.lines, survey.file_numbers):
         digest.update(np.asarray(places)[numbers].tobytes() if len(numbers) else b"")
     for file in _CODE:
-        digest.update(Path(__file__).with_name(file).read_bytes())
+        digest.update(file.read_bytes())
     libraries = [version(name) for name in _LIBRARIES]
     digest.update(json.dumps([libraries, dict(settings)], sort_keys=True).encode())
     return digest.hexdigest()[:32]

@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import Any
 
 from phlora.config import TooLong, TrainOn
-from phlora.data.formats import Message, Origin, Problem, Row, Source, Survey, survey_rows
+from phlora.data.dataset import RowIndex, Source, index_rows
+from phlora.data.rows import Message, Origin, Problem, Row
 from phlora.data.template import Tokenizer
 from phlora.data.tokenize import (
     IGNORED,
@@ -151,8 +152,8 @@ def check(
     """
     structural: list[Problem] = []
 
-    def survey(sources: Source | Sequence[Source]) -> Survey:
-        return survey_rows(
+    def survey(sources: Source | Sequence[Source]) -> RowIndex:
+        return index_rows(
             sources,
             format=format,
             on_bad="collect",
@@ -271,7 +272,7 @@ def _warning(kind: str, message: str, row: Row) -> Problem:
     return Problem(kind, "warning", message, (row.origin,))
 
 
-def _duplicates(survey: Survey) -> list[Problem]:
+def _duplicates(survey: RowIndex) -> list[Problem]:
     seen: set[bytes] = set()
     found = []
     for number, key in enumerate(survey.keys):
@@ -282,7 +283,7 @@ def _duplicates(survey: Survey) -> list[Problem]:
     return found
 
 
-def _leaked(train: Survey, held_out: Survey) -> list[Problem]:
+def _leaked(train: RowIndex, held_out: RowIndex) -> list[Problem]:
     keys = set(train.keys)
     message = "The held-out row also stands in the training data"
     return [
@@ -331,7 +332,7 @@ def _merge(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 
 def _report(
-    survey: Survey,
+    survey: RowIndex,
     tokenized: TokenizedSet | None,
     problems: tuple[Problem, ...],
     *,

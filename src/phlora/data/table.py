@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from phlora.data.formats import Origin
+from phlora.data.rows import Origin
 
 IGNORED = -100
 

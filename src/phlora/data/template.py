@@ -30,7 +30,7 @@ from typing import Any, TypeAlias
 import jinja2
 from jinja2 import nodes
 
-from phlora.data.formats import Message
+from phlora.data.rows import Message
 from phlora.errors import ModelError
 
 Tokenizer: TypeAlias = Any

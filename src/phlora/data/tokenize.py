@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from phlora.config import TooLong, TrainOn
 from phlora.data.encoding import Encoded, Encoder
-from phlora.data.formats import Message, Origin, Problem, Row, Severity
 from phlora.data.landmarks import Landmarks, find_landmarks, find_marks
+from phlora.data.rows import Message, Origin, Problem, Row, Severity
 from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
 from phlora.data.template import (
     ChatTemplate,

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
 from phlora.config import ModelConfig
-from phlora.data.formats import Row, load_rows
+from phlora.data.dataset import load_rows
+from phlora.data.rows import Row
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, did_you_mean

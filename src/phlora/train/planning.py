@@ -15,8 +15,10 @@ from typing import Any
 from phlora.adapters.attach import AdapterSummary
 from phlora.config import DataFile, RunConfig, Speed, build_config
 from phlora.data.cache import TokenCache, digest_tokenizer, token_key
-from phlora.data.formats import Origin, Row, Selection, Survey, fingerprint_of, split_keys, survey_rows
+from phlora.data.dataset import RowIndex, RowSubset, index_rows
 from phlora.data.packing import TokenSequences
+from phlora.data.rows import Origin, Row, fingerprint_of
+from phlora.data.split import split_keys
 from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
 from phlora.display import Display
@@ -227,23 +229,23 @@ def prepare_data(
 
 def _both_sides(
     config: RunConfig, objects: Objects, settings: Settings, display: Display
-) -> tuple[Selection, Selection, dict[str, str]]:
+) -> tuple[RowSubset, RowSubset, dict[str, str]]:
     """The training rows, the held-out rows, and the schema of each training source."""
     data = config.data
-    survey = survey_rows(_sources(data.files, objects.train), format=data.format)
+    survey = index_rows(_sources(data.files, objects.train), format=data.format)
     _tell(survey, display)
     if data.eval:
-        held_out = survey_rows(_sources(data.eval, objects.held_out), format=data.format)
+        held_out = index_rows(_sources(data.eval, objects.held_out), format=data.format)
         _tell(held_out, display)
         return _without_leaks(survey, held_out, display), held_out.all(), survey.formats
     sides = split_keys(survey.keys, eval_size=data.eval_size, seed=settings.args.seed)
-    train, held_out_rows = (Selection(survey, numbers) for numbers in sides)
+    train, held_out_rows = (RowSubset(survey, numbers) for numbers in sides)
     return train, held_out_rows, survey.formats
 
 
 def _tokenizing(
     config: RunConfig, tokenizer: LoadedTokenizer, settings: Settings, display: Display
-) -> Callable[[Selection, Callable[[int], None]], TokenizedSet]:
+) -> Callable[[RowSubset, Callable[[int], None]], TokenizedSet]:
     """A function of (rows, progress) that gives their tokens, from the cache where it has them."""
     options: dict[str, Any] = {
         "train_on": config.data.train_on,
@@ -256,7 +258,7 @@ def _tokenizing(
     use_cache = config.data.cache and tokenizer.tokenizer.is_fast
     tokenizer_digest = digest_tokenizer(tokenizer.tokenizer) if use_cache else b""
 
-    def tokenize(rows: Selection, progress: Callable[[int], None]) -> TokenizedSet:
+    def tokenize(rows: RowSubset, progress: Callable[[int], None]) -> TokenizedSet:
         if not len(rows):
             return TokenizedSet.empty()
         key = token_key(rows, tokenizer_digest, options) if use_cache else ""
@@ -318,7 +320,7 @@ def _sources(files: Sequence[DataFile], rows: Any) -> Any:
     return list(files) if rows is None else rows
 
 
-def _without_leaks(survey: Survey, held_out: Survey, display: Display) -> Selection:
+def _without_leaks(survey: RowIndex, held_out: RowIndex, display: Display) -> RowSubset:
     """Training rows that also stand in the held-out file are left out of training, and counted."""
     keys = set(held_out.keys)
     kept = [number for number, key in enumerate(survey.keys) if key not in keys]
@@ -328,7 +330,7 @@ def _without_leaks(survey: Survey, held_out: Survey, display: Display) -> Select
         )
     if not kept:
         raise DataError("Every training row also stands in the held-out rows", fix="name another eval file")
-    return Selection(survey, kept)
+    return RowSubset(survey, kept)
 
 
 def _packs(sequences: TokenSequences, num_tokens: int) -> dict[str, Any]:
@@ -351,7 +353,7 @@ def _sequences(rows: TokenTable, settings: Settings) -> TokenSequences:
     return TokenSequences(rows, max_length=args.max_length, seed=args.seed)
 
 
-def _tell(survey: Survey, display: Display) -> None:
+def _tell(survey: RowIndex, display: Display) -> None:
     for problem in survey.problems:
         (display.warn if problem.severity == "warning" else display.note)(problem.message)
 

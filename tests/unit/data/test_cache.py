@@ -11,7 +11,7 @@ import pytest
 from chat_tokenizers import CHATML, LANGUAGES, chatml_tokenizer, phi3_tokenizer
 
 from phlora.data.cache import TokenCache, digest_tokenizer, token_key
-from phlora.data.formats import Selection, survey_rows
+from phlora.data.dataset import RowSubset, index_rows
 from phlora.data.tokenize import tokenize_rows
 
 OPTIONS = {
@@ -38,13 +38,13 @@ def _records():
 
 
 def _key(records=None, tokenizer=None, numbers=None, **options):
-    survey = survey_rows(records or _records())
-    rows = survey.all() if numbers is None else Selection(survey, numbers)
+    survey = index_rows(records or _records())
+    rows = survey.all() if numbers is None else RowSubset(survey, numbers)
     return token_key(rows, digest_tokenizer(tokenizer or phi3_tokenizer()), {**OPTIONS, **options})
 
 
 def _tokenized():
-    return tokenize_rows(survey_rows(_records()).all(), phi3_tokenizer(), **OPTIONS, on_bad="collect")
+    return tokenize_rows(index_rows(_records()).all(), phi3_tokenizer(), **OPTIONS, on_bad="collect")
 
 
 def _same(one, other):
@@ -72,7 +72,7 @@ def test_what_was_saved_is_loaded(cache):
 
 
 def test_rows_without_weights_have_none_afterwards(cache):
-    rows = survey_rows([{"prompt": "1 + 1 = ", "completion": "2"}]).all()
+    rows = index_rows([{"prompt": "1 + 1 = ", "completion": "2"}]).all()
     cache.save("a", tokenize_rows(rows, phi3_tokenizer()))
     assert cache.load("a").rows.weights is None
 

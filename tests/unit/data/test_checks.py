@@ -8,7 +8,7 @@ import pytest
 from chat_tokenizers import LANGUAGES, llama2_tokenizer, phi3_tokenizer
 
 from phlora.data.checks import check, histogram, preview
-from phlora.data.formats import load_rows
+from phlora.data.dataset import load_rows
 from phlora.errors import DataError
 
 

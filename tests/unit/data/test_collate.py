@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 
 from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator
-from phlora.data.formats import Origin
+from phlora.data.rows import Origin
 from phlora.data.tokenize import TokenizedRow
 
 ORIGIN = Origin("chats.jsonl", 1)

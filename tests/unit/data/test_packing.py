@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from phlora.data.formats import Origin
 from phlora.data.packing import TokenSequences, epoch_packs, pack_rows
+from phlora.data.rows import Origin
 from phlora.data.table import TableBuilder
 from phlora.errors import DataError
 

@@ -24,7 +24,7 @@ from chat_tokenizers import (
 from tokenizers import AddedToken
 from trl.chat_template_utils import phi3_5_training_chat_template, phi3_training_chat_template
 
-from phlora.data.formats import load_rows
+from phlora.data.dataset import load_rows
 from phlora.data.tokenize import (
     IGNORED,
     Skipped,

@@ -18,7 +18,7 @@ from tiny_adapters import QUIET, ROWS, TEXTS, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phlora.adapters.merge import BOUNDS
-from phlora.data.formats import load_rows
+from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
 from phlora.models.embedded import tiny_phi3

@@ -8,7 +8,7 @@ import peft
 import pytest
 
 from phlora.adapters.attach import attach
-from phlora.data.formats import Origin
+from phlora.data.rows import Origin
 from phlora.data.tokenize import TokenizedRow
 from phlora.models.embedded import tiny_phi3
 from phlora.train.settings import training_settings

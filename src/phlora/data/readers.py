@@ -17,22 +17,12 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from phlora.data.rows import BadRow, Record
 from phlora.errors import DataError, NetworkError, did_you_mean, nearest
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".ndjson.gz")
-
-
-class BadRow(Exception):
-    """A row that cannot be used; becomes a `DataError` or a `Problem` where its origin is known."""
-
-    def __init__(self, kind: str, message: str, expected: str = "") -> None:
-        self.kind, self.message, self.expected = kind, message, expected
-        super().__init__(message)
-
-
-Record: TypeAlias = tuple[int, Any]  # line or row number, and the parsed value or the BadRow
 
 
 def open_path(source: str) -> tuple[str, Iterator[Record]]:

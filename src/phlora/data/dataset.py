@@ -1,0 +1,251 @@
+"""All rows of several sources: loaded at once, or indexed in one reading and read again when they are needed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from phlora.config import DataFile
+from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
+from phlora.data.readers import open_path, pick_split
+from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Record, Row, row_digest, row_key
+from phlora.errors import ConfigError, DataError
+
+Source: TypeAlias = str | Path | DataFile | Mapping[str, Any] | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of all sources in order, what was wrong with others, and the schema of each source."""
+
+    rows: list[Row]
+    problems: list[Problem]
+    formats: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """What one reading of all sources found. The rows are not kept: they are read again when they are needed.
+
+    Attributes:
+        sources, format: what was read, and as which schema.
+        keys: `row_key` of each row, as bytes.
+        digests: `row_digest` of each row, one after the other.
+        lines, file_numbers: where each row stands; `files` are the names that the numbers count.
+        problems: what was wrong with other rows.
+        formats: the schema of each source.
+    """
+
+    sources: list[Source]
+    format: str
+    keys: list[bytes]
+    digests: bytearray
+    lines: array[int]
+    file_numbers: array[int]
+    files: tuple[str, ...]
+    problems: list[Problem]
+    formats: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def origin(self, number: int) -> Origin:
+        """Where a row stands."""
+        return Origin(self.files[self.file_numbers[number]], self.lines[number])
+
+    def digest(self, number: int) -> bytes:
+        """`row_digest` of a row."""
+        return bytes(self.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
+
+    def all(self) -> RowSubset:
+        """All rows."""
+        return RowSubset(self, range(len(self)))
+
+
+@dataclass(frozen=True)
+class RowSubset:
+    """Some rows of a survey, in its order; each iteration reads the sources anew.
+
+    Raises:
+        DataError: from an iteration, when the sources no longer hold the rows that were surveyed.
+    """
+
+    survey: RowIndex
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Row]:
+        wanted = iter(self.numbers)
+        number = next(wanted, None)
+        for found, row in enumerate(_rows_of(self.survey.sources, self.survey.format)):
+            if number is None:
+                return
+            if found == number:
+                if row_digest(row) != self.survey.digest(number):
+                    break
+                yield row
+                number = next(wanted, None)
+        if number is not None:
+            raise DataError("The data changed while it was read", where=str(self.survey.origin(number)))
+
+    def digests(self) -> Iterator[bytes]:
+        """`row_digest` of each row."""
+        return map(self.survey.digest, self.numbers)
+
+    def origins(self) -> Iterator[Origin]:
+        """Where each row stands."""
+        return map(self.survey.origin, self.numbers)
+
+
+def read_rows(source: Source, *, format: str = "auto", weight: float = 1.0) -> Iterator[Row]:
+    """The rows of one source, read as they are needed.
+
+    Raises:
+        DataError: the source cannot be read, or at the first row that cannot be used.
+        NetworkError: a hub data set cannot be reached.
+    """
+    for item in to_rows(*_open_source(source, format, weight)):
+        if isinstance(item, Problem):
+            raise _error([item])
+        yield item
+
+
+def load_rows(
+    sources: Source | Sequence[Source], *, format: str = "auto", on_bad: Literal["raise", "collect"] = "raise"
+) -> Loaded:
+    """Read all rows of one or several sources.
+
+    A source is a path (.jsonl, .json, .csv, .tsv, .parquet, .jsonl.gz, a folder saved by `datasets`), a hub
+    name (`owner/name`, or `owner/name:split`), a `DataFile` with a weight, a `datasets` object, or a list
+    of dicts. The weight multiplies the loss of every trained token of the source's rows.
+
+    Args:
+        format: `auto`, or one of `messages, conversations, alpaca, qa, prompt_completion, text`.
+        on_bad: `raise` reads to the end, then raises about the rows that cannot be used; `collect` returns
+            them in `problems`.
+
+    Raises:
+        DataError: a source that cannot be read or holds no rows, or (`on_bad="raise"`) rows that cannot be
+            used.
+        ConfigError: an unknown `format`.
+        NetworkError: a hub data set cannot be reached.
+    """
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    formats: dict[str, str] = {}
+    for item in _read_all(_as_list(sources), format, formats):
+        (rows if isinstance(item, Row) else problems).append(item)  # type: ignore[arg-type]
+    _raise_for(problems, on_bad)
+    return Loaded(rows, problems, formats)
+
+
+def index_rows(
+    sources: Source | Sequence[Source],
+    *,
+    format: str = "auto",
+    on_bad: Literal["raise", "collect"] = "raise",
+    inspect: Callable[[Row], None] | None = None,
+) -> RowIndex:
+    """Read all rows once, for what is to be known about them before they are used.
+
+    A data set of any size is read in the same memory, but for some 150 bytes a row.
+
+    Args:
+        inspect: called with each row as it is read.
+
+    The other arguments and what is raised are those of `load_rows`.
+    """
+    # What can be read only once is kept.
+    kept = [list(source) if isinstance(source, Iterator) else source for source in _as_list(sources)]
+    survey = RowIndex(kept, format, [], bytearray(), array("q"), array("i"), (), [], {})
+    files: dict[str, int] = {}
+    for item in _read_all(kept, format, survey.formats):
+        if isinstance(item, Problem):
+            survey.problems.append(item)
+            continue
+        survey.keys.append(bytes.fromhex(row_key(item)))
+        survey.digests.extend(row_digest(item))
+        survey.lines.append(item.origin.line)
+        survey.file_numbers.append(files.setdefault(item.origin.file, len(files)))
+        if inspect:
+            inspect(item)
+    _raise_for(survey.problems, on_bad)
+    return replace(survey, files=tuple(files))
+
+
+def _rows_of(sources: Sequence[Source], format: str) -> Iterator[Row]:
+    return (item for item in _read_all(sources, format, {}) if isinstance(item, Row))
+
+
+def _read_all(sources: Sequence[Source], format: str, formats: dict[str, str]) -> Iterator[Row | Problem]:
+    """The rows and problems of all sources; their schemata go into `formats`."""
+    for source in sources:
+        shape, records = _open_source(source, format, 1.0)
+        formats[shape.name] = shape.schema.name
+        yield from to_rows(shape, records)
+        if shape.ignored:
+            yield _ignored_columns(shape)
+
+
+def _raise_for(problems: Sequence[Problem], on_bad: Literal["raise", "collect"]) -> None:
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if on_bad == "raise" and errors:
+        raise _error(errors)
+
+
+def _error(problems: Sequence[Problem]) -> DataError:
+    first = problems[0]
+    more = f" ({len(problems) - 1} more rows cannot be used either)" if len(problems) > 1 else ""
+    return DataError(
+        f"{first.message}{more}",
+        where=str(first.origins[0]) if first.origins else "",
+        fix="correct the rows; `phlora data check FILE` lists all of them",
+    )
+
+
+def _ignored_columns(shape: Shape) -> Problem:
+    names = ", ".join(f"`{name}`" for name in sorted(shape.ignored))
+    return Problem(
+        "ignored_columns",
+        "note",
+        f"{shape.name}: not used, since {shape.schema.name} has no such column: {names}",
+    )
+
+
+def _as_list(sources: Source | Sequence[Source]) -> list[Source]:
+    """One source, or several; a list of dicts is one source."""
+    if isinstance(sources, list | tuple) and not (sources and isinstance(sources[0], Mapping)):
+        if not sources:
+            raise DataError("No data was given", expected="at least one file or one row")
+        return list(sources)
+    return [sources]  # type: ignore[list-item]
+
+
+def _open_source(source: Source, format: str, weight: float) -> tuple[Shape, Iterator[Record]]:
+    """Open a source and find its schema, reading as few rows as that takes."""
+    if isinstance(source, DataFile):
+        weight, source = source.weight, source.path
+    if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
+        raise ConfigError(f"The weight {weight!r} of {source} is no positive number")
+    name, records = open_path(str(source)) if isinstance(source, str | Path) else _open_object(source)
+    first = list(itertools.islice(records, NUM_ROWS_FOR_DETECTION))
+    if not first:
+        raise DataError("The file is empty" if isinstance(source, str | Path) else "No rows", where=name)
+    schema, example_line = detect(first, format, name)
+    return Shape(name, weight, schema, example_line), itertools.chain(first, records)
+
+
+def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> tuple[str, Iterator[Record]]:
+    """A DatasetDict, a Dataset or any other iterable of dicts."""
+    name = "rows"
+    if isinstance(source, Mapping):
+        name = pick_split(source.keys(), None, where="the data set")
+        source = source[name]
+    return name, iter(enumerate(source, 1))
