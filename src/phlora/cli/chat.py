@@ -45,7 +45,8 @@ def chat(
     """
     if offline:
         forbid_network()
-    from phlora.serve.session import converse, open_chat
+    from phlora.serve.chat import open_chat
+    from phlora.serve.terminal import converse
 
     display = make_display(quiet=False)
     with standard_output_kept():

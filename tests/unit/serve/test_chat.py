@@ -19,8 +19,9 @@ from phlora.display import Display
 from phlora.errors import ConfigError, InputError, ModelError, RunError
 from phlora.models.embedded import tiny_phi3
 from phlora.models.load import fingerprint, prepare_tokenizer
-from phlora.serve import session as module
-from phlora.serve.session import ChatSession, converse, open_chat
+from phlora.serve import chat as module
+from phlora.serve.chat import ChatSession, open_chat
+from phlora.serve.terminal import converse
 
 
 class FakeModel:

@@ -7,18 +7,17 @@ history as far as it got, because the person has read it. Nothing is written any
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from phlora.config import ModelConfig, build_config
 from phlora.data.template import TemplateRefusal
 from phlora.data.tokenize import encode_chat
-from phlora.display import Display, printable
-from phlora.errors import InputError, ModelError, RunError, did_you_mean
+from phlora.display import Display
+from phlora.errors import InputError, ModelError, RunError
 from phlora.files import read_json
 from phlora.models.generate import stream
 from phlora.models.load import LoadedModel, LoadedTokenizer, load_adapter, load_model, prepare_tokenizer
@@ -26,20 +25,6 @@ from phlora.models.phi3 import context_lengths
 from phlora.models.speed import speed_pass
 
 Speaker = Literal["base", "tuned"]
-
-HELP = """\
-/base          the base model answers
-/tuned         the tuned model answers
-/compare       both answer; the chat goes on with the tuned model's reply (also /both)
-/system TEXT   set the system prompt; without TEXT remove it
-/undo          forget the last question and its reply
-/reset         forget the whole chat, but not the system prompt
-/help          this list
-/exit          leave (also /quit and Ctrl-D)
-//TEXT         say something that begins with a slash
-
-Ctrl-C stops a reply; what was said so far stays in the chat."""
-COMMANDS = ("base", "tuned", "compare", "both", "system", "undo", "reset", "help", "exit", "quit")
 
 
 @dataclass(kw_only=True)
@@ -262,135 +247,3 @@ def _tokenizer_of(adapter: Path, base: LoadedModel) -> LoadedTokenizer:
     return prepare_tokenizer(
         tokenizer, config=base.model.config, generation_config=base.model.generation_config
     )
-
-
-# -------------------------------------------------------------------------------------------- the terminal
-
-
-def converse(
-    session: ChatSession, *, display: Display, stdin: TextIO | None = None, stdout: TextIO | None = None
-) -> None:
-    """Talk until the input ends or /exit.
-
-    On a terminal there is a prompt, mistakes are explained, and Ctrl-C stops a reply. Otherwise each line is one
-    user turn, standard output holds the replies alone, and a mistake ends the chat.
-
-    Raises:
-        InputError: not on a terminal: an unknown command, or a line that is no UTF-8 text.
-    """
-    stdin, stdout = stdin or sys.stdin, stdout or sys.stdout
-    if stdin.isatty() and stdout.isatty():
-        _converse_on_terminal(session, display, stdout)
-        return
-    for line in _lines(stdin):
-        if not _take(session, line, display, lambda text: _say(session, text, stdout)):
-            return
-
-
-def _lines(stdin: TextIO) -> Iterator[str]:
-    try:
-        yield from stdin
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"Standard input is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8"
-        ) from None
-
-
-def _converse_on_terminal(session: ChatSession, display: Display, stdout: TextIO) -> None:
-    _enable_line_editing()
-    display.note("/help lists the commands; Ctrl-D leaves")
-    while True:
-        try:
-            line = input(f"\n{'+'.join(session.speakers)} › ")
-        except EOFError:
-            stdout.write("\n")
-            return
-        except KeyboardInterrupt:
-            stdout.write("\n")
-            display.note("Ctrl-D or /exit leaves")
-            continue
-        except UnicodeDecodeError:
-            display.warn("That was no UTF-8 text; set the terminal to UTF-8")
-            continue
-        try:
-            if not _take(session, line, display, lambda text: _say_stoppably(session, text, stdout, display)):
-                return
-        except InputError as mistake:
-            display.warn(str(mistake))
-
-
-def _enable_line_editing() -> None:
-    try:
-        import readline  # noqa: F401
-    except ImportError:
-        # Windows: the console edits lines by itself.
-        return
-
-
-def _say_stoppably(session: ChatSession, text: str, stdout: TextIO, display: Display) -> None:
-    before = len(session.history)
-    try:
-        _say(session, text, stdout)
-    except KeyboardInterrupt:
-        stdout.write("\n")
-        kept = len(session.history) > before
-        display.note(
-            "Stopped; the reply stays as it is, /undo removes it" if kept else "Stopped; nothing was said"
-        )
-
-
-def _take(session: ChatSession, line: str, display: Display, say: Callable[[str], None]) -> bool:
-    """Do what one line of input asks for; False when it asks to leave."""
-    line = line.rstrip("\r\n")
-    if not line.strip():
-        return True
-    if line.startswith("/") and not line.startswith("//"):
-        return _obey(session, line[1:], display)
-    say(line[1:] if line.startswith("//") else line)
-    return True
-
-
-def _say(session: ChatSession, text: str, stdout: TextIO) -> None:
-    """Write a reply as it comes; when both models answer, each under its name."""
-    is_comparison, speaking = len(session.speakers) > 1, None
-    clean = printable if stdout.isatty() else str
-    # Closed also on Ctrl-C: that puts the part of the reply that was said into the history.
-    with closing(session.ask(text)) as replies:
-        for speaker, piece in replies:
-            if is_comparison and speaker != speaking:
-                stdout.write(f"[{speaker}] " if speaking is None else f"\n[{speaker}] ")
-                speaking = speaker
-            stdout.write(clean(piece))
-            stdout.flush()
-    stdout.write("\n")
-    stdout.flush()
-
-
-def _obey(session: ChatSession, command: str, display: Display) -> bool:
-    """Carry out one command; False for the one that leaves."""
-    name, _, text = command.strip().partition(" ")
-    if name in ("exit", "quit"):
-        return False
-    if name in ("base", "tuned"):
-        session.let_answer("base" if name == "base" else "tuned")
-        display.note(f"The {name} model answers")
-    elif name in ("compare", "both"):
-        session.let_answer("base", "tuned")
-        display.note("Both models answer; the chat goes on with the tuned model's reply")
-    elif name == "system":
-        session.system = text.strip() or None
-        display.note("The system prompt is set" if session.system else "There is no system prompt any more")
-    elif name == "undo":
-        display.note("The last exchange is forgotten" if session.undo() else "There is nothing to forget")
-    elif name == "reset":
-        session.reset()
-        display.note("The chat begins anew")
-    elif name == "help":
-        display.show(HELP)
-    else:
-        raise InputError(
-            f"There is no command `/{name}`",
-            expected=f"a command, or //{command} to say this",
-            fix=did_you_mean(f"/{name}", [f"/{known}" for known in COMMANDS]),
-        )
-    return True
