@@ -26,7 +26,7 @@ _MOST_POINTS = 5.0
 def train(folder: Path, quantization: str | None) -> None:
     """The demo's run in `folder`, unless it is there already."""
     from phlora.config import load_config
-    from phlora.train.checkpoints import RunFolder
+    from phlora.runs.folder import RunFolder
     from phlora.train.finetune import finetune
 
     if RunFolder(folder).finished:

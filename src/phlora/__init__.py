@@ -15,8 +15,8 @@ _HOMES = {
     "evaluate_run": "phlora.train.proof",
     "Run": "phlora.train.finetune",
     "SFTTrainer": "phlora.train.trainer",
-    "convert": "phlora.train.conversion",
-    "merge_run": "phlora.train.fold",
+    "convert": "phlora.export.convert",
+    "merge_run": "phlora.export.merge",
     "load_model": "phlora.models.load",
     "load_tokenizer": "phlora.models.load",
     "speed_up": "phlora.adapters.peft_layer",
@@ -26,10 +26,10 @@ _HOMES = {
 if TYPE_CHECKING:
     from phlora.adapters.peft_layer import speed_up
     from phlora.errors import PhloraError
+    from phlora.export.convert import convert
+    from phlora.export.merge import merge_run
     from phlora.models.load import load_model, load_tokenizer
-    from phlora.train.conversion import convert
     from phlora.train.finetune import Run, finetune
-    from phlora.train.fold import merge_run
     from phlora.train.proof import evaluate_run
     from phlora.train.trainer import SFTTrainer
 

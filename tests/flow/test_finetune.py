@@ -19,7 +19,8 @@ from phlora import evaluate_run, finetune
 from phlora.config import build_config
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
-from phlora.train import checkpoints, fitting
+from phlora.runs import folder as checkpoints
+from phlora.train import fitting
 from phlora.train.callbacks import GentleStop
 
 TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]

@@ -86,7 +86,7 @@ def merge(
     """
     if offline:
         forbid_network()
-    from phlora.train.fold import merge_run
+    from phlora.export.merge import merge_run
 
     with standard_output_kept():
         report = merge_run(
@@ -168,7 +168,7 @@ def convert(
         )
     if offline:
         forbid_network()
-    from phlora.train import conversion
+    from phlora.export import convert as conversion
 
     names = [name.strip() for name in (enable or "").split(",") if name.strip()]
     how: dict[str, Any] = {"model": model, "offline": offline}

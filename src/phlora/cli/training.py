@@ -235,7 +235,7 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
 
 def _what_is_kept(output: Path) -> str:
     """What an interrupted run left in its folder, and the command that continues it."""
-    from phlora.train.checkpoints import RUN_FILE, RunFolder
+    from phlora.runs.folder import RUN_FILE, RunFolder
 
     checkpoint = RunFolder(output).latest_checkpoint()
     if checkpoint is None:

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phlora.display import Display
-from phlora.train.checkpoints import append_event, mark_complete
+from phlora.runs.folder import append_event, mark_complete
 
 
 class EventLog(TrainerCallback):

@@ -15,8 +15,8 @@ from phlora.display import Display
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.models.load import choose_device, load_model, load_tokenizer
+from phlora.runs.folder import claim_folder, recorded_status, require_room
 from phlora.train import proof, record
-from phlora.train.checkpoints import claim_folder, recorded_status, require_room
 from phlora.train.fitting import fit
 from phlora.train.planning import Plan, collect_config, make_plan, prepare_data, require_one_process
 from phlora.train.settings import training_settings

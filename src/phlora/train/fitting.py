@@ -30,6 +30,7 @@ from phlora.files import read_json, replaced_folder, write_json, write_text
 from phlora.models.load import ADAPTER_FACTS, LoadedModel
 from phlora.models.rotary import longrope_limit
 from phlora.models.speed import at_speed
+from phlora.runs.folder import RunFolder
 from phlora.train.callbacks import (
     BestAdapter,
     CompleteCheckpoints,
@@ -38,7 +39,6 @@ from phlora.train.callbacks import (
     TrainingProgress,
 )
 from phlora.train.card import model_card
-from phlora.train.checkpoints import RunFolder
 from phlora.train.planning import PreparedData
 from phlora.train.settings import Settings
 from phlora.train.trainer import SFTTrainer

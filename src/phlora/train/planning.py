@@ -31,7 +31,6 @@ from phlora.train.sharing import Sharing, decide_sharing
 
 IN_MEMORY = "(in memory)"
 # The rows of the proof, kept in the run folder.
-HELD_OUT_FILE = "heldout.jsonl"
 # Beyond this share of dropped rows the data and max_length do not belong together.
 _MOST_DROPPED = 0.5
 # A checkpoint is the adapter and AdamW's two moments of it.

@@ -23,9 +23,8 @@ from phlora.models.generate import generate
 from phlora.models.load import LoadedTokenizer, load_adapter, load_model
 from phlora.models.rotary import longrope_limit
 from phlora.models.speed import at_speed
+from phlora.runs.folder import HELD_OUT_FILE, RunFolder
 from phlora.train import record
-from phlora.train.checkpoints import RunFolder
-from phlora.train.planning import HELD_OUT_FILE
 from phlora.train.sharing import decide_sharing
 
 # Rows whose loss is taken at once.

@@ -17,9 +17,17 @@ from phlora.display import Display
 from phlora.evaluate.compare import Comparison
 from phlora.evaluate.report import Report
 from phlora.models.load import LoadedModel
+from phlora.runs.folder import (
+    HELD_OUT_FILE,
+    RunFolder,
+    begin_run,
+    continue_run,
+    digest,
+    environment,
+    read_events,
+)
 from phlora.train.callbacks import peak_bytes
-from phlora.train.checkpoints import RunFolder, begin_run, continue_run, digest, environment, read_events
-from phlora.train.planning import HELD_OUT_FILE, Plan, PreparedData, write_rows
+from phlora.train.planning import Plan, PreparedData, write_rows
 from phlora.train.settings import Settings
 
 # What changes nothing about the result may differ between a run and its continuation.

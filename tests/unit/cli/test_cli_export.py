@@ -128,7 +128,7 @@ def test_a_refused_merge_is_exit_code_1(phlora: CommandLine, monkeypatch: pytest
     def merge_run(*_: Any, **__: Any) -> None:
         raise Finding("The merged model does not answer like base and adapter", where="out")
 
-    monkeypatch.setattr("phlora.train.fold.merge_run", merge_run)
+    monkeypatch.setattr("phlora.export.merge.merge_run", merge_run)
     done = phlora("merge", "runs/a", "-o", "out", "--json")
     assert done.code == 1 and done.json["error"]["kind"] == "Finding"
 

@@ -23,11 +23,11 @@ from phlora.adapters.convert import (
 )
 from phlora.config import ModelConfig
 from phlora.errors import ConfigError, RunError
+from phlora.export.merge import MergeReport, merge_run
+from phlora.export.output import require_new, require_room
 from phlora.files import replaced_file, replaced_folder
 from phlora.models.phi3 import fused_row_blocks
-from phlora.train.fold import MergeReport, merge_run
-from phlora.train.outputs import require_new, require_room
-from phlora.train.sources import config_of, find_adapter
+from phlora.runs.resolve import config_of, find_adapter
 
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin")
 # Configuration, tokenizer, chat template and card of an adapter; no optimizer states.

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
-from phlora.train import checkpoints
-from phlora.train.checkpoints import RunFolder, begin_run, claim_folder, continue_run
+from phlora.runs import folder as runs_folder
+from phlora.runs.folder import RunFolder, begin_run, claim_folder, continue_run
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def add_checkpoint(run: RunFolder, step: int, *, complete: bool) -> Path:
     path.mkdir(parents=True)
     (path / "adapter_model.safetensors").write_bytes(b"x")
     if complete:
-        checkpoints.mark_complete(path, {"step": step})
+        runs_folder.mark_complete(path, {"step": step})
     return path
 
 
@@ -88,13 +88,13 @@ def test_resuming_another_run_names_every_difference(run: RunFolder) -> None:
 
 
 def test_the_status_tells_how_the_training_ended(run: RunFolder) -> None:
-    with checkpoints.recorded_status(run):
+    with runs_folder.recorded_status(run):
         pass
     assert run.facts()["status"] == "trained"
-    with pytest.raises(KeyboardInterrupt), checkpoints.recorded_status(run):
+    with pytest.raises(KeyboardInterrupt), runs_folder.recorded_status(run):
         raise KeyboardInterrupt
     assert run.facts()["status"] == "interrupted"
-    with pytest.raises(ValueError), checkpoints.recorded_status(run):
+    with pytest.raises(ValueError), runs_folder.recorded_status(run):
         raise ValueError
     assert run.facts()["status"] == "failed"
 
@@ -113,32 +113,32 @@ def test_the_status_tells_how_the_training_ended(run: RunFolder) -> None:
 def test_a_full_disk_is_said_in_one_message(
     full: Exception, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = checkpoints.shutil.disk_usage(run.path)._replace(free=0)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(NoRoomError, match="disk is full"), checkpoints.recorded_status(run):
+    usage = runs_folder.shutil.disk_usage(run.path)._replace(free=0)
+    monkeypatch.setattr(runs_folder.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(NoRoomError, match="disk is full"), runs_folder.recorded_status(run):
         # Nothing can be recorded either once the disk is full.
         no_room = OSError(28, "No space left on device")
-        monkeypatch.setattr(checkpoints, "write_json", lambda *_: (_ for _ in ()).throw(no_room))
+        monkeypatch.setattr(runs_folder, "write_json", lambda *_: (_ for _ in ()).throw(no_room))
         raise full
 
 
 def test_a_device_without_memory_is_said_with_what_helps(run: RunFolder) -> None:
-    with pytest.raises(NoRoomError, match="gradient_checkpointing"), checkpoints.recorded_status(run):
+    with pytest.raises(NoRoomError, match="gradient_checkpointing"), runs_folder.recorded_status(run):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert run.facts()["status"] == "failed"
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
-    checkpoints.require_room(tmp_path / "not" / "yet" / "there", 1000)
+    runs_folder.require_room(tmp_path / "not" / "yet" / "there", 1000)
     with pytest.raises(NoRoomError, match="are free"):
-        checkpoints.require_room(tmp_path / "not" / "yet" / "there", 10**18)
+        runs_folder.require_room(tmp_path / "not" / "yet" / "there", 10**18)
 
 
 def test_a_cut_last_event_is_left_out(run: RunFolder) -> None:
-    checkpoints.append_event(run.events, "log", loss=1.5, text="درود")
+    runs_folder.append_event(run.events, "log", loss=1.5, text="درود")
     with run.events.open("a") as file:
         file.write('{"time": 1, "eve')
-    (event,) = checkpoints.read_events(run.events)
+    (event,) = runs_folder.read_events(run.events)
     assert event["loss"] == 1.5 and event["text"] == "درود"
 
 
@@ -149,6 +149,6 @@ def test_a_broken_run_file_is_named(run: RunFolder) -> None:
 
 
 def test_the_environment_names_versions_but_no_person_or_path() -> None:
-    facts = checkpoints.environment()
+    facts = runs_folder.environment()
     assert facts["packages"]["torch"]
     assert str(Path.home()) not in json.dumps(facts)

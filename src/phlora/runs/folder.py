@@ -37,12 +37,14 @@ from phlora.files import read_json, write_json, write_text
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "complete.json"
+# The rows of the proof.
+HELD_OUT_FILE = "heldout.jsonl"
 _ALMOST_NOTHING_BYTES = 10_000_000
 _OWN = (
     RUN_FILE,
     "config.yaml",
     "events.jsonl",
-    "heldout.jsonl",
+    HELD_OUT_FILE,
     "checkpoints",
     "adapter",
     "report.json",

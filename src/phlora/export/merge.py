@@ -30,13 +30,13 @@ from phlora.data.rows import Row
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, did_you_mean
+from phlora.export.output import require_new, require_room, save_model
 from phlora.files import replaced_folder, write_json
 from phlora.models.head import IGNORED, trunk_and_head
 from phlora.models.load import DTYPES, LoadedModel, LoadedTokenizer, load_adapter
 from phlora.models.phi3 import context_lengths
 from phlora.models.quantized import dequantize
-from phlora.train.outputs import require_new, require_room, save_model
-from phlora.train.sources import (
+from phlora.runs.resolve import (
     AdapterSource,
     config_of,
     find_adapter,

@@ -21,11 +21,13 @@ from phlora.adapters.merge import BOUNDS
 from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
+from phlora.export import merge
+from phlora.export import output as export_output
+from phlora.export.convert import convert
+from phlora.export.merge import merge_run
 from phlora.models.embedded import tiny_phi3
-from phlora.train import fold, outputs, sources
-from phlora.train.conversion import convert
+from phlora.runs import resolve
 from phlora.train.finetune import finetune
-from phlora.train.fold import merge_run
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])
@@ -126,13 +128,13 @@ def test_the_saved_dtype_is_that_of_the_bases_files(
 def test_a_merge_that_changes_answers_is_refused_and_leaves_nothing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = fold.fold_adapter
+    honest = merge.fold_adapter
 
     def forgetful(model: Any) -> Any:
         model.base_model.model.model.layers[1].mlp.down_proj.scaling["default"] *= 1.2
         return honest(model)
 
-    monkeypatch.setattr(fold, "fold_adapter", forgetful)
+    monkeypatch.setattr(merge, "fold_adapter", forgetful)
     with pytest.raises(Finding, match="changed greedy tokens") as refusal:
         merge_run(adapter, tmp_path / "out" / "model", rows=ROWS, display=QUIET)
     assert refusal.value.exit_code == 1
@@ -165,7 +167,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(export_output.shutil, "disk_usage", lambda path: usage)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(NoRoomError, match="are free"):
         merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET)
@@ -283,7 +285,7 @@ def test_no_more_than_two_models_are_in_memory(
     """Counted at every load, after the new one is there."""
     alive: list[Any] = []
     counts = []
-    honest = sources.load_model
+    honest = resolve.load_model
 
     def counting(*arguments: Any, **options: Any) -> Any:
         loaded = honest(*arguments, **options)
@@ -292,7 +294,7 @@ def test_no_more_than_two_models_are_in_memory(
         counts.append(sum(model() is not None for model in alive))
         return loaded
 
-    monkeypatch.setattr(sources, "load_model", counting)
+    monkeypatch.setattr(resolve, "load_model", counting)
     merge_run(quantized_run, tmp_path / "model", display=QUIET)
     assert counts == [1, 2, 1]
 

@@ -20,8 +20,7 @@ from phlora.models.load import (
 )
 from phlora.models.quantized import quantization_of
 from phlora.models.sources import locate, reading, resolve_source
-from phlora.train.checkpoints import RUN_FILE, RunFolder
-from phlora.train.planning import HELD_OUT_FILE
+from phlora.runs.folder import HELD_OUT_FILE, RUN_FILE, RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import phlora.lora as lora
 from phlora.errors import ConfigError
+from phlora.export.convert import convert, convert_to_model, parse_blocks
+from phlora.export.merge import merge_run
 from phlora.models.embedded import tiny_phi3
-from phlora.train.conversion import convert, convert_to_model, parse_blocks
-from phlora.train.fold import merge_run
 
 
 def test_a_run_becomes_a_loralib_file_and_a_loralib_file_becomes_the_same_model(
