@@ -93,8 +93,8 @@ def test_merge_passes_its_options_on(phlora: CommandLine, monkeypatch: pytest.Mo
         calls.append((*arguments, options))
         return FakeReport()
 
-    for module in ("fold", "conversion"):
-        monkeypatch.setattr(f"phlora.train.{module}.merge_run", merge_run)
+    for module in ("merge", "convert"):
+        monkeypatch.setattr(f"phlora.export.{module}.merge_run", merge_run)
     assert phlora("merge", "runs/a", "-o", "out").out == "8 modules merged\n"
     options = ["--model", "base", "--dtype", "bfloat16", "--rows", "r.jsonl", "--max-rows", "5", "--json"]
     done = phlora("merge", "runs/a", "-o", "out", *options, "--device", "cpu", "--base", "full")
