@@ -43,7 +43,8 @@ class Task:
 def read_task(overrides: list[str]) -> Task:
     from phlora.config import load_config
     from phlora.data.dataset import load_rows
-    from phlora.data.tokenize import encode_prompt, tokenize_rows
+    from phlora.data.prompts import encode_prompt
+    from phlora.data.tokenize import tokenize_rows
     from phlora.models.load import load_tokenizer
     from phlora.train.settings import training_settings
 

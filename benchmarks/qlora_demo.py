@@ -58,7 +58,7 @@ def answer_with_both(run: Path, merged: Path, quantization: str) -> dict[str, An
     """The answers of the adapter on its quantised base, and of the merged model, to all held-out requests."""
     from phlora.config import load_config
     from phlora.data.dataset import load_rows
-    from phlora.data.tokenize import encode_prompt
+    from phlora.data.prompts import encode_prompt
     from phlora.evaluate.metrics import exact_match
     from phlora.models.load import load_adapter, load_model
 

@@ -5,9 +5,14 @@
     formats.py    records of every common schema -> Row
     dataset.py    all rows of several sources: loaded, or indexed and read again
     split.py      which rows are held out
-    template.py   what a chat template does to each message; where its text stands in the rendering
-    table.py      token rows as flat arrays
-    tokenize.py   Row -> input_ids, labels and weights; what was dropped or cut, and why
+    chat_template.py      what a chat template does to each message; where its text stands in the rendering
+    template_analysis.py  what the syntax of a template proves about it
+    encoding.py           text -> ids and character offsets
+    turn_positions.py     where turns stand among tokens, without offsets
+    labels.py             which tokens are trained, and with what weight
+    tokenize.py           Row -> input_ids, labels and weights; what was dropped or cut, and why
+    prompts.py            Row -> what is asked of a model
+    table.py              token rows as flat arrays
     cache.py      token rows kept between runs
     packing.py    which rows share one sequence
     collate.py    rows -> tensors

@@ -26,10 +26,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from phlora.data.chat_template import Tokenizer
 from phlora.data.dataset import RowSubset
 from phlora.data.rows import Origin, Problem
 from phlora.data.table import Array, TokenTable
-from phlora.data.template import CLOCK, Tokenizer
+from phlora.data.template_analysis import CLOCK
 from phlora.data.tokenize import Skipped, TokenizedSet
 from phlora.files import replaced_file
 

@@ -14,9 +14,9 @@ from itertools import pairwise
 from typing import Any
 
 from phlora.config import TooLong, TrainOn
+from phlora.data.chat_template import Tokenizer
 from phlora.data.dataset import RowIndex, Source, index_rows
 from phlora.data.rows import Message, Origin, Problem, Row
-from phlora.data.template import Tokenizer
 from phlora.data.tokenize import (
     IGNORED,
     MISTAKES,

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from phlora.data.template import ChatTemplate, Rendering, Span, Tokenizer
+from phlora.data.chat_template import ChatTemplate, Rendering, Span, Tokenizer
 from phlora.errors import ModelError
 
 ZERO_WIDTH_SPACE = "\u200b"

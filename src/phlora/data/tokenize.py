@@ -1,47 +1,34 @@
 """Turns rows into token rows: `input_ids`, `labels`, loss weights, and a count of what was cut or dropped.
 
 Trained are the contents of the assistant turns and the token that ends each turn. Which tokens these are is
-read from the character spans of `template.py` through the tokenizer's offsets; it never depends on how many
+read from the character spans of `chat_template.py` through the tokenizer's offsets; it never depends on how many
 tokens a prefix of the chat would have alone. `labels` follow transformers' convention: aligned with
 `input_ids`, -100 where nothing is learned.
 """
 
 from __future__ import annotations
 
-import json
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from phlora.config import TooLong, TrainOn
+from phlora.data.chat_template import ChatTemplate, Rendering, Span, TemplateRefusal, Tokenizer
 from phlora.data.encoding import Encoded, Encoder
-from phlora.data.landmarks import Landmarks, find_landmarks, find_marks
+from phlora.data.labels import Labeller, last_assistant, token_range
 from phlora.data.rows import Message, Origin, Problem, Row, Severity
 from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
-from phlora.data.template import (
-    ChatTemplate,
-    Frame,
-    Rendering,
-    Span,
-    TemplateRefusal,
-    Tokenizer,
-    chat_template,
-)
+from phlora.data.turn_positions import TurnPositions
 from phlora.errors import DataError
 
 __all__ = [
     "IGNORED",
-    "PromptItem",
     "Skipped",
     "TokenizedRow",
     "TokenizedSet",
-    "encode_chat",
-    "encode_prompt",
     "tokenize_row",
     "tokenize_rows",
 ]
@@ -121,17 +108,6 @@ class TokenizedSet:
         return self.rows.num_trained_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class PromptItem:
-    """A row as a question: everything before its last answer, ready for generation."""
-
-    prompt_ids: list[int]
-    reference: str
-    messages: tuple[Message, ...] | None
-    tools: list[Any] | None
-    origin: Origin
-
-
 def tokenize_row(
     row: Row,
     tokenizer: Tokenizer,
@@ -199,40 +175,6 @@ def tokenize_rows(
     return TokenizedSet(done, skipped, cut, worker.problems())
 
 
-def encode_prompt(row: Row, tokenizer: Tokenizer) -> PromptItem | None:
-    """The row's prompt as tokens and its last answer as text; None for a row without an answer.
-
-    Raises:
-        DataError: the chat template cannot render the prompt.
-    """
-    if row.completion is not None and row.prompt is not None:
-        ids = Encoder(tokenizer).plain(row.prompt)[0]
-        return PromptItem(ids, row.completion, None, None, row.origin)
-    last = _last_assistant(row.messages or ())
-    if row.messages is None or last < 1:
-        return None
-    messages, answer = row.messages[:last], row.messages[last]
-    try:
-        ids = encode_chat(messages, tokenizer, tools=row.tools)
-    except TemplateRefusal as refusal:
-        raise DataError(_sentence(str(refusal)), where=str(row.origin)) from None
-    reference = answer["content"] or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False)
-    return PromptItem(ids, reference, messages, row.tools, row.origin)
-
-
-def encode_chat(
-    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: list[Any] | None = None
-) -> list[int]:
-    """The ids that ask for the next assistant turn, made exactly as the training rows are made.
-
-    Raises:
-        TemplateRefusal: the chat template cannot render the chat.
-    """
-    encoder = Encoder(tokenizer)
-    rendering = chat_template(tokenizer).render(messages, tools, generation=True)
-    return encoder.rendering(rendering, chat_template(tokenizer), tools=tools, generation=True)[1]
-
-
 @dataclass(frozen=True, slots=True)
 class _Options:
     train_on: TrainOn
@@ -277,7 +219,7 @@ class _Draft:
     """A row on its way: what will be encoded, and for a chat where its messages stand in it.
 
     Simple is what holds no control tokens but the template's own, so that it can be encoded with others. Where
-    its turns can be told from landmarks it is encoded without offsets.
+    the positions of its turns are known it is encoded without offsets.
     """
 
     row: Row
@@ -285,7 +227,7 @@ class _Draft:
     rendering: Rendering | None = None
     num_cut_messages: int = 0
     is_simple: bool = True
-    landmarks: Landmarks | None = None
+    positions: TurnPositions | None = None
 
 
 @dataclass
@@ -293,14 +235,14 @@ class _RowTokenizer:
     tokenizer: Tokenizer
     options: _Options
     notes: dict[str, _Noted] = field(default_factory=dict)
-    landmarks: dict[Frame, Landmarks | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.encoder = Encoder(self.tokenizer)
+        self.labels = Labeller(self.encoder, self.options.train_on, self.options.training_template)
 
-    @cached_property
+    @property
     def template(self) -> ChatTemplate:
-        return chat_template(self.tokenizer, self.options.training_template)
+        return self.labels.template
 
     def run(self, rows: Sequence[Row]) -> list[_TokenRow | Skipped]:
         """Render all rows, encode them in one call, then place the labels."""
@@ -321,11 +263,11 @@ class _RowTokenizer:
                 yield self._finish_all(waiting[0], waiting[1].result())
 
     def _encode(self, drafts: Sequence[_Draft | Skipped]) -> Iterator[Encoded]:
-        """Ids and offsets of the simple drafts, in their order; no offsets where landmarks do."""
+        """Ids and offsets of the simple drafts, in their order; no offsets where positions do."""
         simple = [draft for draft in drafts if isinstance(draft, _Draft) and draft.is_simple]
-        ids = iter(self.encoder.ids([draft.text for draft in simple if draft.landmarks]))
-        full = iter(self.encoder.texts([draft.text for draft in simple if not draft.landmarks]))
-        return iter([(next(ids), []) if draft.landmarks else next(full) for draft in simple])
+        ids = iter(self.encoder.ids([draft.text for draft in simple if draft.positions]))
+        full = iter(self.encoder.texts([draft.text for draft in simple if not draft.positions]))
+        return iter([(next(ids), []) if draft.positions else next(full) for draft in simple])
 
     def _finish_all(
         self, drafts: Sequence[_Draft | Skipped], encoded: Iterator[Encoded]
@@ -355,7 +297,7 @@ class _RowTokenizer:
     def _draft(self, row: Row) -> _Draft | Skipped:
         if row.messages is None:
             return _Draft(row, row.text if row.text is not None else f"{row.prompt}{row.completion}")
-        if self.options.train_on != "all" and _last_assistant(row.messages) < 0:
+        if self.options.train_on != "all" and last_assistant(row.messages) < 0:
             if not any(message.get("train") for message in row.messages):
                 return Skipped(row.origin, "the chat has no assistant turn to train on", "no_answer")
         try:
@@ -363,35 +305,8 @@ class _RowTokenizer:
         except TemplateRefusal as refusal:
             return Skipped(row.origin, str(refusal), "not_rendered")
         simple = not any(self.template.has_control(message["content"]) for message in rendering.messages)
-        landmarks = self._landmarks_of(rendering) if simple and rendering.frame else None
-        return _Draft(row, rendering.text, rendering, is_simple=simple, landmarks=landmarks)
-
-    def _landmarks_of(self, rendering: Rendering) -> Landmarks | None:
-        """None also where offsets are needed for more: for swallowed white space."""
-        frame = rendering.frame
-        if frame is None:
-            return None
-        if any(m["role"] == "assistant" and m["content"][:1].isspace() for m in rendering.messages):
-            return None
-        if frame not in self.landmarks:
-            self.landmarks[frame] = self._find_landmarks(frame)
-        return self.landmarks[frame]
-
-    def _find_landmarks(self, frame: Frame) -> Landmarks | None:
-        """With generation markers that are heeded: where a chat of this shape shows what they enclose."""
-        landmarks = find_landmarks(frame, self.template, self.encoder)
-        if landmarks is None or not self._heeds_markers:
-            return landmarks
-        probe = frame.fill([{"role": role, "content": "x" if says else ""} for role, says in frame.shape])
-        (ids,) = self.encoder.ids([probe.text])
-        mask, ranges = self._generation_mask(probe.messages, ids), landmarks.ranges(ids)
-        if mask is None or ranges is None:
-            return landmarks if ranges else None
-        marks = find_marks(landmarks, ids, ranges, mask)
-        roles = [frame.shape[index][0] for index in frame.order]
-        if marks is None or any(m and r != "assistant" for m, r in zip(marks.contents, roles, strict=True)):
-            return None
-        return replace(landmarks, marks=marks)
+        positions = self.labels.positions_of(rendering) if simple and rendering.frame else None
+        return _Draft(row, rendering.text, rendering, is_simple=simple, positions=positions)
 
     def _finish(self, draft: _Draft, encoded: Encoded | None) -> _TokenRow | Skipped:
         result = self._tokens(draft, encoded)
@@ -404,10 +319,10 @@ class _RowTokenizer:
         """The draft as a token row, whatever its length; encoded here when it was not in the batch."""
         if draft.rendering is None:
             return self._plain(draft, encoded or self.encoder.texts([draft.text])[0])
-        if encoded and draft.landmarks:
-            ranges = draft.landmarks.ranges(encoded[0])
+        if encoded and draft.positions:
+            ranges = draft.positions.ranges(encoded[0])
             if ranges is not None:
-                return self._chat_between(draft, draft.rendering, encoded[0], draft.landmarks, ranges)
+                return self._chat_between(draft, draft.rendering, encoded[0], draft.positions, ranges)
         elif encoded:
             return self._chat(draft, draft.rendering, *encoded)
         return self._chat(
@@ -427,7 +342,7 @@ class _RowTokenizer:
             ids.append(eos)
             offsets.append((len(draft.text), len(draft.text) + 1))
         span = (len(row.prompt or ""), len(draft.text))
-        first, _ = _token_range(offsets, span, ids, self._control_ids)
+        first, _ = token_range(offsets, span, ids, self.labels.control_ids)
         trained = bytearray(first) + b"\x01" * (len(ids) - first)
         weights = None if row.weight == 1 else [0.0] * first + [float(row.weight)] * (len(ids) - first)
         return _TokenRow(ids, trained, weights, row.origin)
@@ -442,17 +357,12 @@ class _RowTokenizer:
         end = self.template.turn_end.strip()
         return bool(end) and draft.text.rstrip().endswith(end)
 
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        decoder = self.tokenizer.added_tokens_decoder
-        return frozenset(token for token, item in decoder.items() if item.special)
-
     # ---------------------------------------------------------------------------------------- chats
 
     def _chat(self, draft: _Draft, rendering: Rendering, ids: list[int], offsets: list[Span]) -> _TokenRow:
         """Train the answers and the tokens that end them."""
-        loses_whitespace = self._loses_whitespace(rendering, ids, offsets)
-        trained, weights = self._place(rendering, ids, offsets, draft.row, stripped=loses_whitespace)
+        loses_whitespace = self.labels.loses_whitespace(rendering, ids, offsets)
+        trained, weights = self.labels.place(rendering, ids, offsets, draft.row, stripped=loses_whitespace)
         notes = set(rendering.notes)
         if loses_whitespace:
             notes.add("leading_whitespace")
@@ -464,109 +374,13 @@ class _RowTokenizer:
         draft: _Draft,
         rendering: Rendering,
         ids: list[int],
-        landmarks: Landmarks,
+        positions: TurnPositions,
         ranges: list[Span],
     ) -> _TokenRow:
         """As `_chat`, with the tokens of each turn known."""
-        mask = None
-        if landmarks.marks:
-            mask = landmarks.marks.mask([ranges[index][0] for index in landmarks.order], len(ids))
-            ranges = landmarks.owned(ranges, len(ids))
-        trained, weights = self._mark(rendering, ids, ranges.__getitem__, mask, draft.row)
+        trained, weights = self.labels.place_between(rendering, ids, positions, ranges, draft.row)
         self._note(rendering.notes, draft.row.origin)
         return _TokenRow(ids, trained, weights, draft.row.origin, draft.num_cut_messages)
-
-    def _is_trained(self, message: Message, *, is_last: bool) -> bool:
-        """A message's own `train` wins over `train_on`."""
-        by_default = {"all": True, "assistant": message["role"] == "assistant", "last": is_last}
-        return bool(message.get("train", by_default[self.options.train_on])) and message.get("weight") != 0
-
-    def _place(
-        self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row, *, stripped: bool
-    ) -> tuple[bytearray, list[float] | None]:
-        """Which tokens of a chat are trained, and their weights; `stripped`: as without white space before answers."""
-        # The control token that swallowed it would pass for the first token of the answer.
-        messages = [_stripped(m) for m in rendering.messages] if stripped else rendering.messages
-        mask = self._generation_mask(messages, ids, row.tools) if self._heeds_markers else None
-
-        def tokens_of(index: int) -> Span:
-            return self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)
-
-        return self._mark(rendering, ids, tokens_of, mask, row)
-
-    def _mark(
-        self,
-        rendering: Rendering,
-        ids: list[int],
-        tokens_of: Callable[[int], Span],
-        mask: Sequence[int] | None,
-        row: Row,
-    ) -> tuple[bytearray, list[float] | None]:
-        trains_all = self.options.train_on == "all"
-        trained = bytearray(b"\x01" * len(ids) if trains_all else len(ids))
-        weights = [float(row.weight)] * len(ids)
-        last = _last_assistant(rendering.messages)
-        for index, message in enumerate(rendering.messages):
-            is_trained = self._is_trained(message, is_last=index == last)
-            if is_trained == trains_all and "weight" not in message:
-                continue
-            first, end = tokens_of(index)
-            if not is_trained:
-                trained[first:end] = bytes(end - first)
-            else:
-                trained[first:end] = b"\x01" * (end - first) if mask is None else bytes(mask[first:end])
-            weights[first:end] = [row.weight * message.get("weight", 1.0)] * (end - first)
-        if row.weight == 1 and not any("weight" in message for message in rendering.messages):
-            return trained, None
-        return trained, [
-            weight if is_trained else 0.0 for is_trained, weight in zip(trained, weights, strict=True)
-        ]
-
-    def _tokens_of(
-        self, rendering: Rendering, index: int, ids: list[int], offsets: list[Span], *, is_marked: bool
-    ) -> tuple[int, int]:
-        """The tokens of a message and its end; all up to the next message where the template marks them."""
-        span = rendering.spans[index]
-        if span is None:
-            return 0, 0
-        if not is_marked:
-            return _token_range(offsets, (span[0], rendering.ends[index]), ids, self._control_ids)
-        before = rendering.ends[index - 1] if index else 0
-        following = next((span for span in rendering.spans[index + 1 :] if span), None)
-        owned = (before, following[0] if following else len(rendering.text))
-        return _token_range(offsets, owned, ids, self._control_ids)
-
-    @cached_property
-    def _heeds_markers(self) -> bool:
-        return self.options.training_template is not None and self.options.train_on != "all"
-
-    def _generation_mask(
-        self, messages: Sequence[Message], ids: list[int], tools: list[Any] | None = None
-    ) -> list[int] | None:
-        """The training template's own mask, where it marks anything and speaks of the same tokens."""
-        chat = [
-            {key: value for key, value in message.items() if key not in ("train", "weight")}
-            for message in messages
-        ]
-        with self.encoder.lock:
-            encoded = self.tokenizer.apply_chat_template(
-                chat,
-                tools=tools,
-                chat_template=self.options.training_template,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        mask: list[int] = encoded["assistant_masks"]
-        return mask if encoded["input_ids"] == ids and any(mask) else None
-
-    def _loses_whitespace(self, rendering: Rendering, ids: list[int], offsets: list[Span]) -> bool:
-        """Whether a control token swallows the white space that an answer begins with."""
-        for message, span in zip(rendering.messages, rendering.spans, strict=True):
-            if span and message["role"] == "assistant" and message["content"][:1].isspace():
-                first = bisect_left(offsets, (span[0],))
-                if first > 0 and offsets[first - 1][1] > span[0] and ids[first - 1] in self._control_ids:
-                    return True
-        return False
 
     # ---------------------------------------------------------------------------------------- long rows
 
@@ -610,20 +424,6 @@ class _RowTokenizer:
         return self._tokens(draft)
 
 
-def _token_range(
-    offsets: Sequence[Span], span: Span, ids: Sequence[int], control_ids: frozenset[int]
-) -> tuple[int, int]:
-    """The tokens that touch the characters of a span.
-
-    A token that a BPE merge carried over the border counts, a control token that swallowed the white space
-    after it does not: at inference the one is written by the model, the other by the template.
-    """
-    first = bisect_left(offsets, (span[0],))
-    while first > 0 and offsets[first - 1][1] > span[0] and ids[first - 1] not in control_ids:
-        first -= 1
-    return first, max(first, bisect_left(offsets, (span[1],)))
-
-
 def _unless_untrained(row: _TokenRow) -> _TokenRow | Skipped:
     if any(row.trained):
         return row
@@ -635,24 +435,12 @@ def _exchange_starts(messages: Sequence[Message]) -> list[int]:
     head = 0
     while head < len(messages) and messages[head]["role"] == "system":
         head += 1
-    last = _last_assistant(messages)
+    last = last_assistant(messages)
     return [head] + [
         index
         for index in range(head + 1, last + 1)
         if messages[index]["role"] == "user" and messages[index - 1]["role"] != "user"
     ]
-
-
-def _stripped(message: Message) -> Message:
-    """An answer without the white space before it."""
-    return {**message, "content": message["content"].lstrip()} if message["role"] == "assistant" else message
-
-
-def _last_assistant(messages: Sequence[Message]) -> int:
-    """The index of the last assistant turn, or -1."""
-    return max(
-        (index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1
-    )
 
 
 def _raise_for(num_done: int, skipped: Sequence[Skipped]) -> None:

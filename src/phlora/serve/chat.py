@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phlora.config import ModelConfig, build_config
-from phlora.data.template import TemplateRefusal
-from phlora.data.tokenize import encode_chat
+from phlora.data.chat_template import TemplateRefusal
+from phlora.data.prompts import encode_chat
 from phlora.display import Display
 from phlora.errors import InputError, ModelError, RunError
 from phlora.files import read_json

@@ -12,8 +12,9 @@ from peft import PeftModel
 from phlora.config import EvaluationConfig, Speed, build_config
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.data.dataset import load_rows
+from phlora.data.prompts import encode_prompt
 from phlora.data.rows import Row
-from phlora.data.tokenize import TokenizedRow, encode_prompt, tokenize_rows
+from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
 from phlora.errors import RunError
 from phlora.evaluate.compare import Comparison, EvaluationItem, compare, evaluate_side

@@ -13,7 +13,7 @@ from phlora.errors import DataError
 
 
 def test_the_package_is_light():
-    names = "checks, formats, packing, template, tokenize"
+    names = "checks, formats, labels, packing, chat_template, prompts, tokenize"
     code = f"import sys; from phlora.data import {names}; print(*sorted(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -25,12 +25,11 @@ from tokenizers import AddedToken
 from trl.chat_template_utils import phi3_5_training_chat_template, phi3_training_chat_template
 
 from phlora.data.dataset import load_rows
+from phlora.data.prompts import encode_chat, encode_prompt
 from phlora.data.tokenize import (
     IGNORED,
     Skipped,
     TokenizedRow,
-    encode_chat,
-    encode_prompt,
     tokenize_row,
     tokenize_rows,
 )
@@ -179,7 +178,7 @@ def test_all_formats_and_languages_are_tokenised_as_row_by_row_with_every_chat_r
     ]
     options = {"train_on": train_on, "max_length": 300, "too_long": "truncate_history"}
     fast = list(tokenize_rows(rows, _tokenizer(family), **options, on_bad="collect").rows)
-    monkeypatch.setattr("phlora.data.template.writes_contents_only", lambda template: False)
+    monkeypatch.setattr("phlora.data.chat_template.writes_contents_only", lambda template: False)
     oracle = _tokenizer(family)
     results = [tokenize_row(row, oracle, **options) for row in rows]
     assert fast == [result for result in results if isinstance(result, TokenizedRow)]
@@ -197,7 +196,7 @@ def test_turns_found_between_control_tokens_are_those_found_by_offsets(family, t
     rows = [_row(*chat) for chat in chats]
     options = {"train_on": train_on, "on_bad": "collect"}
     fast = tokenize_rows(rows, _tokenizer(family), **options)
-    monkeypatch.setattr("phlora.data.template.writes_contents_only", lambda template: False)
+    monkeypatch.setattr("phlora.data.chat_template.writes_contents_only", lambda template: False)
     oracle = tokenize_rows(rows, _tokenizer(family), **options)
     assert list(fast.rows) == list(oracle.rows) and fast.skipped == oracle.skipped
 
@@ -212,7 +211,7 @@ def test_the_common_templates_need_no_offsets(family, monkeypatch):
     tokenizer = _tokenizer(family)
     rows = [_row(user(text), assistant(text)) for text in LANGUAGES.values()]
     tokenize_rows(rows, tokenizer)
-    monkeypatch.setattr("phlora.data.tokenize._token_range", None)
+    monkeypatch.setattr("phlora.data.labels.token_range", None)
     assert len(tokenize_rows(rows, tokenizer).rows) == len(rows)
 
 
@@ -284,7 +283,7 @@ def test_rows_of_a_training_template_are_trained_where_its_own_mask_says(family,
     rows = [replace(_row(*_any_chat(generator)), weight=generator.choice((1, 2))) for _ in range(200)]
     options = {"train_on": train_on, "max_length": 250, "training_template": template, "on_bad": "collect"}
     fast = tokenize_rows(rows, make(template), **options)
-    monkeypatch.setattr("phlora.data.template.writes_contents_only", lambda template: False)
+    monkeypatch.setattr("phlora.data.chat_template.writes_contents_only", lambda template: False)
     oracle = tokenize_rows(rows, make(template), **options)
     assert list(fast.rows) == list(oracle.rows)
     assert (fast.skipped, fast.cut) == (oracle.skipped, oracle.cut)
@@ -312,7 +311,7 @@ def test_a_training_template_is_asked_once_for_chats_of_one_shape(family, monkey
     monkeypatch.setattr(tokenizer, "apply_chat_template", count)
     tokenize_rows(rows[:1], tokenizer, **options)
     for_one = len(asked)
-    monkeypatch.setattr("phlora.data.tokenize._token_range", None)
+    monkeypatch.setattr("phlora.data.labels.token_range", None)
     assert len(tokenize_rows(rows, tokenizer, **options).rows) == len(rows)
     # One mask for each shape and call; the rendering is remembered with the tokenizer.
     assert len(asked) == for_one + 1

@@ -18,7 +18,8 @@ from chat_tokenizers import (
     phi3_tokenizer,
 )
 
-from phlora.data.template import ChatTemplate, TemplateRefusal, writes_contents_only
+from phlora.data.chat_template import ChatTemplate, TemplateRefusal
+from phlora.data.template_analysis import writes_contents_only
 
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nI am Bot<|im_end|>\n' }}{% endif %}"

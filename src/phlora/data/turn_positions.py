@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from phlora.data.chat_template import ChatTemplate, Frame, Span
 from phlora.data.encoding import Encoder
-from phlora.data.template import ChatTemplate, Frame, Span
 
 
 @dataclass(frozen=True)
-class Landmarks:
+class TurnPositions:
     """Where the turns of a frame stand among the tokens, counted from its control tokens.
 
     No token reaches over a control token, so a content lies between the tokens of its header and the control
@@ -30,7 +30,7 @@ class Landmarks:
     headers: tuple[tuple[int, list[int]], ...]
     ends: tuple[int | None, ...]
     num_controls: int
-    marks: Marks | None = None
+    marks: GenerationMarks | None = None
 
     def ranges(self, ids: list[int]) -> list[Span] | None:
         """The tokens of each turn, content and end; None where a header is merged with its content."""
@@ -57,7 +57,7 @@ class Landmarks:
 
 
 @dataclass(frozen=True)
-class Marks:
+class GenerationMarks:
     """Which tokens of a frame stand between generation markers.
 
     Attributes:
@@ -80,27 +80,27 @@ class Marks:
 
 
 def find_marks(
-    landmarks: Landmarks, ids: Sequence[int], ranges: Sequence[Span], mask: Sequence[int]
-) -> Marks | None:
+    positions: TurnPositions, ids: Sequence[int], ranges: Sequence[Span], mask: Sequence[int]
+) -> GenerationMarks | None:
     """What a mask encloses, from a row with contents of a token or so; None where contents alone decide a border.
 
     That is where markers end with a content: its last character may be of several tokens.
     """
     literals, contents, last = [], [], 0
-    for index in landmarks.order:
+    for index in positions.order:
         start = ranges[index][0]
-        stop = next(place for place in range(start, len(ids)) if ids[place] in landmarks.control_ids)
+        stop = next(place for place in range(start, len(ids)) if ids[place] in positions.control_ids)
         is_marked = any(mask[start:stop])
         if is_marked and not all(mask[start : stop + 1]):
             return None
         literals.append(bytes(mask[last:start]))
         contents.append(is_marked)
         last = stop
-    return Marks((*literals, bytes(mask[last:])), tuple(contents))
+    return GenerationMarks((*literals, bytes(mask[last:])), tuple(contents))
 
 
-def find_landmarks(frame: Frame, template: ChatTemplate, encoder: Encoder) -> Landmarks | None:
-    """The landmarks of a frame; None where control tokens do not stand all around its contents."""
+def find_turn_positions(frame: Frame, template: ChatTemplate, encoder: Encoder) -> TurnPositions | None:
+    """The positions of a frame; None where control tokens do not stand all around its contents."""
     tokenizer = encoder.tokenizer
     control_ids = {tokenizer.convert_tokens_to_ids(token): token for token in template.control_tokens}
     added = [
@@ -129,6 +129,6 @@ def find_landmarks(frame: Frame, template: ChatTemplate, encoder: Encoder) -> La
             if header[0] not in control_ids or tokenizer.unk_token_id in header:
                 return None
             headers.append((num_controls, header[1:]))
-    return Landmarks(
+    return TurnPositions(
         frozenset(control_ids), len(frame.shape), frame.order, tuple(headers), tuple(ends), num_controls
     )

@@ -1,0 +1,59 @@
+"""What is asked of a model: a chat up to its next answer, as tokens, made exactly as training rows are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phlora.data.chat_template import TemplateRefusal, Tokenizer, chat_template
+from phlora.data.encoding import Encoder
+from phlora.data.labels import last_assistant
+from phlora.data.rows import Message, Origin, Row
+from phlora.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """A row as a question: everything before its last answer, ready for generation."""
+
+    prompt_ids: list[int]
+    reference: str
+    messages: tuple[Message, ...] | None
+    tools: list[Any] | None
+    origin: Origin
+
+
+def encode_prompt(row: Row, tokenizer: Tokenizer) -> PromptItem | None:
+    """The row's prompt as tokens and its last answer as text; None for a row without an answer.
+
+    Raises:
+        DataError: the chat template cannot render the prompt.
+    """
+    if row.completion is not None and row.prompt is not None:
+        ids = Encoder(tokenizer).plain(row.prompt)[0]
+        return PromptItem(ids, row.completion, None, None, row.origin)
+    last = last_assistant(row.messages or ())
+    if row.messages is None or last < 1:
+        return None
+    messages, answer = row.messages[:last], row.messages[last]
+    try:
+        ids = encode_chat(messages, tokenizer, tools=row.tools)
+    except TemplateRefusal as refusal:
+        raise DataError(str(refusal)[:1].upper() + str(refusal)[1:], where=str(row.origin)) from None
+    reference = answer["content"] or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False)
+    return PromptItem(ids, reference, messages, row.tools, row.origin)
+
+
+def encode_chat(
+    messages: Sequence[Message], tokenizer: Tokenizer, *, tools: list[Any] | None = None
+) -> list[int]:
+    """The ids that ask for the next assistant turn, made exactly as the training rows are made.
+
+    Raises:
+        TemplateRefusal: the chat template cannot render the chat.
+    """
+    encoder = Encoder(tokenizer)
+    rendering = chat_template(tokenizer).render(messages, tools, generation=True)
+    return encoder.rendering(rendering, chat_template(tokenizer), tools=tools, generation=True)[1]
