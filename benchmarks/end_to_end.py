@@ -46,7 +46,7 @@ def read_task(overrides: list[str]) -> Task:
     from phlora.data.prompts import encode_prompt
     from phlora.data.tokenize import tokenize_rows
     from phlora.models.load import load_tokenizer
-    from phlora.train.settings import training_settings
+    from phlora.train.arguments import training_arguments
 
     config = load_config(ROOT / "examples" / "quickstart.yaml", overrides)
     loaded = load_tokenizer(config.model.name)
@@ -55,7 +55,7 @@ def read_task(overrides: list[str]) -> Task:
         for files in (config.data.files, config.data.eval)
     )
     rows = tokenize_rows(train, loaded.tokenizer).rows
-    settings = training_settings(config.training_config, output_dir=tempfile.mkdtemp())
+    settings = training_arguments(config.training_config, output_dir=tempfile.mkdtemp())
     return Task(
         config=config,
         settings=settings.args,

@@ -23,7 +23,7 @@ from phlora import convert, finetune
 from phlora.display import Display
 from phlora.models.embedded import tiny_phi3
 from phlora.models.load import load_adapter, load_model
-from phlora.train import fitting
+from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 
 TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
@@ -83,12 +83,12 @@ def write_chats() -> None:
 
 
 def interrupted(**arguments: Any) -> None:
-    kept, fitting.GentleStop = fitting.GentleStop, _StopsItself
+    kept, loop.GentleStop = loop.GentleStop, _StopsItself
     try:
         with contextlib.suppress(KeyboardInterrupt):
             finetune(**arguments)
     finally:
-        fitting.GentleStop = kept
+        loop.GentleStop = kept
 
 
 def write_runs() -> None:

@@ -15,7 +15,7 @@ from phlora.adapters.attach import split_adapter
 from phlora.display import Display
 from phlora.models.embedded import tiny_phi3
 from phlora.models.load import load_adapter
-from phlora.train import fitting
+from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 
 QUIET = Display(quiet=True)
@@ -62,7 +62,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     run_it(model_folder, tmp_path / "whole", **peft_config)
     with monkeypatch.context() as patched:
-        patched.setattr(fitting, "GentleStop", _StopAt)
+        patched.setattr(loop, "GentleStop", _StopAt)
         with pytest.raises(KeyboardInterrupt):
             run_it(model_folder, tmp_path / "halted", **peft_config)
     run_it(model_folder, tmp_path / "halted", resume=True, **peft_config)

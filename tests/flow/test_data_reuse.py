@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from phlora import finetune
 from phlora.display import Display
-from phlora.train import fitting, planning
+from phlora.train import loop, prepare
+from phlora.train.batches import SequenceCollator
 from phlora.train.callbacks import GentleStop
 
 ROWS = [{"question": f"say {n} {'na ' * (n % 9)}", "answer": f"yes {n}"} for n in range(32)]
@@ -46,14 +47,14 @@ def run_it(model_folder: Path, output: Path, *, out: Any = None, **changes: Any)
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """The lines of the rows of each batch that is collated from now on."""
     seen: list[Batch] = []
-    rows_of = fitting.SequenceCollator._rows
+    rows_of = SequenceCollator._rows
 
-    def recorded(self: fitting.SequenceCollator, number: int) -> Any:
+    def recorded(self: SequenceCollator, number: int) -> Any:
         rows = rows_of(self, number)
         seen.append([row.origin.line for row in rows])
         return rows
 
-    monkeypatch.setattr(fitting.SequenceCollator, "_rows", recorded)
+    monkeypatch.setattr(SequenceCollator, "_rows", recorded)
     return seen
 
 
@@ -78,7 +79,7 @@ def test_epochs_pack_anew_and_a_resumed_one_sees_the_same_packs(
 
         output = tmp_path / f"stopped-{stop}"
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(fitting, "GentleStop", StopThere)
+            patched.setattr(loop, "GentleStop", StopThere)
             run_it(model_folder, output)
         batches.clear()
         run_it(model_folder, output, resume=True)
@@ -107,7 +108,7 @@ def test_a_second_start_takes_its_tokens_from_the_cache_unless_told_not_to(
     assert "from cache" not in said(cache=False) and not (tmp_path / "cache").exists()
     assert "from cache" not in said()
     with monkeypatch.context() as patched:
-        patched.setattr(planning, "tokenize_rows", None)  # not called
+        patched.setattr(prepare, "tokenize_rows", None)  # not called
         assert said().count("tokens from cache") == 2
     assert "from cache" not in said(train_on="all")
     for file in (tmp_path / "cache" / "tokens").iterdir():

@@ -16,7 +16,7 @@ from phlora import finetune, merge_run
 from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.display import Display
 from phlora.models.load import load_adapter, load_model
-from phlora.train import fitting
+from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 
 TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
@@ -168,7 +168,7 @@ def test_row_blocks_interrupted_and_resumed_equal_uninterrupted(
     fields = {"target_modules": ["q_proj", "v_proj", "o_proj"], **fields}
     whole = run_it(model_folder, tmp_path / "whole", **fields)
     with monkeypatch.context() as patched:
-        patched.setattr(fitting, "GentleStop", _StopAtThree)
+        patched.setattr(loop, "GentleStop", _StopAtThree)
         with pytest.raises(KeyboardInterrupt):
             run_it(model_folder, tmp_path / "cut", **fields)
     cut = run_it(model_folder, tmp_path / "cut", resume=True, **fields)

@@ -20,7 +20,7 @@ from phlora.config import build_config
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
 from phlora.runs import folder as checkpoints
-from phlora.train import fitting
+from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 
 TEXTS = ["salam دنیا", "namaste नमस्ते", "zdravo свете", "merhaba dünya", "xin chào"]
@@ -135,7 +135,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 ) -> None:
     output = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(fitting, "GentleStop", _StopAt)
+        patched.setattr(loop, "GentleStop", _StopAt)
         with pytest.raises(KeyboardInterrupt):
             run_it(model_folder, chat_file, output)
     assert checkpoints.RunFolder(output).facts()["status"] == "interrupted"

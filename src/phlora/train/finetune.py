@@ -17,9 +17,11 @@ from phlora.evaluate.report import Report
 from phlora.models.load import choose_device, load_model, load_tokenizer
 from phlora.runs.folder import claim_folder, recorded_status, require_room
 from phlora.train import proof, record
-from phlora.train.fitting import fit
-from phlora.train.planning import Plan, collect_config, make_plan, prepare_data, require_one_process
-from phlora.train.settings import training_settings
+from phlora.train.arguments import training_arguments
+from phlora.train.loop import fit
+from phlora.train.plan import Plan, make_plan
+from phlora.train.prepare import prepare_data
+from phlora.train.request import collect_config, require_one_process
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def finetune(
 
     folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
     device = choose_device(config.model.device)
-    settings = training_settings(
+    arguments = training_arguments(
         config.training_config,
         output_dir=folder.checkpoints,
         device=device.type,
@@ -97,25 +99,25 @@ def finetune(
 
     display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
     tokenizer = load_tokenizer(config.model.name, **record.source_of(config))
-    prepared = prepare_data(config, objects, tokenizer, settings, display)
+    prepared = prepare_data(config, objects, tokenizer, arguments, display)
     clock.lap("data")
 
     display.stage(f"Loading {config.model.name}")
     loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
     set_seed(
-        settings.args.seed
+        arguments.args.seed
     )  # the adapter's first weights are drawn here, before the trainer seeds itself
     attached = attach(loaded.model, lora)
-    plan = make_plan(prepared, attached.summary, settings, attached.model)
-    record.tell_choices(display, loaded, settings, attached)
+    plan = make_plan(prepared, attached.summary, arguments, attached.model)
+    record.tell_choices(display, loaded, arguments, attached)
     display.show(plan.render())
     clock.lap("loading")
-    config_text = record.config_text(config, settings)
+    config_text = record.config_text(config, arguments)
     if dry_run:
         return Run(None, None, attached.model, tokenizer.tokenizer, config_text, plan)
 
     require_room(folder.path, plan.disk_bytes)
-    facts = record.run_facts(config, prepared, loaded, settings, lora, plan)
+    facts = record.run_facts(config, prepared, loaded, arguments, lora, plan)
     checkpoint = record.open_run(folder, facts, config_text, prepared, resume=resume)
     display.stage(
         f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
@@ -125,7 +127,7 @@ def finetune(
             attached.model,
             loaded,
             prepared,
-            settings,
+            arguments,
             folder,
             checkpoint=checkpoint,
             shared=plan.sharing.on,
@@ -144,7 +146,7 @@ def finetune(
             config.evaluation,
             display=display,
             # What training had the memory for.
-            batch_size=min(proof.BATCH_ROWS, settings.args.per_device_eval_batch_size),
+            batch_size=min(proof.BATCH_ROWS, arguments.args.per_device_eval_batch_size),
             speed=config.speed,
         )
         clock.lap("evaluation")

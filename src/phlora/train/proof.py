@@ -22,11 +22,11 @@ from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.models.generate import generate
 from phlora.models.load import LoadedTokenizer, load_adapter, load_model
+from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.rotary import longrope_limit
 from phlora.models.speed import at_speed
 from phlora.runs.folder import HELD_OUT_FILE, RunFolder
 from phlora.train import record
-from phlora.train.sharing import decide_sharing
 
 # Rows whose loss is taken at once.
 BATCH_ROWS = 8

@@ -26,9 +26,10 @@ from phlora.runs.folder import (
     environment,
     read_events,
 )
+from phlora.train.arguments import Arguments
 from phlora.train.callbacks import peak_bytes
-from phlora.train.planning import Plan, PreparedData, write_rows
-from phlora.train.settings import Settings
+from phlora.train.plan import Plan
+from phlora.train.prepare import PreparedData, write_rows
 
 # What changes nothing about the result may differ between a run and its continuation.
 _NOT_IDENTITY = (
@@ -82,12 +83,12 @@ def loading_of(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def tell_choices(display: Display, loaded: LoadedModel, settings: Settings, attached: Attached) -> None:
+def tell_choices(display: Display, loaded: LoadedModel, arguments: Arguments, attached: Attached) -> None:
     """Say what was chosen for this machine and why, and what was understood from the configuration."""
     name = str(loaded.dtype.value).removeprefix("torch.")
     display.note(f"{loaded.device.type}, {name}: {loaded.dtype.reason}")
     display.note(f"attention {loaded.attention.value}: {loaded.attention.reason}")
-    for note in (*loaded.notes, *settings.notes, *attached.notes):
+    for note in (*loaded.notes, *arguments.notes, *attached.notes):
         display.note(note)
 
 
@@ -95,7 +96,7 @@ def run_facts(
     config: RunConfig,
     data: PreparedData,
     loaded: LoadedModel,
-    settings: Settings,
+    arguments: Arguments,
     lora: LoraConfig,
     plan: Plan,
 ) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def run_facts(
 
     `identity` is what has to be the same for a run to be continued.
     """
-    values = settings.args.to_dict()
+    values = arguments.args.to_dict()
     trained = {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
     identity = {
         "base model": loaded.fingerprint,
@@ -112,11 +113,11 @@ def run_facts(
             [loaded.tokenizer.tokenizer.chat_template, len(loaded.tokenizer.tokenizer)]
         ),
         "peft_config": digest({k: v for k, v in lora.to_dict().items() if k != "base_model_name_or_path"}),
-        "peft_config.loraplus_lr_ratio": settings.loraplus_lr_ratio,
-        "training_config.z_loss": settings.z_loss,
+        "peft_config.loraplus_lr_ratio": arguments.loraplus_lr_ratio,
+        "training_config.z_loss": arguments.z_loss,
         "train_on": config.data.train_on,
         "too_long": config.data.too_long,
-        **{f"training_config.{name}": trained[name] for name in sorted(settings.origins) if name in trained},
+        **{f"training_config.{name}": trained[name] for name in sorted(arguments.origins) if name in trained},
     }
     return {
         "config": resolved(config),
@@ -165,19 +166,19 @@ def open_run(
     return None
 
 
-def config_text(config: RunConfig, settings: Settings) -> str:
+def config_text(config: RunConfig, arguments: Arguments) -> str:
     """The resolved configuration as YAML that can be run again; each line says where its value came from."""
     values = resolved(config)
-    chosen = settings.args.to_dict()
+    chosen = arguments.args.to_dict()
     values["training_config"] = {
         name: value
         for name, value in sorted(chosen.items())
-        if name in settings.origins and name not in ("output_dir", "hub_token")
+        if name in arguments.origins and name not in ("output_dir", "hub_token")
     }
-    if settings.z_loss:
-        values["training_config"]["z_loss"] = settings.z_loss
+    if arguments.z_loss:
+        values["training_config"]["z_loss"] = arguments.z_loss
     origins = dict(config.origins)
-    for name, origin in settings.origins.items():
+    for name, origin in arguments.origins.items():
         if origin == "phlora":
             origins[f"training_config.{name}"] = "Phlora's default"
     lines = ["# Written by Phlora. Run again with: phlora train THIS_FILE --output NEW_FOLDER"]

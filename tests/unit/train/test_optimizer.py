@@ -19,9 +19,9 @@ from phlora.data.collate import Collator
 from phlora.display import Display
 from phlora.errors import ConfigError, RunError
 from phlora.models.embedded import tiny_phi3
+from phlora.train.arguments import training_arguments
 from phlora.train.finetune import finetune
 from phlora.train.optimizer import is_lora_B, raise_rate_of_B
-from phlora.train.settings import training_settings
 
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
 # Row blocks, whole weights, and an embedding; weights kept beside the adapter are neither A nor B.
@@ -182,11 +182,11 @@ def test_a_run_shows_the_ratio_trains_with_it_and_continues_with_no_other(
 @pytest.mark.parametrize("ratio", [0, -1, True, "fast", float("inf"), float("nan")])
 def test_a_ratio_that_is_none_is_an_error(ratio: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="(?s)peft_config.loraplus_lr_ratio.*above 0"):
-        training_settings({}, output_dir=tmp_path, peft_config={"loraplus_lr_ratio": ratio})
+        training_arguments({}, output_dir=tmp_path, peft_config={"loraplus_lr_ratio": ratio})
 
 
 def test_a_ratio_with_a_wrong_name_or_in_the_wrong_place_is_led_to_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean `loraplus_lr_ratio`"):
         lora_settings({"loraplus_ratio": 16})
     with pytest.raises(ConfigError, match="(?s)cannot be set here.*peft_config"):
-        training_settings({"loraplus_lr_ratio": 16}, output_dir=tmp_path)
+        training_arguments({"loraplus_lr_ratio": 16}, output_dir=tmp_path)

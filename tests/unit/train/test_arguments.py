@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from phlora.errors import ConfigError, MissingExtraError
-from phlora.train.settings import DEFAULTS, training_settings
+from phlora.train.arguments import DEFAULTS, training_arguments
 
 # In the manner of the sample of Phi-3's model card, with names from several library versions.
 SAMPLE = {
@@ -38,7 +38,7 @@ SAMPLE = {
 
 
 def test_the_sample_dictionary_works_on_a_cpu_and_says_what_changed(tmp_path: Path) -> None:
-    settings = training_settings(SAMPLE, output_dir=tmp_path)
+    settings = training_arguments(SAMPLE, output_dir=tmp_path)
     args = settings.args
     assert (args.learning_rate, args.warmup_steps, args.max_length) == (5e-6, 0.2, 512)
     assert (args.eval_strategy, args.bf16, args.seed) == ("epoch", False, 0)
@@ -49,7 +49,7 @@ def test_the_sample_dictionary_works_on_a_cpu_and_says_what_changed(tmp_path: Pa
 
 
 def test_defaults_stand_where_the_user_is_silent(tmp_path: Path) -> None:
-    settings = training_settings({"learning_rate": 1e-3}, output_dir=tmp_path)
+    settings = training_arguments({"learning_rate": 1e-3}, output_dir=tmp_path)
     assert settings.args.learning_rate == 1e-3
     assert settings.args.gradient_checkpointing is DEFAULTS["gradient_checkpointing"][0] is False
     assert settings.origins["save_total_limit"] == "phlora"
@@ -57,7 +57,7 @@ def test_defaults_stand_where_the_user_is_silent(tmp_path: Path) -> None:
 
 
 def test_numbers_written_as_text_are_numbers(tmp_path: Path) -> None:
-    settings = training_settings({"learning_rate": "2e-4", "max_steps": "10"}, output_dir=tmp_path)
+    settings = training_arguments({"learning_rate": "2e-4", "max_steps": "10"}, output_dir=tmp_path)
     assert settings.args.learning_rate == 2e-4 and settings.args.max_steps == 10
     assert "'2e-4' was read as the number" in settings.notes[0]
 
@@ -82,35 +82,35 @@ def test_a_mistake_names_key_and_expectation(
     training_config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="training_config") as error:
-        training_settings(training_config, output_dir=tmp_path)
+        training_arguments(training_config, output_dir=tmp_path)
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["model_init_kwargs", "chat_template_path", "eos_token"])
 def test_what_would_change_the_model_behind_the_rows_is_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"`{key}` cannot be set here"):
-        training_settings({key: "x"}, output_dir=tmp_path)
+        training_arguments({key: "x"}, output_dir=tmp_path)
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="pip install wandb"):
-        training_settings({"report_to": ["wandb"]}, output_dir=tmp_path)
+        training_arguments({"report_to": ["wandb"]}, output_dir=tmp_path)
 
 
 def test_nothing_is_created_while_settings_are_checked(tmp_path: Path) -> None:
-    training_settings({}, output_dir=tmp_path / "checkpoints")
+    training_arguments({}, output_dir=tmp_path / "checkpoints")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_z_loss_is_phlora_s_own_setting(tmp_path):
-    assert training_settings({}, output_dir=tmp_path).z_loss == 0
-    assert training_settings({"z_loss": 1e-4}, output_dir=tmp_path).z_loss == 1e-4
+    assert training_arguments({}, output_dir=tmp_path).z_loss == 0
+    assert training_arguments({"z_loss": 1e-4}, output_dir=tmp_path).z_loss == 1e-4
     # What YAML makes of 1e-4 without a dot.
-    from_text = training_settings({"z_loss": "1e-4"}, output_dir=tmp_path)
+    from_text = training_arguments({"z_loss": "1e-4"}, output_dir=tmp_path)
     assert from_text.z_loss == 1e-4 and "1e-4" in from_text.notes[0]
     for wrong in (-1, True, "much", float("nan")):
         with pytest.raises(ConfigError, match="z_loss"):
-            training_settings({"z_loss": wrong}, output_dir=tmp_path)
+            training_arguments({"z_loss": wrong}, output_dir=tmp_path)
     with pytest.raises(ConfigError, match="did you mean `z_loss`"):
-        training_settings({"zloss": 1e-4}, output_dir=tmp_path)
+        training_arguments({"zloss": 1e-4}, output_dir=tmp_path)

@@ -14,7 +14,6 @@ from phlora.data.prefixes import share_in_passes, share_prefixes
 from phlora.data.table import TokenizedRow, TokenTable
 from phlora.models.attention import copy_cost, sharing_obstacle
 from phlora.models.rotary import longrope_limit
-from phlora.train.settings import Settings
 
 # Sharing is worth its layout from this share of saved positions on.
 _WORTHWHILE_SHARING = 0.1
@@ -78,7 +77,7 @@ def decide_sharing(
     *,
     speed: Speed,
     batch_size: int,
-    settings: Settings | None = None,
+    args: Any = None,
     held_out: TokenTable | None = None,
 ) -> Sharing:
     """Share where it is exact and computes at least a tenth fewer positions than the plain layout.
@@ -87,7 +86,7 @@ def decide_sharing(
         model: of transformers, plain or as a PeftModel.
         sequences: rows or packs of rows, `batch_size` of which meet in a forward pass.
         speed: the run's setting.
-        settings: of the training; None for an evaluation.
+        args: the `trl.SFTConfig` of the training; None for an evaluation.
         held_out: rows that the training evaluates in the same layout.
     """
     if speed == "reference":
@@ -95,20 +94,18 @@ def decide_sharing(
     lengths = _row_lengths(sequences) + (held_out.lengths.tolist() if held_out is not None else [])
     if not lengths:
         return Sharing(False, "there are no rows")
-    obstacle = (settings and _training_obstacle(settings.args)) or sharing_obstacle(
-        model, training=settings is not None
-    )
+    obstacle = (args and _training_obstacle(args)) or sharing_obstacle(model, training=args is not None)
     if obstacle:
         return Sharing(False, obstacle)
-    packed = settings is not None and bool(settings.args.packing)
+    packed = args is not None and bool(args.packing)
     forecast = _forecast(
         sequences,
         batch_size,
-        accumulated=settings.args.gradient_accumulation_steps if settings else 1,
+        accumulated=args.gradient_accumulation_steps if args else 1,
         rope_limit=longrope_limit(model.config),
         copy_cost=copy_cost(model, model.device, longest=max(lengths)),
         packed=packed,
-        seed=settings.args.seed if settings else 0,
+        seed=args.seed if args else 0,
     )
     # Packs lie in one stream either way, and this one's attention does no work between rows.
     if packed or forecast.saved >= _WORTHWHILE_SHARING:

@@ -116,7 +116,7 @@ _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "label_smoothi
 
 
 @dataclass(frozen=True)
-class Settings:
+class Arguments:
     """The trainer's arguments and where they came from.
 
     Attributes:
@@ -134,13 +134,13 @@ class Settings:
     z_loss: float = 0.0
 
 
-def training_settings(
+def training_arguments(
     training_config: Mapping[str, Any],
     *,
     output_dir: str | Path,
     device: str = "cpu",
     peft_config: Mapping[str, Any] | None = None,
-) -> Settings:
+) -> Arguments:
     """Check `training_config` and build the trainer's arguments from it.
 
     Args:
@@ -172,7 +172,7 @@ def training_settings(
         args = SFTConfig(**values)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"The settings contradict each other: {error}", where=_WHERE) from None
-    return Settings(args, tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}), z_loss)
+    return Arguments(args, tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}), z_loss)
 
 
 def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _check_trackers(report_to: Any) -> None:
 
 
 def _fit_device(values: dict[str, Any], device: str, notes: list[str]) -> None:
-    """Settings of GPU scripts must not stop a run on a laptop."""
+    """Arguments of GPU scripts must not stop a run on a laptop."""
     values["use_cpu"] = device == "cpu"
     for key in ("bf16", "fp16"):
         unsupported = device == "cpu" or (key == "bf16" and not _has_bf16(device))

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import (
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from phlora.adapters.attach import recorded_blocks
-from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
 from phlora.data.packing import TokenSequences
-from phlora.data.table import TokenizedRow
 from phlora.display import Display
 from phlora.errors import RunError
 from phlora.files import read_json, replaced_folder, write_json, write_text
@@ -31,6 +22,8 @@ from phlora.models.load import ADAPTER_FACTS, LoadedModel
 from phlora.models.rotary import longrope_limit
 from phlora.models.speed import at_speed
 from phlora.runs.folder import RunFolder
+from phlora.train.arguments import Arguments
+from phlora.train.batches import NewPacks, SequenceCollator, number_sequences
 from phlora.train.callbacks import (
     BestAdapter,
     CompleteCheckpoints,
@@ -39,54 +32,15 @@ from phlora.train.callbacks import (
     TrainingProgress,
 )
 from phlora.train.card import model_card
-from phlora.train.planning import PreparedData
-from phlora.train.settings import Settings
+from phlora.train.prepare import PreparedData
 from phlora.train.trainer import SFTTrainer
-
-
-@dataclass(frozen=True)
-class SequenceCollator:
-    """Batches of sequences by their number: rows padded side by side, packs end to end, or common starts shared.
-
-    The trainer's data set holds numbers and lengths only, so the rows exist once. The numbers of held-out rows follow
-    those of the training sequences.
-    """
-
-    train: TokenSequences
-    held_out: TokenSequences
-    pad_token_id: int
-    packed: bool
-    shared: bool = False
-    rope_limit: int | None = None
-
-    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
-        rows = [row for feature in features for row in self._rows(feature["sequence"])]
-        if self.shared:
-            return SharedPrefixCollator(self.rope_limit)(rows)
-        return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
-
-    def _rows(self, number: int) -> list[TokenizedRow]:
-        is_trained = number < len(self.train)
-        return self.train[number] if is_trained else self.held_out[number - len(self.train)]
-
-
-class NewPacks(TrainerCallback):
-    """Packs the rows anew for each epoch, also for the one that a resumed run continues."""
-
-    def __init__(self, sequences: TokenSequences) -> None:
-        self.sequences = sequences
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.sequences.set_epoch(int(state.epoch or 0))
 
 
 def fit(
     model: PeftModel,
     loaded: LoadedModel,
     data: PreparedData,
-    settings: Settings,
+    arguments: Arguments,
     folder: RunFolder,
     *,
     checkpoint: Path | None,
@@ -115,7 +69,7 @@ def fit(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
-    trainer = _trainer(model, loaded, data, settings, shared=shared)
+    trainer = _trainer(model, loaded, data, arguments, shared=shared)
     trainer.remove_callback(PrinterCallback)
     for callback in (
         NewPacks(data.train),
@@ -173,9 +127,9 @@ def load_weights(model: PeftModel, path: Path) -> None:
 
 
 def _trainer(
-    model: PeftModel, loaded: LoadedModel, data: PreparedData, settings: Settings, *, shared: bool
+    model: PeftModel, loaded: LoadedModel, data: PreparedData, arguments: Arguments, *, shared: bool
 ) -> SFTTrainer:
-    args, packed = copy.copy(settings.args), settings.args.packing
+    args, packed = copy.copy(arguments.args), arguments.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
     args.packing, args.padding_free, args.max_length = False, False, None
     args.assistant_only_loss, args.completion_only_loss = False, None
@@ -187,12 +141,12 @@ def _trainer(
     # Workers that outlive an epoch would keep its packs.
     args.dataloader_persistent_workers = False
     held_out = TokenSequences(data.held_out)
-    numbers = _numbers([*data.train.lengths, *held_out.lengths])
+    numbers = number_sequences([*data.train.lengths, *held_out.lengths])
     return SFTTrainer(
         model=model,
         args=args,
-        loraplus_lr_ratio=settings.loraplus_lr_ratio,
-        z_loss=settings.z_loss,
+        loraplus_lr_ratio=arguments.loraplus_lr_ratio,
+        z_loss=arguments.z_loss,
         train_dataset=numbers.select(range(len(data.train))),
         eval_dataset=numbers.select(range(len(data.train), len(numbers))) if data.held_out else None,
         processing_class=loaded.tokenizer.tokenizer,
@@ -205,10 +159,6 @@ def _trainer(
             rope_limit=longrope_limit(model.config),
         ),
     )
-
-
-def _numbers(lengths: Sequence[int]) -> Dataset:
-    return Dataset.from_dict({"sequence": list(range(len(lengths))), "length": lengths})
 
 
 def _best_before(folder: RunFolder) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from phlora.adapters.attach import attach
 from phlora.data.rows import Origin
 from phlora.data.tokenize import TokenizedRow
 from phlora.models.embedded import tiny_phi3
-from phlora.train.settings import training_settings
-from phlora.train.sharing import decide_sharing
+from phlora.models.prefix_sharing import decide_sharing
+from phlora.train.arguments import training_arguments
 
 START = list(range(5, 65))
 
@@ -35,8 +35,8 @@ def decide(
     **training: Any,
 ) -> Any:
     model = attach(tiny_phi3(longrope=longrope)[0], {"r": 2, **(lora or {})}).model
-    settings = training_settings(training, output_dir="unused")
-    return decide_sharing(model, sequences, speed=speed, batch_size=8, settings=settings)
+    settings = training_arguments(training, output_dir="unused")
+    return decide_sharing(model, sequences, speed=speed, batch_size=8, args=settings.args)
 
 
 def test_rows_with_a_common_start_share_it() -> None:

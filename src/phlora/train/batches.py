@@ -1,0 +1,57 @@
+"""Batches for the trainer, by the numbers of their sequences, and new packs for every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
+from phlora.data.packing import TokenSequences
+from phlora.data.table import TokenizedRow
+
+
+@dataclass(frozen=True)
+class SequenceCollator:
+    """Batches of sequences by their number: rows padded side by side, packs end to end, or common starts shared.
+
+    The trainer's data set holds numbers and lengths only, so the rows exist once. The numbers of held-out rows follow
+    those of the training sequences.
+    """
+
+    train: TokenSequences
+    held_out: TokenSequences
+    pad_token_id: int
+    packed: bool
+    shared: bool = False
+    rope_limit: int | None = None
+
+    def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
+        rows = [row for feature in features for row in self._rows(feature["sequence"])]
+        if self.shared:
+            return SharedPrefixCollator(self.rope_limit)(rows)
+        return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
+
+    def _rows(self, number: int) -> list[TokenizedRow]:
+        is_trained = number < len(self.train)
+        return self.train[number] if is_trained else self.held_out[number - len(self.train)]
+
+
+class NewPacks(TrainerCallback):
+    """Packs the rows anew for each epoch, also for the one that a resumed run continues."""
+
+    def __init__(self, sequences: TokenSequences) -> None:
+        self.sequences = sequences
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.sequences.set_epoch(int(state.epoch or 0))
+
+
+def number_sequences(lengths: Sequence[int]) -> Dataset:
+    """The data set that the trainer is given: the number and the length of every sequence."""
+    return Dataset.from_dict({"sequence": list(range(len(lengths))), "length": lengths})

@@ -1,0 +1,93 @@
+"""What a run will do, in numbers, known and shown before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phlora.adapters.attach import AdapterSummary
+from phlora.models.prefix_sharing import Sharing, decide_sharing
+from phlora.train.arguments import Arguments
+from phlora.train.prepare import PreparedData
+
+# A checkpoint is the adapter and AdamW's two moments of it.
+_CHECKPOINT_COPIES = 3
+# Room for tokenizer, configuration, events and report, which do not grow with the model.
+_SMALL_FILES_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, in numbers."""
+
+    adapter: AdapterSummary
+    data: Mapping[str, Any]
+    sequences_per_step: int
+    num_optimizer_steps: int
+    disk_bytes: int
+    learning_rate: float
+    sharing: Sharing
+    loraplus_lr_ratio: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan for programs: counts, and whether rows share their common starts."""
+        data = self.data
+        return {
+            **{name: data[name] for name in ("train_rows", "held_out_rows", "tokens", "trained_tokens")},
+            "packs": data.get("packs"),
+            "sequences_per_step": self.sequences_per_step,
+            "num_optimizer_steps": self.num_optimizer_steps,
+            "trainable_parameters": self.adapter.num_trainable,
+            "disk_bytes": self.disk_bytes,
+            "sharing": dataclasses.asdict(self.sharing),
+        }
+
+    def render(self) -> str:
+        """A few lines for the terminal, shown before anything is trained."""
+        data = self.data
+        share = data["trained_tokens"] / max(1, data["tokens"])
+        packs = data.get("packs")
+        packed = f" in {packs['count']:,} packs ({packs['filled']:.0%} full)" if packs else ""
+        kind = "packs" if packs else "rows"
+        ratio, rate = self.loraplus_lr_ratio, self.learning_rate
+        loraplus = f"\n  LoRA+: learning rate {rate:g}, for lora_B {ratio * rate:g}" if ratio else ""
+        return (
+            f"{self.adapter.render()}\n"
+            f"  {data['train_rows']:,} training rows{packed}, {data['held_out_rows']:,} held out; "
+            f"{data['tokens']:,} tokens an epoch, {data['trained_tokens']:,} of them trained ({share:.0%})\n"
+            f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}{loraplus}\n"
+            f"  shared prefixes {self.sharing.describe()}"
+        )
+
+
+def make_plan(data: PreparedData, adapter: AdapterSummary, arguments: Arguments, model: Any) -> Plan:
+    """Count the steps and the room that a run takes, and decide what its rows share.
+
+    Args:
+        model: with its adapters; only its configuration is looked at.
+    """
+    args = arguments.args
+    batches = math.ceil(len(data.train) / args.per_device_train_batch_size)
+    per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    kept = (args.save_total_limit or 10) + 1
+    return Plan(
+        adapter=adapter,
+        data=data.facts,
+        sequences_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        num_optimizer_steps=steps,
+        disk_bytes=(kept * _CHECKPOINT_COPIES + 2) * adapter.adapter_bytes + _SMALL_FILES_BYTES,
+        learning_rate=args.learning_rate,
+        sharing=decide_sharing(
+            model,
+            data.train,
+            speed=data.speed,
+            batch_size=args.per_device_train_batch_size,
+            args=args,
+            held_out=data.held_out,
+        ),
+        loraplus_lr_ratio=arguments.loraplus_lr_ratio,
+    )
