@@ -44,7 +44,7 @@ def device(request):
 @pytest.fixture
 def tiny():
     """A fresh `(model, tokenizer)`: a random Phi-3 of 2 layers, and a tokenizer with Phi-3's markers."""
-    from phlora.models.embedded import tiny_phi3
+    from phlora.testing import tiny_phi3
 
     return tiny_phi3()
 
@@ -52,20 +52,17 @@ def tiny():
 @pytest.fixture
 def tiny_tokenizer():
     """A fresh tokenizer with Phi-3's special tokens and chat template, made in memory."""
-    from phlora.models import embedded
+    from phlora import testing
 
-    return embedded.tiny_tokenizer()
+    return testing.tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     """A folder with the tiny random Phi-3 and its tokenizer; read it, do not write into it."""
-    from phlora.models.embedded import tiny_phi3
+    from phlora.testing import tiny_folder
 
-    folder = tmp_path_factory.mktemp("tiny-phi3")
-    for part in tiny_phi3():
-        part.save_pretrained(folder)
-    return folder
+    return tiny_folder(tmp_path_factory.mktemp("tiny-phi3"))
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ FLOORS = [
     {"evaluate", "export"},
     {"train", "serve"},
     {"cli"},
+    {"testing"},
     {"__main__"},
 ]
 FLOOR_OF = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}

@@ -1,0 +1,42 @@
+"""A tiny random Phi-3, in memory or as a folder, and adapters for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from phlora.models.embedded import tiny_phi3, tiny_tokenizer
+
+__all__ = ["tiny_adapter", "tiny_folder", "tiny_phi3", "tiny_tokenizer"]
+
+
+def tiny_folder(path: str | Path, **options: Any) -> Path:
+    """Save `tiny_phi3(**options)` and its tokenizer as a model folder, which `--model` takes; returns the path."""
+    path = Path(path)
+    for part in tiny_phi3(**options):
+        part.save_pretrained(path)
+    return path
+
+
+def tiny_adapter(base: str | Path, path: str | Path, *, seed: int = 0, **lora_config: Any) -> Path:
+    """Save a PEFT adapter that changes what its base says, as another tool would have written it; returns the path.
+
+    Args:
+        base: a model folder.
+        path: of the adapter.
+        seed: of its tensors; those that PEFT starts at zero are random too.
+        **lora_config: fields of PEFT's `LoraConfig`; by default rank 4 on all linear layers.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuned = get_peft_model(model, LoraConfig(**{"r": 4, "target_modules": "all-linear", **lora_config}))
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(str(path), save_embedding_layers=False)
+    return Path(path)
