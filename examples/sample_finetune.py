@@ -81,7 +81,7 @@ logger.info(f"PEFT parameters {peft_conf}")
 
 model_name = options.model
 if model_name == "smollm2-135m":
-    from phlora.models.embedded import embedded_folder
+    from phlora import embedded_folder
 
     model_name = str(embedded_folder(model_name))
 model = AutoModelForCausalLM.from_pretrained(

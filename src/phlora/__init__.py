@@ -1,6 +1,7 @@
 """Phlora: fine-tune Phi-3-class chat models with LoRA, and prove that it helped.
 
-The public names are loaded when they are first used: `import phlora` and `phlora --help` stay instant.
+The public names are loaded when they are first used: `import phlora` and `phlora --help` stay instant. What is not
+named here may move between versions.
 """
 
 from __future__ import annotations
@@ -10,48 +11,110 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_HOMES = {
+# Public name -> the module that defines it.
+_DEFINED_IN = {
+    # train, prove, use
     "finetune": "phlora.train.finetune",
-    "evaluate_run": "phlora.train.proof",
     "Run": "phlora.train.finetune",
-    "SFTTrainer": "phlora.train.trainer",
-    "convert": "phlora.export.convert",
+    "evaluate_run": "phlora.train.proof",
     "merge_run": "phlora.export.merge",
+    "convert": "phlora.export.convert",
+    "SFTTrainer": "phlora.train.trainer",
+    # models and adapters
     "load_model": "phlora.models.load",
     "load_tokenizer": "phlora.models.load",
+    "load_adapter": "phlora.models.load",
+    "embedded_folder": "phlora.models.embedded",
+    "dequantize": "phlora.models.quantized",
+    "attach": "phlora.adapters.attach",
     "speed_up": "phlora.adapters.peft_layer",
+    "at_speed": "phlora.models.speed",
+    # rows and batches
+    "check": "phlora.data.checks",
+    "preview": "phlora.data.checks",
+    "load_rows": "phlora.data.dataset",
+    "tokenize_rows": "phlora.data.tokenize",
+    "Collator": "phlora.data.collate",
+    "PackedCollator": "phlora.data.collate",
+    "SharedPrefixCollator": "phlora.data.collate",
+    "longrope_limit": "phlora.models.rotary",
+    "score_loss": "phlora.evaluate.compare",
+    "Report": "phlora.evaluate.report",
+    # configuration
+    "load_config": "phlora.config",
+    "RunConfig": "phlora.config",
+    "ModelConfig": "phlora.config",
+    "QuantizationConfig": "phlora.config",
+    "DataConfig": "phlora.config",
+    "DataFile": "phlora.config",
+    "EvaluationConfig": "phlora.config",
+    # errors
     "PhloraError": "phlora.errors",
+    "InputError": "phlora.errors",
+    "ConfigError": "phlora.errors",
+    "DataError": "phlora.errors",
+    "ModelError": "phlora.errors",
+    "RunError": "phlora.errors",
+    "EnvironmentProblem": "phlora.errors",
+    "MissingExtraError": "phlora.errors",
+    "NoRoomError": "phlora.errors",
+    "NetworkError": "phlora.errors",
+    "Finding": "phlora.errors",
+    "NonFiniteError": "phlora.errors",
 }
 
 if TYPE_CHECKING:
-    from phlora.adapters.peft_layer import speed_up
-    from phlora.errors import PhloraError
-    from phlora.export.convert import convert
-    from phlora.export.merge import merge_run
-    from phlora.models.load import load_model, load_tokenizer
-    from phlora.train.finetune import Run, finetune
-    from phlora.train.proof import evaluate_run
-    from phlora.train.trainer import SFTTrainer
+    from phlora.adapters.attach import attach as attach
+    from phlora.adapters.peft_layer import speed_up as speed_up
+    from phlora.config import DataConfig as DataConfig
+    from phlora.config import DataFile as DataFile
+    from phlora.config import EvaluationConfig as EvaluationConfig
+    from phlora.config import ModelConfig as ModelConfig
+    from phlora.config import QuantizationConfig as QuantizationConfig
+    from phlora.config import RunConfig as RunConfig
+    from phlora.config import load_config as load_config
+    from phlora.data.checks import check as check
+    from phlora.data.checks import preview as preview
+    from phlora.data.collate import Collator as Collator
+    from phlora.data.collate import PackedCollator as PackedCollator
+    from phlora.data.collate import SharedPrefixCollator as SharedPrefixCollator
+    from phlora.data.dataset import load_rows as load_rows
+    from phlora.data.tokenize import tokenize_rows as tokenize_rows
+    from phlora.errors import ConfigError as ConfigError
+    from phlora.errors import DataError as DataError
+    from phlora.errors import EnvironmentProblem as EnvironmentProblem
+    from phlora.errors import Finding as Finding
+    from phlora.errors import InputError as InputError
+    from phlora.errors import MissingExtraError as MissingExtraError
+    from phlora.errors import ModelError as ModelError
+    from phlora.errors import NetworkError as NetworkError
+    from phlora.errors import NonFiniteError as NonFiniteError
+    from phlora.errors import NoRoomError as NoRoomError
+    from phlora.errors import PhloraError as PhloraError
+    from phlora.errors import RunError as RunError
+    from phlora.evaluate.compare import score_loss as score_loss
+    from phlora.evaluate.report import Report as Report
+    from phlora.export.convert import convert as convert
+    from phlora.export.merge import merge_run as merge_run
+    from phlora.models.embedded import embedded_folder as embedded_folder
+    from phlora.models.load import load_adapter as load_adapter
+    from phlora.models.load import load_model as load_model
+    from phlora.models.load import load_tokenizer as load_tokenizer
+    from phlora.models.quantized import dequantize as dequantize
+    from phlora.models.rotary import longrope_limit as longrope_limit
+    from phlora.models.speed import at_speed as at_speed
+    from phlora.train.finetune import Run as Run
+    from phlora.train.finetune import finetune as finetune
+    from phlora.train.proof import evaluate_run as evaluate_run
+    from phlora.train.trainer import SFTTrainer as SFTTrainer
 
-__all__ = [
-    "PhloraError",
-    "Run",
-    "SFTTrainer",
-    "__version__",
-    "convert",
-    "evaluate_run",
-    "finetune",
-    "load_model",
-    "load_tokenizer",
-    "merge_run",
-    "speed_up",
-]
+__all__ = ["__version__", *_DEFINED_IN]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _DEFINED_IN:
         raise AttributeError(f"module 'phlora' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(_DEFINED_IN[name]), name)
     globals()[name] = value
     return value
 

@@ -48,7 +48,7 @@ def model_card(lora: LoraConfig, facts: Mapping[str, Any], *, kind: str = "hub")
     return _CARD.format(
         base_model=facts["base_model"],
         base=f'embedded_folder("{facts["base_model"]}")' if is_embedded else f'"{facts["base_model"]}"',
-        imports="from phlora.models.embedded import embedded_folder\n" if is_embedded else "",
+        imports="from phlora import embedded_folder\n" if is_embedded else "",
         r=lora.r,
         alpha=f"{lora.lora_alpha:g}",
         targets=targets if isinstance(targets, str) else ", ".join(sorted(targets or [])),
