@@ -91,14 +91,7 @@ class EnvironmentProblem(PhloraError):
 
 
 class MissingExtraError(EnvironmentProblem):
-    """An optional package is not installed."""
-
-    @classmethod
-    def of(cls, package: str, *, extra: str, purpose: str) -> MissingExtraError:
-        return cls(
-            f"The package `{package}` is not installed; {purpose} needs it",
-            fix=f'pip install "phlora[{extra}]"',
-        )
+    """Optional packages are not installed; `extras.require` raises it."""
 
 
 class NoRoomError(EnvironmentProblem):

@@ -47,11 +47,6 @@ def test_an_error_survives_pickling_with_all_its_parts() -> None:
     assert (copy.found, copy.where, copy.expected, copy.fix) == ("خطا", "hub", "a network", "thử lại")
 
 
-def test_a_missing_extra_names_the_command_that_installs_it() -> None:
-    error = errors.MissingExtraError.of("bitsandbytes", extra="qlora", purpose="4-bit training")
-    assert 'pip install "phlora[qlora]"' in str(error)
-
-
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

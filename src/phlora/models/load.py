@@ -23,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from phlora.config import quantization_config
+from phlora.config import ModelConfig, quantization_config
 from phlora.errors import ModelError, NoRoomError
+from phlora.extras import require
 from phlora.files import read_json
 from phlora.models import phi3
 from phlora.models.choices import (
@@ -35,7 +36,8 @@ from phlora.models.choices import (
     choose_dtype,
 )
 from phlora.models.fingerprint import fingerprint, split_fingerprint
-from phlora.models.quantized import quantize, require_bitsandbytes
+from phlora.models.quantized import quantize
+from phlora.models.requirements import needed_by_model
 from phlora.models.sources import (
     Location,
     ModelSource,
@@ -261,8 +263,7 @@ def load_model(
         NetworkError: the model is not on this machine and no hub may or can be asked.
     """
     storage = quantization_config(quantization)
-    if storage:
-        require_bitsandbytes()
+    require(needed_by_model(ModelConfig(name=str(name), quantization=storage)))
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, device=chosen_device)
     attention = choose_attention(attn_implementation, device=chosen_device, dtype=chosen_dtype.value)

@@ -11,7 +11,6 @@ int8: each row of a weight has one scale and 255 steps.
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,8 @@ from transformers import PreTrainedModel
 from phlora.adapters.operands import is_quantized
 from phlora.adapters.targets import block_linears
 from phlora.config import QuantizationConfig, quantization_config
-from phlora.errors import ConfigError, MissingExtraError, ModelError
+from phlora.errors import ConfigError, ModelError
+from phlora.extras import require
 from phlora.models.choices import DTYPES
 from phlora.models.fingerprint import keep_fingerprint
 
@@ -60,8 +60,7 @@ def require_bitsandbytes() -> None:
     """Raises:
     MissingExtraError: bitsandbytes is not installed.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise MissingExtraError.of("bitsandbytes", extra="qlora", purpose="a quantised base model")
+    require({"bitsandbytes": "a quantised base model"})
 
 
 def quantize(

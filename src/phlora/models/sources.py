@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib.util
 import os
 import pickle
 import re
@@ -34,14 +33,14 @@ from transformers.utils import logging as transformers_logging
 
 from phlora.errors import (
     EnvironmentProblem,
-    MissingExtraError,
     ModelError,
     NetworkError,
     NoRoomError,
     nearest,
 )
+from phlora.extras import require
 from phlora.files import read_json
-from phlora.models.embedded import EMBEDDED, embedded_folder, silent_gguf
+from phlora.models.embedded import EMBEDDED, GGUF_FILE, embedded_folder, silent_gguf
 
 _HUB_TIMEOUT_SECONDS = 10
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -165,8 +164,7 @@ def locate(source: ModelSource, *, offline: bool) -> Location:
     if source.kind == "embedded":
         return Location(source, str(embedded_folder(source.location)), {"local_files_only": True})
     if source.kind == "gguf":
-        if importlib.util.find_spec("gguf") is None:
-            raise MissingExtraError.of("gguf", extra="gguf", purpose="reading a GGUF file")
+        require(GGUF_FILE)
         file = Path(source.location)
         return Location(source, str(file.parent), {"gguf_file": file.name, "local_files_only": True})
     if source.kind == "folder":

@@ -8,7 +8,6 @@ reason), else TRL's.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import types
 import typing
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
-from phlora.errors import ConfigError, MissingExtraError, did_you_mean
+from phlora.errors import ConfigError, did_you_mean
+from phlora.extras import require
 
 _WHERE = "training_config"
 
@@ -285,14 +285,13 @@ def _z_loss(value: Any, notes: list[str]) -> float:
 
 
 def _check_trackers(report_to: Any) -> None:
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        package = _TRACKERS.get(name)
-        if package and importlib.util.find_spec(package) is None:
-            raise MissingExtraError(
-                f"The package `{package}` is not installed; report_to: {name} needs it",
-                where=f"{_WHERE}.report_to",
-                fix=f"pip install {package}",
-            )
+    require(needed_by_trackers(report_to), where=f"{_WHERE}.report_to")
+
+
+def needed_by_trackers(report_to: Any) -> dict[str, str]:
+    """The packages of `training_config.report_to`; see `extras.require`."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    return {_TRACKERS[name]: f"report_to: {name}" for name in names if name in _TRACKERS}
 
 
 def _fit_device(values: dict[str, Any], device: str, notes: list[str]) -> None:

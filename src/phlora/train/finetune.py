@@ -14,10 +14,12 @@ from phlora.config import RunConfig
 from phlora.display import Display
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
+from phlora.extras import require
 from phlora.models.load import choose_device, load_model, load_tokenizer
+from phlora.models.requirements import needed_by_model
 from phlora.runs.folder import claim_folder, recorded_status, require_room
 from phlora.train import proof, record
-from phlora.train.arguments import training_arguments
+from phlora.train.arguments import needed_by_trackers, training_arguments
 from phlora.train.loop import fit
 from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import prepare_data
@@ -85,6 +87,7 @@ def finetune(
     arguments = dict(model=model, data=data, eval_data=eval_data, training_config=training_config)
     arguments |= dict(peft_config=peft_config, evaluation=evaluation, output=output and str(output))
     config, objects = collect_config(config, arguments)
+    require(needed_by_model(config.model) | needed_by_trackers(config.training_config.get("report_to")))
 
     folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
     device = choose_device(config.model.device)

