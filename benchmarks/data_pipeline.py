@@ -77,7 +77,7 @@ def measure_phlora(path: Path, max_length: int) -> dict[str, object]:
     from phlora.data.dataset import read_rows
     from phlora.data.packing import epoch_packs
     from phlora.data.tokenize import tokenize_rows
-    from phlora.models.load import load_tokenizer
+    from phlora.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL).tokenizer
     before, cpu = peak_mb(), time.process_time()
@@ -106,7 +106,7 @@ def measure_trl(path: Path, max_length: int) -> dict[str, object]:
     import trl
 
     from phlora.models.embedded import tiny_phi3
-    from phlora.models.load import load_tokenizer
+    from phlora.models.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
     tokenizer = load_tokenizer(MODEL).tokenizer

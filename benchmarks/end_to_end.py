@@ -45,7 +45,7 @@ def read_task(overrides: list[str]) -> Task:
     from phlora.data.dataset import load_rows
     from phlora.data.prompts import encode_prompt
     from phlora.data.tokenize import tokenize_rows
-    from phlora.models.load import load_tokenizer
+    from phlora.models.tokenizer import load_tokenizer
     from phlora.train.arguments import training_arguments
 
     config = load_config(ROOT / "examples" / "quickstart.yaml", overrides)

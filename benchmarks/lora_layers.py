@@ -24,7 +24,7 @@ from torch import nn
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP, Phi3RMSNorm
 
 import phlora.lora as lora
-from phlora.models.speed import speed_pass
+from phlora.models.lean_layers import speed_pass
 
 SHAPES = {
     "135M qkv": (576, 960),

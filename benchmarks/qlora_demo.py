@@ -56,11 +56,12 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_to
 
 def answer_with_both(run: Path, merged: Path, quantization: str) -> dict[str, Any]:
     """The answers of the adapter on its quantised base, and of the merged model, to all held-out requests."""
+    from phlora.adapters.load import load_adapter
     from phlora.config import load_config
     from phlora.data.dataset import load_rows
     from phlora.data.prompts import encode_prompt
     from phlora.evaluate.metrics import exact_match
-    from phlora.models.load import load_adapter, load_model
+    from phlora.models.load import load_model
 
     most = load_config("examples/quickstart.yaml").evaluation.max_new_tokens
     loaded = load_model("smollm2-135m", dtype="float32", quantization=quantization)

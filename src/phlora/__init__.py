@@ -22,13 +22,13 @@ _DEFINED_IN = {
     "SFTTrainer": "phlora.train.trainer",
     # models and adapters
     "load_model": "phlora.models.load",
-    "load_tokenizer": "phlora.models.load",
-    "load_adapter": "phlora.models.load",
-    "embedded_folder": "phlora.models.embedded",
-    "dequantize": "phlora.models.quantized",
+    "load_tokenizer": "phlora.models.tokenizer",
+    "load_adapter": "phlora.adapters.load",
+    "embedded_folder": "phlora.models.builtin",
+    "dequantize": "phlora.models.quantization",
     "attach": "phlora.adapters.attach",
     "speed_up": "phlora.adapters.peft_layer",
-    "at_speed": "phlora.models.speed",
+    "at_speed": "phlora.adapters.speed",
     # rows and batches
     "check": "phlora.data.checks",
     "preview": "phlora.data.checks",
@@ -65,7 +65,9 @@ _DEFINED_IN = {
 
 if TYPE_CHECKING:
     from phlora.adapters.attach import attach as attach
+    from phlora.adapters.load import load_adapter as load_adapter
     from phlora.adapters.peft_layer import speed_up as speed_up
+    from phlora.adapters.speed import at_speed as at_speed
     from phlora.config import DataConfig as DataConfig
     from phlora.config import DataFile as DataFile
     from phlora.config import EvaluationConfig as EvaluationConfig
@@ -96,13 +98,11 @@ if TYPE_CHECKING:
     from phlora.evaluate.report import Report as Report
     from phlora.export.convert import convert as convert
     from phlora.export.merge import merge_run as merge_run
-    from phlora.models.embedded import embedded_folder as embedded_folder
-    from phlora.models.load import load_adapter as load_adapter
+    from phlora.models.builtin import embedded_folder as embedded_folder
     from phlora.models.load import load_model as load_model
-    from phlora.models.load import load_tokenizer as load_tokenizer
-    from phlora.models.quantized import dequantize as dequantize
+    from phlora.models.quantization import dequantize as dequantize
     from phlora.models.rotary import longrope_limit as longrope_limit
-    from phlora.models.speed import at_speed as at_speed
+    from phlora.models.tokenizer import load_tokenizer as load_tokenizer
     from phlora.train.finetune import Run as Run
     from phlora.train.finetune import finetune as finetune
     from phlora.train.proof import evaluate_run as evaluate_run

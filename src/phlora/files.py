@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from phlora.errors import InputError
+
+# Written beside an adapter's tensors; `base_fingerprint` in it names the weights it was trained on.
+ADAPTER_FACTS = "phlora.json"
 
 
 def read_json(path: Path, problem: type[InputError]) -> dict[str, Any]:
@@ -83,3 +87,15 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 def _beside(path: Path, ending: str) -> Path:
     """A hidden name in the same folder that no other thread, process or machine has."""
     return path.with_name(f".{path.name}.{os.urandom(6).hex()}.{ending}")
+
+
+def cache_root() -> Path:
+    """The folder for what is made once and used again: `$PHLORA_CACHE`, or `phlora` in the platform's cache folder."""
+    chosen = os.environ.get("PHLORA_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "phlora"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "phlora"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phlora"

@@ -21,7 +21,7 @@ from phlora.display import Display
 try:
     from phlora import load_adapter
 except ImportError:
-    from phlora.models.load import load_adapter
+    from phlora.adapters.load import load_adapter
 
 STORED = Path(__file__).parent / "stored"
 ADAPTERS = ("plain", "blocks", "dora", "blocks_dora")

@@ -15,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from phlora import SFTTrainer
 from phlora.models.embedded import tiny_phi3
-from phlora.models.head import LossTerms, token_losses, trained_weight
+from phlora.models.lm_head import LossTerms, token_losses, trained_weight
 
 PAD = 3
 Row = dict[str, Any]

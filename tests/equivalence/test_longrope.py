@@ -20,9 +20,9 @@ from shared_rows import (
 from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator, share_step
 from phlora.errors import ModelError
 from phlora.evaluate.compare import score_loss
-from phlora.models.head import token_losses
+from phlora.models.lean_layers import speed_pass
+from phlora.models.lm_head import token_losses
 from phlora.models.rotary import longrope_limit
-from phlora.models.speed import speed_pass
 
 LIMIT = 64
 # Tokens after a common start of 40: rows of 45 to 130 tokens, two of them at the limit and one past it.

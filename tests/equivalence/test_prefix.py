@@ -25,8 +25,8 @@ from shared_rows import (
 
 from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator
 from phlora.evaluate.compare import score_loss
-from phlora.models import head
-from phlora.models.head import LossTerms, token_losses, trained_weight
+from phlora.models import lm_head
+from phlora.models.lm_head import LossTerms, token_losses, trained_weight
 
 COLLATORS = {"packed": PackedCollator(), "shared": SharedPrefixCollator()}
 
@@ -180,11 +180,11 @@ def test_evaluation_holds_no_more_at_once_than_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collator: Any, device: str
 ) -> None:
     """Positions of a forward pass and logits of a chunk: what the peak of memory grows with."""
-    monkeypatch.setattr(head, "_CHUNK_BYTES", 4 * 288 * 16)
+    monkeypatch.setattr(lm_head, "_CHUNK_BYTES", 4 * 288 * 16)
     settings = dict(device=device, max_steps=11, per_device_train_batch_size=3, per_device_eval_batch_size=3)
     trainer = trained(tmp_path, many_rows()[:7], collator, **settings)
     assert trainer.model.config.vocab_size == 288
-    trunk, output = head.trunk_and_head(trainer.model)
+    trunk, output = lm_head.trunk_and_head(trainer.model)
     most: dict[tuple[str, bool], int] = {}
 
     def note(name: str, size: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from phlora import evaluate_run, finetune
 from phlora.adapters.attach import attach
-from phlora.adapters.operands import frozen_weight
+from phlora.adapters.load import load_adapter
 from phlora.config import QuantizationConfig
 from phlora.data.collate import Collator
 from phlora.data.rows import Origin
@@ -27,8 +27,9 @@ from phlora.evaluate.compare import score_loss
 from phlora.lora import functional, fused, row_blocks
 from phlora.models.embedded import tiny_phi3
 from phlora.models.generate import generate
-from phlora.models.load import load_adapter, load_model
-from phlora.models.quantized import dequantize, quantize
+from phlora.models.load import load_model
+from phlora.models.operands import frozen_weight
+from phlora.models.quantization import dequantize, quantize
 
 pytest.importorskip("bitsandbytes")
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from phlora import finetune, merge_run
-from phlora.adapters.operands import frozen_weight, is_quantized
+from phlora.adapters.load import load_adapter
 from phlora.display import Display
-from phlora.models.load import load_adapter, load_model
+from phlora.models.load import load_model
+from phlora.models.operands import frozen_weight, is_quantized
 from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from phlora.models import embedded
+from phlora.models import builtin
 
 TEXTS = (
     "The capital of France is Paris.",
@@ -15,8 +15,8 @@ TEXTS = (
 
 def test_logits_and_ids_equal_the_llama_reading(smollm2):
     model, tokenizer = smollm2
-    source = embedded._find_gguf("smollm2-135m")
-    with embedded.silent_gguf():
+    source = builtin._find_gguf("smollm2-135m")
+    with builtin.silent_gguf():
         llama = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         ).eval()

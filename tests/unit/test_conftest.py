@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phlora.models.embedded import cache_root
+from phlora.files import cache_root
 
 
 def test_no_test_writes_into_the_users_cache(tmp_path_factory: pytest.TempPathFactory) -> None:

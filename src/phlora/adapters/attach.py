@@ -35,18 +35,17 @@ from phlora.adapters.targets import (
     Targets,
     adaptable_modules,
     block_name,
-    fused_row_blocks,
     matching,
     resolve_targets,
     row_block_names,
 )
 from phlora.errors import ConfigError, ModelError, did_you_mean
-from phlora.files import read_json, write_json
+from phlora.files import ADAPTER_FACTS, read_json, write_json
 from phlora.lora.blocks import RowBlock, row_blocks
+from phlora.models.families import fused_row_blocks
 
 _WHERE = "peft_config"
 _PREFIX = "base_model.model."
-FACTS_FILE = "phlora.json"
 
 _Value = TypeVar("_Value", int, float)
 
@@ -109,7 +108,7 @@ class BlockLoraConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        file = Path(save_directory) / FACTS_FILE
+        file = Path(save_directory) / ADAPTER_FACTS
         facts = read_json(file, ModelError) if file.is_file() else {}
         write_json(file, {**facts, "blocks": self.blocks})
 
@@ -412,7 +411,7 @@ def _with_blocks(lora: LoraConfig, recorded: Mapping[str, Any]) -> BlockLoraConf
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """The `blocks` of a folder's phlora.json."""
-    file = folder / FACTS_FILE
+    file = folder / ADAPTER_FACTS
     recorded = read_json(file, ModelError).get("blocks") if file.is_file() else None
     if not recorded:
         raise ModelError(

@@ -41,14 +41,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phlora.adapters.blockform import from_block_diagonal, to_block_diagonal
-from phlora.adapters.targets import FUSED
 from phlora.errors import ConfigError, ModelError, did_you_mean
-from phlora.files import read_json, write_json
+from phlora.files import ADAPTER_FACTS, read_json, write_json
 from phlora.lora.blocks import RowBlock, row_blocks, split_rows
+from phlora.models.families import FUSED
 
 # Row blocks by the last part of a layer's name: Phi-3's, and GPT-2's, on which loralib is used most.
 BLOCK_NAMES = {**FUSED, "c_attn": FUSED["qkv_proj"]}
-FACTS_FILE = "phlora.json"
 CONFIG_FILE = "adapter_config.json"
 _TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _FIX_LORALIB = "where it was made: torch.save(lora.lora_state_dict(model), FILE)"
@@ -337,7 +336,7 @@ def write_peft(adapter: Adapter, folder: str | Path, *, base_model: str | None =
     write_peft_tensors(tensors, folder)
     _peft_config(ranks, alphas, adapter.biases, base_model).save_pretrained(str(folder))
     facts = {"base_model": base_model, "converted_from": "loralib", "blocks": layouts}
-    write_json(folder / FACTS_FILE, facts)
+    write_json(folder / ADAPTER_FACTS, facts)
 
 
 def read_peft_config(folder: Path) -> LoraConfig:
@@ -425,7 +424,7 @@ def _refuse_foreign(config: LoraConfig, folder: Path) -> None:
 
 
 def _recorded_layouts(folder: Path) -> dict[str, Layout]:
-    file = folder / FACTS_FILE
+    file = folder / ADAPTER_FACTS
     if not file.is_file():
         return {}
     recorded = read_json(file, ModelError).get("blocks") or {}

@@ -21,12 +21,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from phlora.adapters.block_modules import BlockUp, StartedDown, StartedUp
-from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.errors import ModelError
 from phlora.lora import fused
 from phlora.lora.blocks import RowBlock
 from phlora.lora.frozen import is_plain_linear
 from phlora.lora.operands import FrozenWeight
+from phlora.models.operands import frozen_weight, is_quantized
 
 
 class LoraLinear(peft_lora.Linear):

@@ -12,21 +12,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from phlora.errors import ConfigError, did_you_mean
+from phlora.models.families import block_linears, fused_row_blocks
 
 ALL_LINEAR = "all-linear"
 _WHERE = "peft_config.target_modules"
 _EXCLUDE = "peft_config.exclude_modules"
-
-# The fused weights of Phi-3, and the projections that they hold, in the order of their rows.
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 
 @dataclass(frozen=True)
@@ -75,23 +69,6 @@ def resolve_targets(
     return Targets(modules, _notes(blocks, parts, matched), blocks)
 
 
-def fused_row_blocks(config: Any) -> dict[str, dict[str, int]]:
-    """Rows of each projection inside Phi-3's fused weights; empty for a layout without fused weights.
-
-    With H query heads, G key/value heads of width d and feed-forward width F:
-    `qkv_proj (H·d + 2·G·d, D)` holds q, k, v; `gate_up_proj (2·F, D)` holds gate, up.
-    """
-    if getattr(config, "model_type", None) != "phi3":
-        return {}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_rows = config.num_key_value_heads * head_dim
-    rows = {
-        "qkv_proj": (config.num_attention_heads * head_dim, kv_rows, kv_rows),
-        "gate_up_proj": (config.intermediate_size, config.intermediate_size),
-    }
-    return {fused: dict(zip(FUSED[fused], sizes, strict=True)) for fused, sizes in rows.items()}
-
-
 def row_block_names(model: nn.Module) -> dict[str, str]:
     """Full names of all row blocks of the fused weights -> the name of the weight's module, in the model's order."""
     sizes = fused_row_blocks(getattr(model, "config", None))
@@ -133,15 +110,6 @@ def adaptable_modules(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         if name and (isinstance(module, kinds) or type(module).__name__ == "Conv1D")
-    ]
-
-
-def block_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers except the output head, which is what PEFT means by `all-linear`."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
-    return [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     ]
 
 

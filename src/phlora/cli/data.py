@@ -23,7 +23,7 @@ from phlora.errors import ConfigError
 if TYPE_CHECKING:
     from phlora.data.checks import PreviewRow
     from phlora.data.rows import Row
-    from phlora.models.load import LoadedTokenizer
+    from phlora.models.tokenizer import LoadedTokenizer
 
 
 class TrainOn(StrEnum):
@@ -157,7 +157,7 @@ def preview_data(
 
 
 def _tokenizer(model: str, display: Display) -> LoadedTokenizer:
-    from phlora.models.load import load_tokenizer
+    from phlora.models.tokenizer import load_tokenizer
 
     adopt_loggers()
     loaded = load_tokenizer(model)

@@ -19,7 +19,7 @@ from phlora.data.collate import SharedPrefixCollator
 from phlora.errors import DataError
 from phlora.evaluate.metrics import PASSING_SCORE, Interval, Metric, paired_bootstrap
 from phlora.models.generate import evaluating
-from phlora.models.head import IGNORED, targets_and_weights, token_losses
+from phlora.models.lm_head import IGNORED, targets_and_weights, token_losses
 
 Generate = Callable[[nn.Module, list[list[int]]], list[list[int]]]
 Decode = Callable[[list[int]], str]

@@ -26,7 +26,7 @@ from phlora.errors import ConfigError, RunError
 from phlora.export.merge import MergeReport, merge_run
 from phlora.export.output import require_new, require_room
 from phlora.files import replaced_file, replaced_folder
-from phlora.models.phi3 import fused_row_blocks
+from phlora.models.families import fused_row_blocks
 from phlora.runs.resolve import config_of, find_adapter
 
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin")

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phlora.adapters.load import load_adapter
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
 from phlora.config import ModelConfig
 from phlora.data.dataset import load_rows
@@ -32,10 +33,12 @@ from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, did_you_mean
 from phlora.export.output import require_new, require_room, save_model
 from phlora.files import replaced_folder, write_json
-from phlora.models.head import IGNORED, trunk_and_head
-from phlora.models.load import DTYPES, LoadedModel, LoadedTokenizer, load_adapter
-from phlora.models.phi3 import context_lengths
-from phlora.models.quantized import dequantize
+from phlora.models.device import DTYPES
+from phlora.models.families import context_lengths
+from phlora.models.lm_head import IGNORED, trunk_and_head
+from phlora.models.load import LoadedModel
+from phlora.models.quantization import dequantize
+from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.resolve import (
     AdapterSource,
     config_of,

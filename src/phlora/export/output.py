@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from phlora.errors import NoRoomError, RunError
-from phlora.models.load import LoadedTokenizer
+from phlora.models.tokenizer import LoadedTokenizer
 
 # Tokenizer, configuration and report, which do not grow with the model.
 _SMALL_FILES_BYTES = 50_000_000

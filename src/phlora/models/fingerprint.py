@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import nn
 
-from phlora.models.choices import DTYPES
+from phlora.models.device import DTYPES
 
 # Where a quantised model keeps what it was before; on the module, so that it survives PEFT and deepcopy.
 _KEPT = "unquantized_fingerprints"

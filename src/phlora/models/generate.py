@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phlora.errors import ConfigError
-from phlora.models.phi3 import context_lengths
+from phlora.models.families import context_lengths
 
 # A prefix shorter than this saves less than the extra forward pass costs.
 _MIN_SHARED_TOKENS = 8

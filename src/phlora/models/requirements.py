@@ -6,7 +6,7 @@ from pathlib import Path
 
 from phlora.config import ModelConfig
 from phlora.extras import is_installed
-from phlora.models.embedded import EMBEDDED, GGUF_FILE, is_converted, packages_of
+from phlora.models.builtin import EMBEDDED, GGUF_FILE, is_converted, packages_of
 
 
 def needed_by_model(model: ModelConfig) -> dict[str, str]:

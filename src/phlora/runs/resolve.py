@@ -11,15 +11,11 @@ from phlora.config import ModelConfig, QuantizationConfig, TrainOn, build_config
 from phlora.errors import ModelError, RunError
 from phlora.files import read_json
 from phlora.models.fingerprint import split_fingerprint
-from phlora.models.load import (
-    ADAPTER_FACTS,
-    LoadedModel,
-    LoadedTokenizer,
-    load_model,
-    prepare_tokenizer,
-)
-from phlora.models.quantized import quantization_of
-from phlora.models.sources import locate, reading, resolve_source
+from phlora.files import ADAPTER_FACTS
+from phlora.models.load import LoadedModel, load_model
+from phlora.models.tokenizer import LoadedTokenizer, prepare_tokenizer
+from phlora.models.quantization import quantization_of
+from phlora.models.locate import locate, reading, resolve_source
 from phlora.runs.folder import HELD_OUT_FILE, RUN_FILE, RunFolder
 
 

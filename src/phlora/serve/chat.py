@@ -13,16 +13,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from phlora.adapters.load import load_adapter
 from phlora.config import ModelConfig, build_config
 from phlora.data.chat_template import TemplateRefusal
 from phlora.data.prompts import encode_chat
 from phlora.display import Display
 from phlora.errors import InputError, ModelError, RunError
 from phlora.files import read_json
+from phlora.models.families import context_lengths
 from phlora.models.generate import stream
-from phlora.models.load import LoadedModel, LoadedTokenizer, load_adapter, load_model, prepare_tokenizer
-from phlora.models.phi3 import context_lengths
-from phlora.models.speed import speed_pass
+from phlora.models.lean_layers import speed_pass
+from phlora.models.load import LoadedModel, load_model
+from phlora.models.tokenizer import LoadedTokenizer, prepare_tokenizer
 
 Speaker = Literal["base", "tuned"]
 

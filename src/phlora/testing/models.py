@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from phlora.models.embedded import tiny_phi3, tiny_tokenizer
+from phlora.models.tiny import tiny_phi3, tiny_tokenizer
 
 __all__ = ["tiny_adapter", "tiny_folder", "tiny_phi3", "tiny_tokenizer"]
 

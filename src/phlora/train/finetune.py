@@ -15,8 +15,10 @@ from phlora.display import Display
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.extras import require
-from phlora.models.load import choose_device, load_model, load_tokenizer
+from phlora.models.device import choose_device
+from phlora.models.load import load_model
 from phlora.models.requirements import needed_by_model
+from phlora.models.tokenizer import load_tokenizer
 from phlora.runs.folder import claim_folder, recorded_status, require_room
 from phlora.train import proof, record
 from phlora.train.arguments import needed_by_trackers, training_arguments

@@ -14,13 +14,13 @@ from transformers import (
 )
 
 from phlora.adapters.attach import recorded_blocks
+from phlora.adapters.speed import at_speed
 from phlora.data.packing import TokenSequences
 from phlora.display import Display
 from phlora.errors import RunError
-from phlora.files import read_json, replaced_folder, write_json, write_text
-from phlora.models.load import ADAPTER_FACTS, LoadedModel
+from phlora.files import ADAPTER_FACTS, read_json, replaced_folder, write_json, write_text
+from phlora.models.load import LoadedModel
 from phlora.models.rotary import longrope_limit
-from phlora.models.speed import at_speed
 from phlora.runs.folder import RunFolder
 from phlora.train.arguments import Arguments
 from phlora.train.batches import NewPacks, SequenceCollator, number_sequences

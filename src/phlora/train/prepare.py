@@ -19,9 +19,8 @@ from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError
-from phlora.files import replaced_file
-from phlora.models.embedded import cache_root
-from phlora.models.load import LoadedTokenizer
+from phlora.files import cache_root, replaced_file
+from phlora.models.tokenizer import LoadedTokenizer
 from phlora.train.arguments import Arguments
 from phlora.train.request import Objects
 

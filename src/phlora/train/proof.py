@@ -9,6 +9,8 @@ from typing import Any
 
 from peft import PeftModel
 
+from phlora.adapters.load import load_adapter
+from phlora.adapters.speed import at_speed
 from phlora.config import EvaluationConfig, Speed, build_config
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.data.dataset import load_rows
@@ -21,10 +23,10 @@ from phlora.evaluate.compare import Comparison, EvaluationItem, compare, evaluat
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.models.generate import generate
-from phlora.models.load import LoadedTokenizer, load_adapter, load_model
+from phlora.models.load import load_model
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.rotary import longrope_limit
-from phlora.models.speed import at_speed
+from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.folder import HELD_OUT_FILE, RunFolder
 from phlora.train import record
 

@@ -39,9 +39,9 @@ from transformers.trainer_utils import TrainOutput
 from phlora.data.collate import share_step
 from phlora.errors import ConfigError, NonFiniteError, RunError
 from phlora.files import read_json
-from phlora.models.attention import copy_cost
-from phlora.models.head import LossTerms, trained_weight
-from phlora.models.head import token_losses as _token_losses
+from phlora.models.lm_head import LossTerms, trained_weight
+from phlora.models.lm_head import token_losses as _token_losses
+from phlora.models.prefix_attention import copy_cost
 from phlora.train.optimizer import raise_rate_of_B
 
 _LOSS_WEIGHTS = "loss_weights"

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from phlora.adapters.attach import attach, recorded_blocks, split_adapter
 from phlora.adapters.block_modules import BlockUp
+from phlora.adapters.load import load_adapter
 from phlora.adapters.peft_layer import LoraLinear
 from phlora.errors import ConfigError, ModelError
 from phlora.models.embedded import tiny_phi3
-from phlora.models.load import load_adapter
 
 QKV, SECOND_QKV = (f"model.layers.{i}.self_attn.qkv_proj" for i in (0, 1))
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from phlora.data.collate import SharedPrefixCollator
 from phlora.models.embedded import tiny_phi3, tiny_tokenizer
-from phlora.models.head import token_losses
+from phlora.models.lm_head import token_losses
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 

@@ -55,10 +55,10 @@ def test_what_a_file_says_cannot_command_the_terminal(phlora: CommandLine, tmp_p
 
 @pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> Any:
-    from phlora.models import load
+    from phlora.models import tokenizer as module
 
     loaded = SimpleNamespace(tokenizer=tiny_tokenizer, training_template=None, notes=("a note",))
-    monkeypatch.setattr(load, "load_tokenizer", lambda name: loaded)
+    monkeypatch.setattr(module, "load_tokenizer", lambda name: loaded)
     return tiny_tokenizer
 
 

@@ -5,9 +5,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from phlora.adapters.load import load_adapter
 from phlora.errors import ModelError
 from phlora.models.embedded import tiny_phi3
-from phlora.models.load import fingerprint, load_adapter, load_model, load_tokenizer, prepare_tokenizer
+from phlora.models.fingerprint import fingerprint
+from phlora.models.load import load_model
+from phlora.models.tokenizer import load_tokenizer, prepare_tokenizer
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -47,7 +50,6 @@ def test_folder_loads_with_choices_and_agreeing_tokens(tiny_folder):
     assert loaded.attention.value == loaded.model.config._attn_implementation == "sdpa"
     assert loaded.model.config.use_cache is False
     assert not loaded.model.training
-    assert loaded.tokenizer.turn_end_token == "<|end|>"
     assert tokenizer.pad_token == "<unk>" and tokenizer.pad_token_id not in loaded.tokenizer.stop_token_ids
     assert loaded.model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert loaded.model.generation_config.eos_token_id == list(loaded.tokenizer.stop_token_ids)

@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from phlora.display import Display
 from phlora.errors import ConfigError, InputError, ModelError, RunError
 from phlora.models.embedded import tiny_phi3
-from phlora.models.load import fingerprint, prepare_tokenizer
+from phlora.models.fingerprint import fingerprint
+from phlora.models.tokenizer import prepare_tokenizer
 from phlora.serve import chat as module
 from phlora.serve.chat import ChatSession, open_chat
 from phlora.serve.terminal import converse

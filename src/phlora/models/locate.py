@@ -40,7 +40,7 @@ from phlora.errors import (
 )
 from phlora.extras import require
 from phlora.files import read_json
-from phlora.models.embedded import EMBEDDED, GGUF_FILE, embedded_folder, silent_gguf
+from phlora.models.builtin import EMBEDDED, GGUF_FILE, embedded_folder, silent_gguf
 
 _HUB_TIMEOUT_SECONDS = 10
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")

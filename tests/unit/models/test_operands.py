@@ -13,13 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import phlora
-from phlora.adapters.operands import frozen_weight, is_quantized
 from phlora.errors import ModelError
 from phlora.lora.operands import DenseWeight
-from phlora.models.quantized import stored_bytes
+from phlora.models.operands import frozen_weight, is_quantized
+from phlora.models.quantization import stored_bytes
 
 bnb = pytest.importorskip("bitsandbytes")
-layers = pytest.importorskip("phlora.adapters.bnb")
+layers = pytest.importorskip("phlora.models.bnb")
 
 CPU = torch.device("cpu")
 # The quantiles of NF4 in the appendix of the QLoRA paper.
@@ -197,13 +197,13 @@ def test_one_module_imports_bitsandbytes() -> None:
             for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
         )
     }
-    assert importing == {"adapters/bnb.py"}
+    assert importing == {"models/bnb.py"}
 
 
 def test_dense_operands_do_without_the_package() -> None:
     code = (
         "import sys; sys.modules['bitsandbytes'] = None\n"
-        "from torch import nn; from phlora.adapters.operands import frozen_weight\n"
+        "from torch import nn; from phlora.models.operands import frozen_weight\n"
         "frozen_weight(nn.Linear(2, 2))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

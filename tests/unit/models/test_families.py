@@ -1,10 +1,9 @@
 import pytest
-import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import GenerationConfig, LlamaConfig, Phi3Config
 from trl.chat_template_utils import phi3_chat_template, phi3_training_chat_template
 
 from phlora.errors import ModelError
-from phlora.models import phi3
+from phlora.models import families
 from phlora.models.embedded import tiny_phi3
 
 MINI = Phi3Config()
@@ -27,121 +26,106 @@ def ids_of(tokenizer, *tokens):
     ],
 )
 def test_fused_rows_of_the_real_sizes(config, rows, feed_forward):
-    blocks = phi3.fused_row_blocks(config)
+    blocks = families.fused_row_blocks(config)
     assert tuple(blocks["qkv_proj"].items()) == tuple(zip(("q_proj", "k_proj", "v_proj"), rows, strict=True))
     assert blocks["gate_up_proj"] == {"gate_proj": feed_forward, "up_proj": feed_forward}
 
 
 def test_fused_rows_add_up_to_the_weights(tiny):
     model, _ = tiny
-    blocks, layer = phi3.fused_row_blocks(model.config), model.model.layers[0]
+    blocks, layer = families.fused_row_blocks(model.config), model.model.layers[0]
     assert sum(blocks["qkv_proj"].values()) == layer.self_attn.qkv_proj.out_features
     assert sum(blocks["gate_up_proj"].values()) == layer.mlp.gate_up_proj.out_features
 
 
 def test_llama_has_no_fused_rows():
-    assert phi3.fused_row_blocks(LlamaConfig()) == {}
-
-
-def test_linear_targets_are_the_blocks_without_the_head(tiny):
-    model, _ = tiny
-    assert set(phi3.linear_targets(model)) == set(phi3.family_of(model.config).default_targets)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-        )
-    )
-    assert set(phi3.linear_targets(llama)) == set(phi3.family_of(llama.config).default_targets)
+    assert families.fused_row_blocks(LlamaConfig()) == {}
 
 
 def test_phi3_turns_end_with_end_and_not_with_eos(tiny_tokenizer):
     assert tiny_tokenizer.eos_token == "<|endoftext|>"
-    assert phi3.turn_end_token(tiny_tokenizer) == "<|end|>"
+    assert families.turn_end_token(tiny_tokenizer) == "<|end|>"
 
 
 def test_turn_end_follows_the_template_or_falls_back_to_eos(tiny_tokenizer):
     tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
-    assert phi3.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
+    assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
     tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
-    assert phi3.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
+    assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
     tiny_tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert phi3.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
+    assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
     tiny_tokenizer.chat_template = None
-    assert phi3.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
+    assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
     tiny_tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no token that ends a turn"):
-        phi3.turn_end_token(tiny_tokenizer)
+        families.turn_end_token(tiny_tokenizer)
 
 
 def test_stop_tokens_join_template_family_eos_and_generation_config(tiny):
     model, tokenizer = tiny
-    family = phi3.family_of(model.config, tokenizer)
+    family = families.family_of(model.config, tokenizer)
     assert family.name == "phi-3"
     end, text, assistant = ids_of(tokenizer, "<|end|>", "<|endoftext|>", "<|assistant|>")
-    assert phi3.stop_token_ids(tokenizer, model.generation_config, family=family) == (end, text, assistant)
-    assert phi3.stop_token_ids(tokenizer, GenerationConfig(eos_token_id=text)) == (end, text)
+    assert families.stop_token_ids(tokenizer, model.generation_config, family=family) == (
+        end,
+        text,
+        assistant,
+    )
+    assert families.stop_token_ids(tokenizer, GenerationConfig(eos_token_id=text)) == (end, text)
     # A tuned copy whose eos is <|end|> still stops at <|endoftext|>, which its base was trained with.
     tokenizer.eos_token = "<|end|>"
-    assert phi3.stop_token_ids(tokenizer, family=family) == (end, text)
+    assert families.stop_token_ids(tokenizer, family=family) == (end, text)
 
 
 def test_phi4_mini_and_chatml_are_told_by_their_markers(tiny_tokenizer):
     tiny_tokenizer.add_tokens(["<|tool|>"], special_tokens=True)
-    assert phi3.family_of(PHI4_MINI, tiny_tokenizer).name == "phi-4-mini"
-    assert phi3.family_of(LlamaConfig()).name == "llama"
-    assert phi3.family_of(LlamaConfig()).fused_layout == {}
+    assert families.family_of(PHI4_MINI, tiny_tokenizer).name == "phi-4-mini"
+    assert families.family_of(LlamaConfig()).name == "llama"
+    assert families.fused_row_blocks(LlamaConfig()) == {}
 
 
 def test_embedded_model_is_chatml_in_phi3_layout(smollm2):
     model, tokenizer = smollm2
-    family = phi3.family_of(model.config, tokenizer)
+    family = families.family_of(model.config, tokenizer)
     assert (family.name, family.model_type) == ("chatml", "phi3")
-    assert phi3.turn_end_token(tokenizer) == "<|im_end|>"
-    assert phi3.stop_token_ids(tokenizer, model.generation_config, family=family) == (2,)
+    assert families.turn_end_token(tokenizer) == "<|im_end|>"
+    assert families.stop_token_ids(tokenizer, model.generation_config, family=family) == (2,)
 
 
 def test_pad_token_is_never_a_stop_token(tiny):
     model, tokenizer = tiny
     before = len(tokenizer)
-    stops = set(phi3.stop_token_ids(tokenizer, model.generation_config))
+    stops = set(families.stop_token_ids(tokenizer, model.generation_config))
     assert tokenizer.pad_token_id in stops
-    assert phi3.choose_pad_token(tokenizer, stops) == "<unk>"
+    assert families.choose_pad_token(tokenizer, stops) == "<unk>"
     unknown = tokenizer.convert_tokens_to_ids("<unk>")
-    assert phi3.choose_pad_token(tokenizer, stops | {unknown}) == "<|placeholder1|>"
+    assert families.choose_pad_token(tokenizer, stops | {unknown}) == "<|placeholder1|>"
     assert len(tokenizer) == before
 
 
 def test_own_pad_token_stays_when_it_stops_nothing(tiny_tokenizer):
     tiny_tokenizer.pad_token = "<|placeholder6|>"
-    stops = phi3.stop_token_ids(tiny_tokenizer)
-    assert phi3.choose_pad_token(tiny_tokenizer, stops) == "<|placeholder6|>"
+    stops = families.stop_token_ids(tiny_tokenizer)
+    assert families.choose_pad_token(tiny_tokenizer, stops) == "<|placeholder6|>"
 
 
 def test_vocabulary_without_any_pad_is_an_error(tiny_tokenizer):
     with pytest.raises(ModelError, match="none is left for padding"):
-        phi3.choose_pad_token(tiny_tokenizer, range(len(tiny_tokenizer)))
+        families.choose_pad_token(tiny_tokenizer, range(len(tiny_tokenizer)))
 
 
 def test_context_lengths_know_longrope_and_windows():
-    assert phi3.context_lengths(tiny_phi3()[0].config).original_max_tokens is None
-    long = phi3.context_lengths(tiny_phi3(longrope=True)[0].config)
+    assert families.context_lengths(tiny_phi3()[0].config).original_max_tokens is None
+    long = families.context_lengths(tiny_phi3(longrope=True)[0].config)
     assert (long.max_tokens, long.original_max_tokens, long.sliding_window_tokens) == (256, 64, None)
-    assert phi3.context_lengths(tiny_phi3(sliding_window=7)[0].config).sliding_window_tokens == 7
+    assert families.context_lengths(tiny_phi3(sliding_window=7)[0].config).sliding_window_tokens == 7
 
 
 def test_training_template_is_trls_where_it_knows_the_template(tiny_tokenizer):
-    assert phi3.training_template(tiny_tokenizer) is None
+    assert families.training_template(tiny_tokenizer) is None
     tiny_tokenizer.chat_template = phi3_chat_template
-    assert phi3.training_template(tiny_tokenizer) == phi3_training_chat_template
+    assert families.training_template(tiny_tokenizer) == phi3_training_chat_template
     tiny_tokenizer.chat_template = phi3_training_chat_template
-    assert phi3.training_template(tiny_tokenizer) == phi3_training_chat_template
+    assert families.training_template(tiny_tokenizer) == phi3_training_chat_template
     tiny_tokenizer.chat_template = None
-    assert phi3.training_template(tiny_tokenizer) is None
-
-
-def test_linear_targets_ignore_linears_outside_the_blocks():
-    model = torch.nn.ModuleDict(
-        {"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})])}
-    )
-    model["head"] = torch.nn.Linear(2, 2)
-    assert phi3.linear_targets(model) == ("a",)
+    assert families.training_template(tiny_tokenizer) is None

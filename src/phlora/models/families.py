@@ -6,23 +6,25 @@ Nothing is loaded here: a configuration or a tokenizer is passed in, and questio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 from torch import nn
 
-from phlora.adapters.targets import FUSED
-from phlora.adapters.targets import fused_row_blocks as fused_row_blocks
 from phlora.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-_PHI3_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LLAMA_LAYOUTS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+# The fused weights of Phi-3, and the projections that they hold, in the order of their rows.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 # Tokens that checkpoints carry and no chat writes.
 _RESERVED = re.compile(r"pad|placeholder|reserved|dummy|unused|endofprompt", re.IGNORECASE)
@@ -36,15 +38,11 @@ class Family:
         name: `phi-3` (also 3.5), `phi-4-mini`, `chatml`, `llama` or `generic`: how its chats are written.
         model_type: transformers' name of the layout.
         stop_tokens: tokens that end a reply, the end of a turn first.
-        fused_layout: fused module -> the projections in it, by row order; empty where nothing is fused.
-        default_targets: the linear modules of a block; empty when unknown (see `linear_targets`).
     """
 
     name: str
     model_type: str
     stop_tokens: tuple[str, ...] = ()
-    fused_layout: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    default_targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +65,9 @@ def family_of(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | Non
     model_type = config.model_type
     name, stops = _chat_markers(tokenizer)
     if model_type == "phi3":
-        return Family(
-            name=name or "phi-3",
-            model_type=model_type,
-            stop_tokens=stops,
-            fused_layout=FUSED,
-            default_targets=_PHI3_TARGETS,
-        )
+        return Family(name=name or "phi-3", model_type=model_type, stop_tokens=stops)
     if model_type in _LLAMA_LAYOUTS:
-        return Family(
-            name=name or "llama", model_type=model_type, stop_tokens=stops, default_targets=_LLAMA_TARGETS
-        )
+        return Family(name=name or "llama", model_type=model_type, stop_tokens=stops)
     return Family(name=name or "generic", model_type=model_type, stop_tokens=stops)
 
 
@@ -94,14 +84,30 @@ def _chat_markers(tokenizer: PreTrainedTokenizerBase | None) -> tuple[str, tuple
     return "", ()
 
 
-def linear_targets(model: nn.Module) -> tuple[str, ...]:
-    """Names of the linear layers inside the repeated blocks, in the model's order; never the output head."""
-    names: dict[str, None] = {}
-    for path, module in model.named_modules():
-        *parents, leaf = path.split(".")
-        if isinstance(module, nn.Linear) and any(parent.isdecimal() for parent in parents):
-            names[leaf] = None
-    return tuple(names)
+def fused_row_blocks(config: Any) -> dict[str, dict[str, int]]:
+    """Rows of each projection inside Phi-3's fused weights; empty for a layout without fused weights.
+
+    With H query heads, G key/value heads of width d and feed-forward width F:
+    `qkv_proj (H·d + 2·G·d, D)` holds q, k, v; `gate_up_proj (2·F, D)` holds gate, up.
+    """
+    if getattr(config, "model_type", None) != "phi3":
+        return {}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_rows = config.num_key_value_heads * head_dim
+    rows = {
+        "qkv_proj": (config.num_attention_heads * head_dim, kv_rows, kv_rows),
+        "gate_up_proj": (config.intermediate_size, config.intermediate_size),
+    }
+    return {fused: dict(zip(FUSED[fused], sizes, strict=True)) for fused, sizes in rows.items()}
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers except the output head, which is what PEFT means by `all-linear`."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    return [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    ]
 
 
 def context_lengths(config: PreTrainedConfig) -> ContextLengths:

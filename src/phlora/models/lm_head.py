@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from phlora.errors import ModelError
 from phlora.lora import matmul
 from phlora.lora.frozen import is_plain_linear
-from phlora.models.attention import segment_inputs
+from phlora.models.prefix_attention import segment_inputs
 from phlora.models.rotary import rotated_by_row
 
 IGNORED = -100

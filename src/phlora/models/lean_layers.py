@@ -3,7 +3,7 @@
 Legend: `T` tokens (any leading dimensions), `D` model width, `I` width inside the MLP, `H` query heads, `G` kv heads,
 `E` head width.
 
-Chosen once, after the adapter is in place, and undone by `slow_down`; `at_speed` does what a run's setting says. The
+Chosen once, after the adapter is in place, and undone by `slow_down`. The
 classes of modules are exchanged, never their parameters, hooks or names, so that whatever holds them (PEFT, an
 optimizer, a checkpoint) sees no difference.
 
@@ -12,7 +12,7 @@ optimizer, a checkpoint) sees no difference.
   so that a LoRA layer behind it keeps nothing more.
 - `LeanMLP`: keeps the output of gate_up and nothing else of width I; the gated product is made again for `down_proj`.
 - `LeanAttention`: q, k and v are rotated and laid out in one pass and the fused qkv is let go.
-- `LastLayer`: what follows the last attention runs only on the positions that `models.head` asks for, those that
+- `LastLayer`: what follows the last attention runs only on the positions that `models.lm_head` asks for, those that
   predict a trained token.
 
 All compute with torch's own operations on any device, in the same precision as the layers that they stand for.
@@ -20,11 +20,7 @@ All compute with torch's own operations on any device, in the same precision as 
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,18 +38,10 @@ from transformers.models.phi3.modeling_phi3 import (
     eager_attention_forward,
 )
 
-from phlora.adapters import peft_layer
-from phlora.config import Speed
 from phlora.lora import matmul
 from phlora.lora.frozen import FrozenLinear
 from phlora.lora.recompute import Recompute, attach_recompute
-
-# glibc's names for what it gives back to the system, and from which size on it asks the system for each piece anew.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Larger pieces, such as a chunk of logits, are given back: kept, they would leave holes that nothing else fits into.
-_MOST_KEPT, _LARGEST_KEPT = 512 << 20, 32 << 20
-# The largest that glibc raises the first to by itself.
-_MOST_KEPT_BY_DEFAULT = 64 << 20
+from phlora.models.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -77,27 +65,6 @@ class SpeedPass:
         layers = ", ".join(f"{count} {name}" for name, count in self.layers.items()) or "no layers replaced"
         memory = ", freed memory kept" if self.keeps_memory else ""
         return f"{layers}; products by {self.products}, {self.threads} threads{memory}"
-
-
-@contextmanager
-def at_speed(model: nn.Module, speed: Speed) -> Iterator[str]:
-    """Compute at this setting: `auto` with everything that is exact and faster, `reference` with nothing of it.
-
-    The layers stay as they were made when the context is left; both kinds compute the same. Memory that was kept goes
-    back to the system then.
-
-    Yields:
-        One line for the log.
-    """
-    if speed == "auto":
-        try:
-            yield speed_pass(peft_layer.speed_up(model)).describe()
-        finally:
-            return_freed_memory()
-        return
-    slow_down(peft_layer.slow_down(model))
-    with matmul.torch_alone():
-        yield "speed is reference: the layers of PEFT and transformers, products by torch"
 
 
 def speed_pass(model: nn.Module) -> SpeedPass:
@@ -128,32 +95,6 @@ def slow_down(model: nn.Module) -> nn.Module:
     for module in model.modules():
         module.__class__ = originals.get(type(module), type(module))
     return model
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for reuse, until `return_freed_memory`; whether it could be told to.
-
-    A training step frees and asks for the same large buffers over and over. By default glibc returns them to the
-    system, which hands them out again page by page, cleared: measured at 8 % of a step.
-    """
-    libc = _glibc()
-    if libc is None:
-        return False
-    kept = libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
-    return bool(kept)
-
-
-def return_freed_memory() -> None:
-    """Undo `keep_freed_memory`: what is free goes back to the system, now and from now on."""
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BY_DEFAULT)
-        libc.malloc_trim(0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 class LeanRMSNorm(Phi3RMSNorm):

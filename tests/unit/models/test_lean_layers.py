@@ -15,10 +15,11 @@ from transformers.models.phi3.modeling_phi3 import (
 )
 
 from phlora.adapters.attach import attach
+from phlora.adapters.speed import at_speed
 from phlora.data.collate import SharedPrefixCollator
 from phlora.lora.frozen import FrozenLinear
-from phlora.models import speed
-from phlora.models.head import token_losses
+from phlora.models import allocator, lean_layers
+from phlora.models.lm_head import token_losses
 
 SETTINGS = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 START = list(range(5, 20))
@@ -107,7 +108,7 @@ MODELS = {
 def test_losses_and_gradients_stay(changes):
     model = adapted(phi3(**changes))
     losses, gradients = step(model, padded())
-    report = speed.speed_pass(model)
+    report = lean_layers.speed_pass(model)
     lean_losses, lean_gradients = step(model, padded())
     assert report.layers == {"frozen linears": 9, "RMS norms": 5, "gated MLPs": 2, "attentions": 2}
     torch.testing.assert_close(lean_losses, losses, rtol=1e-5, atol=1e-6)
@@ -132,7 +133,7 @@ def test_any_adapter_trains_the_same(settings):
     model = adapted(phi3(), **settings)
     torch.manual_seed(2)
     losses, gradients = step(model, padded())
-    speed.speed_pass(model)
+    lean_layers.speed_pass(model)
     torch.manual_seed(2)
     lean_losses, lean_gradients = step(model, padded())
     torch.testing.assert_close(lean_losses, losses, rtol=1e-5, atol=1e-6)
@@ -144,7 +145,7 @@ def test_any_adapter_trains_the_same(settings):
 def test_shared_prefixes_and_gradient_checkpointing_work_on_lean_layers():
     model = adapted(phi3())
     losses, gradients = step(model, padded())
-    speed.speed_pass(model)
+    lean_layers.speed_pass(model)
     shared = SharedPrefixCollator()(ROWS)
     assert shared["segments"].num_positions < shared["num_tokens"]
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -157,7 +158,7 @@ def test_shared_prefixes_and_gradient_checkpointing_work_on_lean_layers():
 
 def test_the_last_layer_computes_what_the_loss_asks_for():
     model, seen = adapted(phi3()), []
-    speed.speed_pass(model)
+    lean_layers.speed_pass(model)
     for layer in model.get_decoder().layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
     batch = padded()
@@ -180,7 +181,7 @@ def test_bf16_errors_are_no_larger_than_those_of_the_plain_layers():
     def error(lean: bool) -> float:
         model = adapted(phi3(torch.float32)).bfloat16()
         if lean:
-            speed.speed_pass(model)
+            lean_layers.speed_pass(model)
         gradients = step(model, padded())[1]
         return sum(float((gradients[n].double() - truth[n]).square().sum()) for n in truth) ** 0.5
 
@@ -190,7 +191,7 @@ def test_bf16_errors_are_no_larger_than_those_of_the_plain_layers():
 def test_less_is_kept_for_backward():
     model = adapted(phi3())
     plain = kept_bytes(model, padded())
-    speed.speed_pass(model)
+    lean_layers.speed_pass(model)
     assert kept_bytes(model, padded()) < 0.7 * plain
 
 
@@ -199,7 +200,7 @@ def test_evaluation_and_generation_give_the_same():
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         logits, reply = model(ids).logits, model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-        speed.speed_pass(model)
+        lean_layers.speed_pass(model)
         torch.testing.assert_close(model(ids).logits, logits)
         assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), reply)
 
@@ -208,18 +209,18 @@ def test_the_pass_is_undone_and_changes_no_parameter():
     model = adapted(phi3())
     names = [(name, id(parameter)) for name, parameter in model.named_parameters()]
     kinds = [type(module) for module in model.modules()]
-    speed.speed_pass(model)
+    lean_layers.speed_pass(model)
     assert any(type(module) is FrozenLinear for module in model.modules())
     assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == names
-    speed.slow_down(model)
+    lean_layers.slow_down(model)
     assert [type(module) for module in model.modules()] == kinds
 
 
 def test_layers_whose_weight_trains_are_left_alone():
     model = phi3()
-    assert speed.speed_pass(model).layers == {"gated MLPs": 2, "attentions": 2}
+    assert lean_layers.speed_pass(model).layers == {"gated MLPs": 2, "attentions": 2}
     losses, gradients = step(model, padded())
-    plain_losses, plain_gradients = step(speed.slow_down(model), padded())
+    plain_losses, plain_gradients = step(lean_layers.slow_down(model), padded())
     torch.testing.assert_close(losses, plain_losses, rtol=1e-5, atol=1e-6)
     for name, gradient in plain_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -227,7 +228,7 @@ def test_layers_whose_weight_trains_are_left_alone():
 
 def test_a_lean_model_can_be_copied_and_merged():
     model = adapted(phi3())
-    speed.speed_pass(model)
+    lean_layers.speed_pass(model)
     batch = padded()
     losses = step(copy.deepcopy(model), batch)[0]
     torch.testing.assert_close(losses, step(model, batch)[0])
@@ -240,7 +241,7 @@ def test_a_lean_model_can_be_copied_and_merged():
 
 def test_nothing_is_recorded_below_the_lowest_adapted_layer():
     model = adapted(phi3(), layers_to_transform=[1], target_modules=["q_proj", "down_proj"])
-    speed.speed_pass(model)
+    lean_layers.speed_pass(model)
     entering = []
     model.get_base_model().model.layers[1].register_forward_pre_hook(
         lambda module, args: entering.append(args[0])
@@ -256,7 +257,7 @@ def test_rotation_has_its_own_gradient(rotary):
     cos, sin = torch.randn(2, 3, rotary, dtype=torch.float64), torch.randn(2, 3, rotary, dtype=torch.float64)
 
     def rotate(qkv):
-        return speed._SplitAndRotate.apply(qkv, cos, sin, 2, 8)
+        return lean_layers._SplitAndRotate.apply(qkv, cos, sin, 2, 8)
 
     assert torch.autograd.gradcheck(rotate, (qkv,))
     q, k, v = qkv.detach().unflatten(-1, (8, 8)).transpose(1, 2).split([4, 2, 2], dim=1)
@@ -267,7 +268,7 @@ def test_rotation_has_its_own_gradient(rotary):
 
 def test_gated_product_has_its_own_gradient():
     gate_up = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(speed._Gate.apply, (gate_up,))
+    assert torch.autograd.gradcheck(lean_layers._Gate.apply, (gate_up,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -286,7 +287,7 @@ def test_norm_equals_the_library_s_and_its_gradient_is_no_less_exact(dtype):
         return y, float((torch.autograd.grad(y, x, dy)[0].double() - truth).norm())
 
     expected, error = output_and_error()
-    norm.__class__ = speed.LeanRMSNorm
+    norm.__class__ = lean_layers.LeanRMSNorm
     y, lean_error = output_and_error()
     assert torch.equal(y, expected)
     assert lean_error <= 1.2 * error
@@ -298,19 +299,19 @@ def test_other_kinds_of_layers_are_never_touched():
 
     model = phi3()
     model.model.layers[0].mlp.__class__ = Own
-    speed.speed_pass(model.requires_grad_(False))
+    lean_layers.speed_pass(model.requires_grad_(False))
     assert type(model.model.layers[0].mlp) is Own
     assert isinstance(model.model.layers[1].self_attn, Phi3Attention)
 
 
-@pytest.mark.skipif(speed._glibc() is None, reason="glibc's allocator")
+@pytest.mark.skipif(allocator._glibc() is None, reason="glibc's allocator")
 def test_freed_memory_is_kept_while_the_model_computes_and_returned_after():
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    speed.return_freed_memory()
+    allocator.return_freed_memory()
     before, size = resident(), 200 << 20
-    with speed.at_speed(adapted(phi3()), "auto"):
+    with at_speed(adapted(phi3()), "auto"):
         pieces = [torch.ones(1 << 18) for _ in range(200)]
         pieces.clear()
         assert resident() - before > 0.7 * size
@@ -319,5 +320,5 @@ def test_freed_memory_is_kept_while_the_model_computes_and_returned_after():
 
 def test_the_log_names_what_was_chosen():
     model = adapted(phi3())
-    text = speed.speed_pass(model).describe()
+    text = lean_layers.speed_pass(model).describe()
     assert "2 gated MLPs" in text and "threads" in text and "products by" in text

@@ -11,9 +11,9 @@ import torch
 from phlora.data.collate import SharedPrefixCollator
 from phlora.data.prefixes import Segments, share_prefixes
 from phlora.errors import ModelError
-from phlora.models import attention
+from phlora.models import prefix_attention
 from phlora.models.embedded import tiny_phi3
-from phlora.models.head import token_losses, trunk_and_head
+from phlora.models.lm_head import token_losses, trunk_and_head
 
 E = 8
 START = [7, 8, 9, 10, 11, 12] * 5
@@ -62,9 +62,9 @@ def output_and_gradients(attend, tensors, *args, **settings) -> list[torch.Tenso
 def test_each_way_has_the_values_and_gradients_of_the_dense_mask(way, name, heads) -> None:
     segments = layout(name)
     tensors = projections(segments, heads)
-    expected = output_and_gradients(attention.attend_densely, tensors, segments)
+    expected = output_and_gradients(prefix_attention.attend_densely, tensors, segments)
     for ours, theirs in zip(
-        output_and_gradients(getattr(attention, way), tensors, segments), expected, strict=True
+        output_and_gradients(getattr(prefix_attention, way), tensors, segments), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
@@ -75,9 +75,9 @@ def test_merging_keeps_its_digits_in_lower_precision(name, dtype) -> None:
     """No worse than twice the error that one dense call makes."""
     segments = layout(name)
     exact = projections(segments, 2)
-    truth = output_and_gradients(attention.attend_densely, exact, segments)
+    truth = output_and_gradients(prefix_attention.attend_densely, exact, segments)
     rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
-    ways = (attention.attend_merged, attention.attend_densely)
+    ways = (prefix_attention.attend_merged, prefix_attention.attend_densely)
     ours, dense = (output_and_gradients(way, rounded, segments) for way in ways)
     for a, b, expected in zip(ours, dense, truth, strict=True):
         error, tolerated = ((x.double() - expected).norm() for x in (a, b))
@@ -89,8 +89,8 @@ def test_merging_keeps_its_digits_in_lower_precision(name, dtype) -> None:
 def test_a_sliding_window_counts_positions_of_the_row(name, window) -> None:
     segments = layout(name)
     tensors = projections(segments, 2)
-    expected = output_and_gradients(attention.attend_densely, tensors, segments, window=window)
-    ours = output_and_gradients(attention.attend_padded, tensors, segments, window=window)
+    expected = output_and_gradients(prefix_attention.attend_densely, tensors, segments, window=window)
+    ours = output_and_gradients(prefix_attention.attend_padded, tensors, segments, window=window)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
@@ -99,7 +99,7 @@ def test_a_sliding_window_counts_positions_of_the_row(name, window) -> None:
 def test_a_long_row_is_cut_into_stretches_that_meet_what_they_should(length) -> None:
     query = torch.empty(1, 1, length, 1)
     covered, work = [], 0
-    for span, stop, mask in attention._stretches(query):
+    for span, stop, mask in prefix_attention._stretches(query):
         covered += range(span.start, span.stop)
         work += (span.stop - span.start) * stop
         if mask is not None:
@@ -113,7 +113,7 @@ def test_a_long_row_is_cut_into_stretches_that_meet_what_they_should(length) -> 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_mask_shows_each_row_what_it_sees_alone(name, window) -> None:
     segments = layout(name)
-    mask = attention.segment_mask(segments, window=window)
+    mask = prefix_attention.segment_mask(segments, window=window)
     for path in segments.paths.values():
         alone = torch.ones(len(path), len(path)).tril().bool()
         if window:
@@ -135,7 +135,7 @@ def hidden_states(model, rows) -> list[torch.Tensor]:
     """The last hidden states of each row, from the shared layout."""
     batch = SharedPrefixCollator()(rows)
     trunk, _ = trunk_and_head(model)
-    inputs = attention.segment_inputs(
+    inputs = prefix_attention.segment_inputs(
         trunk, {name: batch[name] for name in ("input_ids", "position_ids", "segments")}
     )
     states = trunk(**inputs, use_cache=False).last_hidden_state[0]
@@ -182,7 +182,7 @@ def test_batches_without_segments_go_on_as_before() -> None:
     with torch.no_grad():
         before, generated = model(**batch).logits, model.generate(**prompt, **how)
         token_losses(model, SharedPrefixCollator()(random_rows()))
-        assert model.config._attn_implementation == attention.SEGMENTS
+        assert model.config._attn_implementation == prefix_attention.SEGMENTS
         assert torch.equal(model(**batch).logits, before)
         assert torch.equal(model.generate(**prompt, **how), generated)
 
@@ -192,28 +192,28 @@ def test_another_attention_is_refused() -> None:
     model.set_attn_implementation("eager")
     with pytest.raises(ModelError, match="the model has eager"):
         token_losses(model, SharedPrefixCollator()(random_rows()))
-    assert "eager" in attention.sharing_obstacle(model, training=True)
+    assert "eager" in prefix_attention.sharing_obstacle(model, training=True)
 
 
 class TestSharingObstacle:
     def test_none_for_a_plain_model(self) -> None:
         model = peft.get_peft_model(tiny_phi3()[0], peft.LoraConfig(target_modules="all-linear"))
-        assert attention.sharing_obstacle(model, training=True) is None
+        assert prefix_attention.sharing_obstacle(model, training=True) is None
 
     @pytest.mark.parametrize("name", ["attention_dropout", "resid_pdrop", "embd_pdrop"])
     def test_dropout_of_the_model_counts_in_training_only(self, name) -> None:
         model = tiny_phi3()[0]
         setattr(model.config, name, 0.1)
-        assert attention.sharing_obstacle(model, training=False) is None
-        assert f"{name} is 0.1" in attention.sharing_obstacle(model, training=True)
+        assert prefix_attention.sharing_obstacle(model, training=False) is None
+        assert f"{name} is 0.1" in prefix_attention.sharing_obstacle(model, training=True)
 
     def test_dropout_of_the_adapter(self) -> None:
         lora = peft.LoraConfig(target_modules="all-linear", lora_dropout=0.05)
         model = peft.get_peft_model(tiny_phi3()[0], lora)
-        assert attention.sharing_obstacle(model, training=False) is None
-        assert "lora_dropout is 0.05" in attention.sharing_obstacle(model, training=True)
+        assert prefix_attention.sharing_obstacle(model, training=False) is None
+        assert "lora_dropout is 0.05" in prefix_attention.sharing_obstacle(model, training=True)
 
     def test_an_unknown_attention(self) -> None:
         model = tiny_phi3()[0]
         model.config.model_type = "gemma2"
-        assert "gemma2" in attention.sharing_obstacle(model, training=False)
+        assert "gemma2" in prefix_attention.sharing_obstacle(model, training=False)

@@ -8,7 +8,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 from huggingface_hub.utils import get_session
 
 from phlora.errors import ModelError, NetworkError
-from phlora.models.sources import ModelSource, locate, reading, resolve_source
+from phlora.models.locate import ModelSource, locate, reading, resolve_source
 
 HUB = ModelSource(name="owner/name", kind="hub", location="owner/name", revision="v9")
 

@@ -1,0 +1,162 @@
+"""An adapter put on its base model: refused where it was trained on other weights, or where a tensor has no place."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from phlora.errors import ModelError
+from phlora.files import ADAPTER_FACTS, read_json
+from phlora.models.device import DTYPES
+from phlora.models.fingerprint import fingerprint, split_fingerprint
+from phlora.models.locate import first_line, path_advice
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterReport:
+    """What was read from an adapter folder.
+
+    Attributes:
+        num_tensors: tensors in the file; every one was used.
+        delta_norm: root of the summed squares of all lora_B tensors; at 0 the adapter changes nothing.
+        base_model: the base's name as the adapter records it.
+        notes: what the user should hear.
+    """
+
+    num_tensors: int
+    delta_norm: float
+    base_model: str | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedAdapter:
+    """A base model with an adapter on it (a `peft.PeftModel`), and what was read."""
+
+    model: nn.Module
+    report: AdapterReport
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    allow_zero: bool = False,
+) -> LoadedAdapter:
+    """Put a plain PEFT adapter on a base model, in place, or leave the base model as it was and say why not.
+
+    Args:
+        model: the base, without an adapter.
+        folder: with adapter_config.json and adapter_model.safetensors.
+        trainable: whether its parameters require gradients.
+        allow_zero: accept an adapter that changes nothing, as a fresh one.
+
+    Raises:
+        ModelError: no adapter there, another base, unused or missing tensors, or a zero delta.
+    """
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    path = Path(folder).expanduser()
+    file = _adapter_file(path)
+    tensors, delta_norm = _survey_adapter(file)
+    if delta_norm == 0 and not allow_zero:
+        raise ModelError("The adapter changes nothing: every lora_B is zero", where=str(file))
+    notes = _compare_base(model, path)
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+        config.inference_mode = not trainable
+        adapted = PeftModelForCausalLM(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"The adapter does not fit ({first_line(error)})", where=str(path)) from error
+    try:
+        result = adapted.load_adapter(str(path), "default", is_trainable=trainable)
+        _require_all_used(result, tensors, where=str(file))
+    except RuntimeError as error:
+        adapted.unload()
+        raise ModelError(
+            f"The adapter's sizes do not fit the model ({first_line(error)})", where=str(file)
+        ) from error
+    except ModelError:
+        adapted.unload()
+        raise
+    report = AdapterReport(
+        num_tensors=tensors, delta_norm=delta_norm, base_model=config.base_model_name_or_path, notes=notes
+    )
+    return LoadedAdapter(model=adapted, report=report)
+
+
+def _adapter_file(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise ModelError("The adapter's folder does not exist", where=str(folder), fix=path_advice(folder))
+    file = folder / "adapter_model.safetensors"
+    missing = [path.name for path in (folder / "adapter_config.json", file) if not path.is_file()]
+    if missing:
+        raise ModelError(f"The folder holds no adapter: it lacks {' and '.join(missing)}", where=str(folder))
+    kind = read_json(folder / "adapter_config.json", ModelError).get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"The adapter is of the kind {kind}", where=str(folder), expected="a LoRA adapter")
+    return file
+
+
+def _survey_adapter(file: Path) -> tuple[int, float]:
+    """How many tensors an adapter file holds, and the norm of all its lora_B."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            squares = [tensors.get_tensor(n).double().pow(2).sum().item() for n in names if "lora_B" in n]
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"The adapter cannot be read ({first_line(error)})",
+            where=str(file),
+            fix="the file may be incomplete: copy it again",
+        ) from error
+    return len(names), sum(squares) ** 0.5
+
+
+def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
+    """Refuse an adapter of other weights; a note where that cannot be told."""
+    facts = folder / ADAPTER_FACTS
+    recorded = read_json(facts, ModelError).get("base_fingerprint") if facts.is_file() else None
+    if not recorded:
+        return ("The adapter does not say which weights it was trained on, so they are not compared",)
+    precision = recorded.partition(":")[0]
+    trained_on, trained_storage = split_fingerprint(recorded)
+    base, storage = split_fingerprint(
+        fingerprint(model, precision=precision if precision in DTYPES else None)
+    )
+    if trained_on == base:
+        return () if trained_storage == storage else (_other_storage(trained_storage, storage),)
+    if {DTYPES.get(precision), model.dtype} == {torch.float16, torch.bfloat16}:
+        return ("Whether the adapter was trained on these weights cannot be told across float16",)
+    raise ModelError(
+        "The adapter was trained on other weights than these",
+        where=str(facts),
+        expected=f"a base with the fingerprint {recorded}, not {fingerprint(model)}",
+        fix="load the adapter's own base model, in the revision that it was trained on",
+    )
+
+
+def _other_storage(trained: str, here: str) -> str:
+    names = [f"the {storage} form" if storage else "the unquantised form" for storage in (trained, here)]
+    return f"The adapter was trained on {names[0]} of these weights and sits on {names[1]}: compare its loss on both"
+
+
+def _require_all_used(result: Any, num_tensors: int, *, where: str) -> None:
+    unused, missing = result.unexpected_keys, result.missing_keys
+    if unused:
+        raise ModelError(
+            f"{len(unused)} of {num_tensors} tensors unused: the model has no place for {unused[0]}",
+            where=where,
+            expected="an adapter whose module names are those of the model",
+            fix="convert the adapter to the model's own module names first",
+        )
+    if missing:
+        raise ModelError(f"The adapter lacks {len(missing)} tensors, such as {missing[0]}", where=where)
