@@ -1,57 +1,75 @@
-"""A command line that runs in the process of the tests, and leaves it as it was."""
+"""A command line that runs in the process of the tests, a folder to run it in, and a run that it trained."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import CHATS, CommandLine, FakeTraining, Outcome, write_rows
+from command_line import CHATS, CommandLine, Failing, write_config
 
-from phlora import cli
-from phlora.cli.console import recent_records
+from phlora.testing import chat_rows, invoke, write_rows
 
 
 @pytest.fixture(autouse=True)
-def clean_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands set environment variables and Python's logging, as a process of their own may."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "PHLORA_DEBUG"):
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "PHLORA_DEBUG"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "error" if "VERBOSITY" in name else "1")
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    logging.captureWarnings(False)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    recent_records.lines.clear()
 
 
 @pytest.fixture
-def phlora(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+def phlora() -> CommandLine:
     """Runs a command line in this process."""
-
-    def run(*arguments: str | Path) -> Outcome:
-        with pytest.raises(SystemExit) as end:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Outcome(int(end.value.code or 0), captured.out, captured.err)
-
-    return run
-
-
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeTraining:
-    fake = FakeTraining()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "phlora.train.finetune", fake)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "phlora.train.proof", fake)  # type: ignore[arg-type]
-    return fake
+    return invoke
 
 
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "chats.jsonl", CHATS)
+
+
+def furnish(folder: Path, model_folder: Path) -> None:
+    """A base, chats and a configuration, under the names that the commands of the tests use."""
+    (folder / "base").symlink_to(model_folder, target_is_directory=True)
+    rows = chat_rows(12, turns=2)
+    write_rows(folder / "train.jsonl", rows[:9])
+    write_rows(folder / "heldout.jsonl", rows[9:])
+
+
+@pytest.fixture
+def place(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with `base`, `train.jsonl`, `heldout.jsonl` and `run.yaml`; nothing is trained yet."""
+    furnish(tmp_path, model_folder)
+    monkeypatch.chdir(tmp_path)
+    write_config()
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """As `place`, with the finished run `runs/file`; read it, do not write into the run."""
+    folder = tmp_path_factory.mktemp("workshop")
+    furnish(folder, model_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = invoke("train", write_config(), "--quiet")
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def trained(place: Path, workshop: Path) -> Path:
+    """`place` with a copy of the finished run in `runs/file`."""
+    shutil.copytree(workshop / "runs", place / "runs")
+    return place
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Let the training fail with an error from now on."""
+
+    def fail(error: BaseException) -> None:
+        monkeypatch.setattr("phlora.train.finetune.finetune", Failing(error))
+
+    return fail

@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 
-import pytest
-from command_line import CHATS, CommandLine, write_rows
+from command_line import CHATS, CommandLine
 
 from phlora.cli import data
 from phlora.config import TrainOn
+from phlora.testing import write_rows
 
 
 def test_check_reports_and_exits_with_its_code(phlora: CommandLine, chats: Path, tmp_path: Path) -> None:
@@ -53,17 +52,8 @@ def test_what_a_file_says_cannot_command_the_terminal(phlora: CommandLine, tmp_p
     assert "\x1b" not in done.out and "\\x1b[31m" in done.out
 
 
-@pytest.fixture
-def tokenizer(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> Any:
-    from phlora.models import tokenizer as module
-
-    loaded = SimpleNamespace(tokenizer=tiny_tokenizer, training_template=None, notes=("a note",))
-    monkeypatch.setattr(module, "load_tokenizer", lambda name: loaded)
-    return tiny_tokenizer
-
-
-def test_preview_marks_what_is_trained(phlora: CommandLine, chats: Path, tokenizer: Any) -> None:
-    done = phlora("data", "preview", str(chats), "--rows", "1")
+def test_preview_marks_what_is_trained(phlora: CommandLine, chats: Path, model_folder: Path) -> None:
+    done = phlora("data", "preview", chats, "--model", model_folder, "--rows", "1")
     plain = done.out.replace("│", "")
     assert f"{chats}:1" in plain and f"{chats}:2" not in plain
     assert "⟦درود بر شما<|end|>" in plain
@@ -71,28 +61,30 @@ def test_preview_marks_what_is_trained(phlora: CommandLine, chats: Path, tokeniz
     assert "⟦ ⟧" in done.err and "\x1b" not in done.out
 
 
-def test_preview_in_json_gives_every_token(phlora: CommandLine, chats: Path, tokenizer: Any) -> None:
-    document = phlora("data", "preview", str(chats), "--json", "--train-on", "all").json
+def test_preview_in_json_gives_every_token(phlora: CommandLine, chats: Path, model_folder: Path) -> None:
+    document = phlora("data", "preview", chats, "--model", model_folder, "--json", "--train-on", "all").json
     first, second = document["rows"]
     assert "".join(token["text"] for token in first["tokens"]).count("سلام") == 1
     assert any(token["trained"] and token["weight"] == 1.0 for token in second["tokens"])
 
 
-def test_preview_shows_weights_and_rows_left_out(phlora: CommandLine, tmp_path: Path, tokenizer: Any) -> None:
+def test_preview_shows_weights_and_rows_left_out(
+    phlora: CommandLine, tmp_path: Path, model_folder: Path
+) -> None:
     weighted = {"messages": [CHATS[0]["messages"][0], {**CHATS[0]["messages"][1], "weight": 0.5}]}
     long = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 99}]}
     file = write_rows(tmp_path / "x.jsonl", [weighted, long])
-    done = phlora("data", "preview", str(file), "--max-length", "50")
+    done = phlora("data", "preview", file, "--model", model_folder, "--max-length", "50")
     assert "⟦×0.5 " in done.out
     assert "left out: " in done.out
 
 
 def test_preview_of_a_good_beginning_does_not_need_a_good_end(
-    phlora: CommandLine, tmp_path: Path, tokenizer: Any
+    phlora: CommandLine, tmp_path: Path, model_folder: Path
 ) -> None:
     file = write_rows(tmp_path / "x.jsonl", [*CHATS, {"messages": "broken"}])
-    assert phlora("data", "preview", str(file), "--rows", "2").code == 0
-    assert phlora("data", "preview", str(file), "--rows", "3").code == 2
+    assert phlora("data", "preview", file, "--model", model_folder, "--rows", "2").code == 0
+    assert phlora("data", "preview", file, "--model", model_folder, "--rows", "3").code == 2
 
 
 def test_the_choices_of_train_on_are_those_of_the_configuration() -> None:

@@ -8,15 +8,18 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import CommandLine, FakeTraining, write_config, write_rows
+from command_line import CommandLine
 
 from phlora import errors
 from phlora.cli import entry
-from phlora.config import RunConfig
+from phlora.testing import write_rows
+
+Fail = Callable[[BaseException], None]
 
 
 @pytest.mark.parametrize(
@@ -57,9 +60,8 @@ from phlora.config import RunConfig
     ],
 )
 def test_bad_input_is_one_clear_message(
-    phlora: CommandLine, training: FakeTraining, chats: Path, arguments: str, says: str
+    phlora: CommandLine, place: Path, chats: Path, arguments: str, says: str
 ) -> None:
-    write_config()
     Path("broken.yaml").write_text("model: m\ndata: [a\n", encoding="utf-8")
     Path("unknown.yaml").write_text("model: m\ndata: d\ntrainig_config: {}\n", encoding="utf-8")
     Path("empty.jsonl").touch()
@@ -68,7 +70,7 @@ def test_bad_input_is_one_clear_message(
     assert done.code == 2, done.err
     assert says in done.err
     assert done.out == "" and "Traceback" not in done.err
-    assert training.calls == [] and sorted(Path().rglob("*")) == before
+    assert sorted(Path().rglob("*")) == before
 
     document = phlora(*arguments.split(), "--json")
     if "chat" not in arguments.split()[0]:
@@ -97,10 +99,10 @@ def test_a_run_folder_without_a_run(phlora: CommandLine, tmp_path: Path) -> None
     ],
 )
 def test_errors_become_a_message_and_an_exit_code(
-    phlora: CommandLine, training: FakeTraining, error: Exception, code: int, kind: str
+    phlora: CommandLine, place: Path, failing: Fail, error: Exception, code: int, kind: str
 ) -> None:
-    training.raises = error
-    done = phlora("train", write_config(), "--json")
+    failing(error)
+    done = phlora("train", "run.yaml", "--json")
     assert done.code == code
     assert done.json["error"]["kind"] == kind and done.json["error"]["exit_code"] == code
     assert done.json["error"]["message"] in done.err
@@ -110,11 +112,11 @@ def test_errors_become_a_message_and_an_exit_code(
 
 
 def test_a_bug_is_called_one_and_its_traceback_kept(
-    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    phlora: CommandLine, place: Path, failing: Fail, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(entry.tempfile, "tempdir", str(tmp_path))
-    training.raises = ZeroDivisionError("division by zero")
-    done = phlora("train", write_config(), "--json")
+    failing(ZeroDivisionError("division by zero"))
+    done = phlora("train", "run.yaml", "--json")
     (log,) = tmp_path.glob("phlora-*.log")
     assert done.code == done.json["error"]["exit_code"] == entry.EXIT_BUG
     assert "bug in Phlora: ZeroDivisionError" in done.err and str(log) in done.err
@@ -124,21 +126,21 @@ def test_a_bug_is_called_one_and_its_traceback_kept(
 
 
 def test_debugging_shows_the_traceback(
-    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch
+    phlora: CommandLine, place: Path, failing: Fail, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHLORA_DEBUG", "1")
-    training.raises = ZeroDivisionError("division by zero")
-    assert "Traceback" in phlora("train", write_config()).err
-    training.raises = errors.ModelError("no such model")
-    assert "Traceback" in phlora("train", write_config()).err
+    failing(ZeroDivisionError("division by zero"))
+    assert "Traceback" in phlora("train", "run.yaml").err
+    failing(errors.ModelError("no such model"))
+    assert "Traceback" in phlora("train", "run.yaml").err
 
 
 def test_a_full_temporary_folder_does_not_hide_the_bug(
-    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch
+    phlora: CommandLine, place: Path, failing: Fail, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(entry.tempfile, "tempdir", "/does/not/exist")
-    training.raises = ZeroDivisionError("division by zero")
-    done = phlora("train", write_config())
+    failing(ZeroDivisionError("division by zero"))
+    done = phlora("train", "run.yaml")
     assert done.code == entry.EXIT_BUG and "Traceback" in done.err
 
 
@@ -146,9 +148,9 @@ def test_a_full_temporary_folder_does_not_hide_the_bug(
 
 
 def test_warnings_of_libraries_go_to_the_log(
-    phlora: CommandLine, training: FakeTraining, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    phlora: CommandLine, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def noisy(config: RunConfig, **options: Any) -> None:
+    def noisy(*_: Any, **__: Any) -> None:
         logging.getLogger("trl").warning("a warning")
         with warnings.catch_warnings():
             warnings.simplefilter("always")
@@ -157,8 +159,8 @@ def test_warnings_of_libraries_go_to_the_log(
         raise ZeroDivisionError
 
     monkeypatch.setattr(entry.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(training, "finetune", noisy)
-    done = phlora("train", write_config())
+    monkeypatch.setattr("phlora.train.finetune.finetune", noisy)
+    done = phlora("train", "run.yaml")
     log = next(tmp_path.glob("phlora-*.log")).read_text(encoding="utf-8")
     assert "an error" in done.err and "a warning" not in done.err and "python's own" not in done.err
     assert "a warning" in log and "python's own" in log

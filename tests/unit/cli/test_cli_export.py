@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from command_line import CommandLine
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from phlora.errors import Finding
+from phlora.testing import chat_rows, tiny_adapter, write_rows
 
 
 @pytest.fixture
@@ -76,46 +76,49 @@ def test_a_mistake_is_exit_code_2_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@dataclass
-class FakeReport:
-    def summary(self) -> str:
-        return "8 modules merged"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"changed_tokens": 0}
+# ------------------------------------------------------------------------------------------------------- merging
 
 
-def test_merge_passes_its_options_on(phlora: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
+def test_merge_writes_a_model_and_proves_it(phlora: CommandLine, trained: Path) -> None:
+    done = phlora("merge", "runs/file", "-o", "merged")
+    assert done.code == 0, done.err
+    assert "modules merged into base, saved in float32" in done.out
+    assert "changed greedy tokens   0" in done.out
+    assert AutoModelForCausalLM.from_pretrained("merged").dtype == torch.float32
+    again = phlora("merge", "runs/file", "-o", "merged")
+    assert again.code == 2 and "merged" in again.err
 
-    def merge_run(*arguments: Any, **options: Any) -> FakeReport:
-        options.pop("display")
-        calls.append((*arguments, options))
-        return FakeReport()
 
-    for module in ("merge", "convert"):
-        monkeypatch.setattr(f"phlora.export.{module}.merge_run", merge_run)
-    assert phlora("merge", "runs/a", "-o", "out").out == "8 modules merged\n"
-    options = ["--model", "base", "--dtype", "bfloat16", "--rows", "r.jsonl", "--max-rows", "5", "--json"]
-    done = phlora("merge", "runs/a", "-o", "out", *options, "--device", "cpu", "--base", "full")
-    assert done.json == {"changed_tokens": 0}
-    plain: dict[str, Any] = {"base": "auto"}
-    plain |= {
-        "model": None,
-        "dtype": "auto",
-        "rows": None,
-        "max_rows": 64,
-        "device": "auto",
-        "offline": False,
+def test_merge_takes_base_dtype_rows_and_device(phlora: CommandLine, trained: Path) -> None:
+    write_rows(trained / "r.jsonl", chat_rows(7))
+    (trained / "other").symlink_to(trained / "base")
+    options = ["--model", "other", "--dtype", "bfloat16", "--rows", "r.jsonl", "--max-rows", 5]
+    options += ["--device", "cpu", "--base", "full", "--offline", "--quiet"]
+    done = phlora("merge", "runs/file/adapter/last", "-o", "merged", *options, "--json")
+    assert done.code == 0 and done.err == ""
+    report = done.json
+    assert (report["dtype"], report["num_rows"], report["base_model"]) == ("bfloat16", 5, "other")
+    assert AutoModelForCausalLM.from_pretrained("merged", dtype="auto").dtype == torch.bfloat16
+
+
+def test_convert_merges_as_merge_does(phlora: CommandLine, trained: Path) -> None:
+    merged = phlora("merge", "runs/file", "-o", "merged", "--dtype", "float16", "--json").json
+    options = ["--to", "merged", "--dtype", "float16", "--base", "full", "--rows", "heldout.jsonl"]
+    converted = phlora("convert", "runs/file", "-o", "converted", *options, "--json").json
+    assert converted["largest_difference"] == merged["largest_difference"]
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in ("merged", "converted"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_adapter_of_a_quantised_base_is_merged_into_either(phlora: CommandLine, place: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert phlora("train", "run.yaml", "--quantization", "nf4", "--quiet").code == 0
+    reports = {
+        base: phlora("merge", "runs/file", "-o", base, "--base", base, "--json").json
+        for base in ("full", "dequantized", "auto")
     }
-    asked = {"model": "base", "dtype": "bfloat16", "rows": ["r.jsonl"], "max_rows": 5, "device": "cpu"}
-    asked["base"] = "full"
-    assert calls == [("runs/a", "out", plain), ("runs/a", "out", plain | asked)]
-    of_convert = {name: plain[name] for name in ("base", "model", "dtype", "rows", "offline")}
-    phlora("convert", "runs/a", "--to", "merged", "-o", "out", "--dtype", "float16")
-    phlora("convert", "runs/a", "--to", "merged", "-o", "out", "--base", "dequantized")
-    assert calls[2] == ("runs/a", "out", of_convert | {"dtype": "float16"})
-    assert calls[3] == ("runs/a", "out", of_convert | {"base": "dequantized"})
+    assert reports["full"]["storage"] == "nf4" and reports["dequantized"]["base"] == "dequantized"
+    assert reports["auto"]["base"] == min(("full", "dequantized"), key=reports["auto"]["losses"].get)
 
 
 @pytest.mark.parametrize("command", [["merge"], ["convert", "--to", "merged"]])
@@ -124,13 +127,17 @@ def test_a_base_that_there_is_not_is_exit_code_2(phlora: CommandLine, command: l
     assert done.code == 2 and "dequantized" in done.err
 
 
-def test_a_refused_merge_is_exit_code_1(phlora: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def merge_run(*_: Any, **__: Any) -> None:
-        raise Finding("The merged model does not answer like base and adapter", where="out")
-
-    monkeypatch.setattr("phlora.export.merge.merge_run", merge_run)
-    done = phlora("merge", "runs/a", "-o", "out", "--json")
+def test_a_refused_merge_is_exit_code_1_and_leaves_nothing(
+    phlora: CommandLine, place: Path, model_folder: Path
+) -> None:
+    """Deltas ten times the size of the weights: sixteen bits cannot hold the sum."""
+    file = tiny_adapter(model_folder, place / "adapter") / "adapter_model.safetensors"
+    save_file({name: 10 * tensor for name, tensor in load_file(file).items()}, file)
+    options = ["--model", "base", "--rows", "heldout.jsonl", "--dtype", "bfloat16"]
+    done = phlora("merge", "adapter", "-o", "merged", *options, "--json")
     assert done.code == 1 and done.json["error"]["kind"] == "Finding"
+    assert "--dtype float32" in done.json["error"]["fix"]
+    assert not (place / "merged").exists()
 
 
 def test_a_missing_source_is_exit_code_2(phlora: CommandLine, tmp_path: Path) -> None:
