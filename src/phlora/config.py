@@ -93,8 +93,11 @@ class EvaluationConfig:
     """How the base and the tuned model are compared on the held-out rows."""
 
     metrics: tuple[str, ...] = field(
-        default=("exact_match", "json_valid"),
-        metadata={"help": "exact_match, json_valid, json_equal, rouge_l, contains:TEXT, regex:PATTERN"},
+        default=("auto",),
+        metadata={
+            "help": "auto (what fits the expected answers), exact_match, json_valid, json_equal, rouge_l, "
+            "contains:TEXT, regex:PATTERN"
+        },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "longest generated answer, in tokens"})
     max_answers: int = field(

@@ -52,7 +52,7 @@ def test_nothing_means_the_default() -> None:
         {"model": {"name": "m", "dtype": None}, "data": "d", "evaluation": {"metrics": None}}
     )
     assert config.model.dtype == "auto"
-    assert config.evaluation.metrics == ("exact_match", "json_valid")
+    assert config.evaluation.metrics == ("auto",)
 
 
 def test_numbers_in_quotes_are_numbers() -> None:

@@ -126,7 +126,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
-            help="exact_match, json_valid, json_equal, rouge_l, contains:TEXT or regex:PATTERN; repeatable.",
+            help="auto, exact_match, json_valid, json_equal, rouge_l, contains:TEXT, regex:PATTERN; repeatable.",
         ),
     ] = None,
     max_answers: Annotated[

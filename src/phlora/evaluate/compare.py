@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from phlora.data.collate import SharedPrefixCollator
 from phlora.errors import DataError
-from phlora.evaluate.metrics import PASSING_SCORE, Interval, Metric, paired_bootstrap
+from phlora.evaluate.metrics import PASSING_SCORE, Metric
+from phlora.evaluate.statistics import Interval, paired_interval
+from phlora.evaluate.task import Task, task_of
 from phlora.models.generate import evaluating
 from phlora.models.lm_head import IGNORED, targets_and_weights, token_losses
 
@@ -26,6 +28,7 @@ Decode = Callable[[list[int]], str]
 Collate = Callable[[Sequence[Any]], dict[str, Any]]
 Advance = Callable[[int], None]
 RowLoss = tuple[float, int, int]
+Change = Literal["improved", "worsened"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,7 @@ class LossScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class ModelScores:
     """One model's results.
 
     Attributes:
@@ -82,14 +85,24 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flip:
-    """An item that one model answers right and the other wrong."""
+class AnsweredItem:
+    """An item with the answers of both models.
+
+    Attributes:
+        origin: file and line of the row.
+        messages: the prompt as messages with `role` and `content`; empty for a plain text.
+        reference: the right answer.
+        base_answer, tuned_answer: what each model said.
+        change: `improved` where the base is wrong and the tuned model right, `worsened` the other way round; None
+            where both are right, both are wrong, or no metric tells right from wrong.
+    """
 
     origin: str
     messages: list[dict[str, Any]]
     reference: str
     base_answer: str
     tuned_answer: str
+    change: Change | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +111,24 @@ class Comparison:
 
     Attributes:
         base, tuned: the results of each.
-        intervals: metric name, `loss` or `token_accuracy` -> 95 % interval of `tuned - base`.
-        decided_by: the metric that calls an answer right: the first one that applies to any item.
-        flips: `improved` and `worsened` items, in the order of the items.
+        intervals: metric name, `loss` or `token_accuracy` -> 95 % interval of `tuned - base`; none where rows are
+            too few for one.
+        task: what the expected answers look like.
+        decided_by: the metric that calls an answer right: the first one that can, for this task, and that applies
+            to any item; None: no metric can, and the loss leads.
+        answers: every item with both answers, in the order of the items.
     """
 
-    base: Side
-    tuned: Side
+    base: ModelScores
+    tuned: ModelScores
     intervals: dict[str, Interval]
+    task: Task
     decided_by: str | None
-    flips: dict[str, list[Flip]]
+    answers: list[AnsweredItem]
+
+    def changed(self, change: Change) -> list[AnsweredItem]:
+        """The items that improved, or those that worsened."""
+        return [item for item in self.answers if item.change == change]
 
     def num_rows(self, name: str) -> int:
         """How many rows stand behind a figure."""
@@ -157,7 +178,7 @@ def score_loss(
     return _summed(per_row)
 
 
-def evaluate_side(
+def score_model(
     model: nn.Module,
     rows: Sequence[Any],
     items: Sequence[EvaluationItem],
@@ -168,7 +189,7 @@ def evaluate_side(
     collate: Collate,
     batch_size: int,
     progress: Advance | None = None,
-) -> Side:
+) -> ModelScores:
     """Score the rows and answer the items with the model as it stands.
 
     Args:
@@ -180,7 +201,7 @@ def evaluate_side(
     """
     loss = score_loss(model, rows, collate=collate, batch_size=batch_size, progress=progress)
     if not items:
-        return Side(loss=loss, metrics=dict.fromkeys(metrics))
+        return ModelScores(loss=loss, metrics=dict.fromkeys(metrics))
     with evaluating(model), torch.no_grad():
         answers = [decode(ids) for ids in generate(model, [list(item.prompt_ids) for item in items])]
     scores = {
@@ -188,30 +209,30 @@ def evaluate_side(
         for name, metric in metrics.items()
     }
     means = {name: _mean_of_applicable(values) for name, values in scores.items()}
-    return Side(loss=loss, answers=answers, scores=scores, metrics=means)
+    return ModelScores(loss=loss, answers=answers, scores=scores, metrics=means)
 
 
-def compare_adapter(
-    model: Any, rows: Sequence[Any], items: Sequence[EvaluationItem], *, seed: int = 0, **how: Any
+def compare(
+    base: ModelScores, tuned: ModelScores, items: Sequence[EvaluationItem], *, seed: int = 0
 ) -> Comparison:
-    """Evaluate a PeftModel without and with its adapter; `how` are the keywords of `evaluate_side`."""
-    with model.disable_adapter():
-        base = evaluate_side(model, rows, items, **how)
-    tuned = evaluate_side(model, rows, items, **how)
-    return compare(base, tuned, items, seed=seed)
-
-
-def compare(base: Side, tuned: Side, items: Sequence[EvaluationItem], *, seed: int = 0) -> Comparison:
-    """Lay two sides over the same rows and items beside each other."""
-    intervals = {
-        name: paired_bootstrap(*pairs, seed=seed)
+    """Lay the results of two models on the same rows and items beside each other."""
+    task = task_of([item.reference for item in items])
+    pairs = {
+        name: applicable
         for name in base.scores
-        if (pairs := _applicable_pairs(base.scores[name], tuned.scores[name]))
+        if (applicable := _applicable_pairs(base.scores[name], tuned.scores[name]))
     }
-    decided_by = next(iter(intervals), None)
+    intervals = {name: paired_interval(*scores, seed=seed) for name, scores in pairs.items()}
     intervals |= _loss_intervals(base.loss, tuned.loss, seed=seed)
-    flips = _flips(base, tuned, items, decided_by) if decided_by else {"improved": [], "worsened": []}
-    return Comparison(base=base, tuned=tuned, intervals=intervals, decided_by=decided_by, flips=flips)
+    decided_by = next((name for name in pairs if task.judges(name)), None)
+    return Comparison(
+        base=base,
+        tuned=tuned,
+        intervals={name: interval for name, interval in intervals.items() if interval},
+        task=task,
+        decided_by=decided_by,
+        answers=_answered(base, tuned, items, decided_by),
+    )
 
 
 def _field(row: Any, name: str) -> Sequence[int]:
@@ -277,40 +298,46 @@ def _applicable_pairs(
     return ([b for b, _ in pairs], [t for _, t in pairs]) if pairs else None
 
 
-def _loss_intervals(base: LossScores, tuned: LossScores, *, seed: int) -> dict[str, Interval]:
+def _loss_intervals(base: LossScores, tuned: LossScores, *, seed: int) -> dict[str, Interval | None]:
     """Rows are drawn whole, each weighing as many tokens as it has: tokens of one row are not independent."""
     rows = [(b, t) for b, t in zip(base.per_row, tuned.per_row, strict=True) if b[1]]
     tokens = [b[1] for b, _ in rows]
     return {
-        name: paired_bootstrap(
+        name: paired_interval(
             [b[column] / b[1] for b, _ in rows],
             [t[column] / t[1] for _, t in rows],
             weights=tokens,
+            is_share=name == "token_accuracy",
             seed=seed,
         )
         for name, column in (("loss", 0), ("token_accuracy", 2))
     }
 
 
-def _flips(
-    base: Side, tuned: Side, items: Sequence[EvaluationItem], decided_by: str
-) -> dict[str, list[Flip]]:
-    flips: dict[str, list[Flip]] = {"improved": [], "worsened": []}
-    scores = zip(base.scores[decided_by], tuned.scores[decided_by], strict=True)
-    for index, (before, after) in enumerate(scores):
-        if before is None or after is None:
-            continue
-        was_right, is_right = before >= PASSING_SCORE, after >= PASSING_SCORE
-        if was_right != is_right:
-            flips["improved" if is_right else "worsened"].append(_flip(base, tuned, items[index], index))
-    return flips
+def _answered(
+    base: ModelScores, tuned: ModelScores, items: Sequence[EvaluationItem], decided_by: str | None
+) -> list[AnsweredItem]:
+    if not base.answers:
+        return []
+    nothing: list[float | None] = [None] * len(items)
+    before, after = (side.scores[decided_by] if decided_by else nothing for side in (base, tuned))
+    return [
+        AnsweredItem(
+            origin=str(item.origin),
+            messages=[dict(message) for message in item.messages or ()],
+            reference=item.reference,
+            base_answer=base.answers[index],
+            tuned_answer=tuned.answers[index],
+            change=_change(before[index], after[index]),
+        )
+        for index, item in enumerate(items)
+    ]
 
 
-def _flip(base: Side, tuned: Side, item: EvaluationItem, index: int) -> Flip:
-    return Flip(
-        origin=str(item.origin),
-        messages=[dict(message) for message in item.messages or ()],
-        reference=item.reference,
-        base_answer=base.answers[index],
-        tuned_answer=tuned.answers[index],
-    )
+def _change(before: float | None, after: float | None) -> Change | None:
+    if before is None or after is None:
+        return None
+    was_right, is_right = before >= PASSING_SCORE, after >= PASSING_SCORE
+    if was_right == is_right:
+        return None
+    return "improved" if is_right else "worsened"

@@ -6,7 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from phlora.evaluate.compare import Comparison, Side
+from phlora.evaluate.compare import Comparison, ModelScores
+from phlora.evaluate.statistics import MIN_ROWS
 
 Number = float | None
 
@@ -28,14 +29,16 @@ _LOWER_IS_BETTER = ("loss", "perplexity")
 class Line:
     """One line of the before/after table. Shares are 0 to 1; None: does not apply, or is no finite number.
 
-    `low` and `high` bound the change at 95 %.
+    `low` and `high` bound the change at 95 %; `num_rows` stand behind it.
     """
 
     name: str
     base: Number
     tuned: Number
+    num_rows: int
     low: Number = None
     high: Number = None
+    p_value: Number = None
 
     @property
     def label(self) -> str:
@@ -51,10 +54,17 @@ class Line:
 
     @property
     def direction(self) -> str:
-        """`better` or `worse` where the interval leaves no doubt, else `unclear`."""
-        if self.low is None or self.high is None or self.low <= 0 <= self.high:
+        """`better` or `worse` where interval, test and number of rows leave no doubt, else `unclear`."""
+        if self.low is None or self.high is None or self.low <= 0 <= self.high or self.has_few_rows:
+            return "unclear"
+        if self.p_value is not None and self.p_value >= 0.05:
             return "unclear"
         return "better" if (self.low > 0) == self.is_share else "worse"
+
+    @property
+    def has_few_rows(self) -> bool:
+        """Whether the rows are too few to call a change better or worse."""
+        return self.num_rows < MIN_ROWS
 
     @property
     def base_text(self) -> str:
@@ -71,7 +81,8 @@ class Line:
     @property
     def interval_text(self) -> str:
         if self.low is None or self.high is None:
-            return ""
+            is_missed = self.has_few_rows and self.change is not None and self.name != "perplexity"
+            return "too few rows" if is_missed else ""
         return f"{self._signed(self.low)} to {self._signed(self.high)}"
 
     def _value_text(self, value: Number) -> str:
@@ -85,7 +96,7 @@ class Line:
         return f"{100 * value:+.1f}" if self.is_share else f"{value:+.3f}"
 
 
-def figures(side: Side) -> dict[str, Number]:
+def figures(side: ModelScores) -> dict[str, Number]:
     """All figures of one side by name: the metrics in their order, then those of the trained tokens."""
     losses = {name: getattr(side.loss, name) for name in ("loss", "perplexity", "token_accuracy")}
     return {name: _finite(value) for name, value in {**side.metrics, **losses}.items()}
@@ -95,13 +106,19 @@ def lines_of(comparison: Comparison) -> list[Line]:
     """The before/after table."""
     tuned = figures(comparison.tuned)
     return [
-        Line(name=name, base=value, tuned=tuned[name], **_bounds(comparison, name))
+        Line(
+            name=name,
+            base=value,
+            tuned=tuned[name],
+            num_rows=comparison.num_rows(name),
+            **_bounds(comparison, name),
+        )
         for name, value in figures(comparison.base).items()
     ]
 
 
 def headline(comparison: Comparison) -> Line:
-    """The line that decides: the first metric that applies to any row, else the loss."""
+    """The line that leads: the metric that tells right from wrong, where one can, else the loss."""
     name = comparison.decided_by or "loss"
     return next(line for line in lines_of(comparison) if line.name == name)
 
@@ -113,25 +130,46 @@ def verdict(comparison: Comparison) -> str:
             "The adapter changes nothing: answers and losses are those of the base model, to the last digit."
         )
     line = headline(comparison)
-    if line.change is None or not line.interval_text:
+    if line.change is None:
         return f"{line.label} is no finite number, so the base and the tuned model cannot be compared."
-    num_rows = comparison.num_rows(line.name)
-    where = f"on {num_rows} held-out {row_word(num_rows)}"
-    if line.low == line.high == 0:
-        return _short(f"{line.label} stayed at {line.tuned_text} {where}.")
-    interval = f"95 % interval of the change: {line.interval_text}{' points' if line.is_share else ''}"
+    where = f"on {line.num_rows} held-out {row_word(line.num_rows)}"
+    from_to = f"from {line.base_text} to {line.tuned_text}{_perplexities(comparison, line)} {where}"
     if line.direction == "unclear":
-        went = (
-            f"stayed at {line.tuned_text}"
-            if line.change == 0
-            else f"went from {line.base_text} to {line.tuned_text}"
-        )
-        return _short(f"{line.label} {went} {where}: no proof of a change ({interval}).")
+        went = f"stayed at {line.tuned_text} {where}" if line.change == 0 else f"went {from_to}"
+        return _short(f"{line.label} {went}: {_why_unclear(line)}.")
     verb = "rose" if line.change > 0 else "fell"
     worse = ": the tuned model is worse" if line.direction == "worse" else ""
-    return _short(
-        f"{line.label} {verb} from {line.base_text} to {line.tuned_text} {where}{worse} ({interval})."
+    return _short(f"{line.label} {verb} {from_to}{worse} ({_interval_words(line)}).")
+
+
+def choice_of_headline(comparison: Comparison) -> str | None:
+    """Why the loss leads where answers were generated; None where a metric leads."""
+    if comparison.decided_by or not comparison.answers:
+        return None
+    if comparison.task.kind == "open":
+        return (
+            f"The loss leads, for {comparison.task.reason}: a good answer hardly ever equals the expected one "
+            "word for word."
+        )
+    return "The loss leads, for no metric of this run tells a right answer from a wrong one."
+
+
+def _perplexities(comparison: Comparison, line: Line) -> str:
+    if line.name != "loss":
+        return ""
+    perplexity = next(line for line in lines_of(comparison) if line.name == "perplexity")
+    return f" (perplexity {perplexity.base_text} to {perplexity.tuned_text})"
+
+
+def _why_unclear(line: Line) -> str:
+    verdict = (
+        f"too few rows to say, {MIN_ROWS} are the least" if line.has_few_rows else "no proof of a change"
     )
+    return verdict if line.low is None else f"{verdict} ({_interval_words(line)})"
+
+
+def _interval_words(line: Line) -> str:
+    return f"95 % interval of the change: {line.interval_text}{' points' if line.is_share else ''}"
 
 
 def label_of(name: str) -> str:
@@ -162,7 +200,9 @@ def _changes_nothing(comparison: Comparison) -> bool:
 
 def _bounds(comparison: Comparison, name: str) -> dict[str, Number]:
     interval = comparison.intervals.get(name)
-    return {"low": _finite(interval.low), "high": _finite(interval.high)} if interval else {}
+    if interval is None:
+        return {}
+    return {"low": _finite(interval.low), "high": _finite(interval.high), "p_value": interval.p_value}
 
 
 def _finite(value: Number) -> Number:

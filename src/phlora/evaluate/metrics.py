@@ -1,4 +1,4 @@
-"""Scores of a generated answer, and how sure a difference between two models is.
+"""Scores of a generated answer.
 
 A metric takes (prediction, reference) and returns a score from 0 to 1, or None where it does not apply to the row.
 Texts are compared in Unicode normal form C: an accent written as one character equals the same accent written as
@@ -10,23 +10,21 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
-
-import numpy as np
 
 from phlora.errors import ConfigError, did_you_mean
 
 Metric = Callable[[str, str], float | None]
 
+# In a list of metrics: those that fit the expected answers.
+AUTO = "auto"
+
 # A score of this much counts as a right answer where a row is called improved or worsened.
 PASSING_SCORE = 0.5
 
 _ZERO_WIDTH_JOINERS = "\u200c\u200d"
-# A draw of the bootstrap never holds more row numbers than this at once.
-_MAX_DRAWN = 4_000_000
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -36,17 +34,17 @@ def exact_match(prediction: str, reference: str) -> float:
 
 def json_valid(prediction: str, reference: str) -> float | None:
     """1 when the answer is a JSON object or array; applies where the reference is one."""
-    if _parsed(reference) is None:
+    if parsed_json(reference) is None:
         return None
-    return float(_parsed(prediction) is not None)
+    return float(parsed_json(prediction) is not None)
 
 
 def json_equal(prediction: str, reference: str) -> float | None:
     """1 when both hold the same JSON value, in any order of keys; applies where the reference is JSON."""
-    expected = _parsed(reference)
+    expected = parsed_json(reference)
     if expected is None:
         return None
-    return float(_same_json(_parsed(prediction), expected))
+    return float(_same_json(parsed_json(prediction), expected))
 
 
 def rouge_1(prediction: str, reference: str) -> float:
@@ -69,13 +67,18 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def resolve_metrics(names: Iterable[str]) -> dict[str, Metric]:
+def resolve_metrics(names: Iterable[str], *, auto: Iterable[str] = ()) -> dict[str, Metric]:
     """The metrics behind their names, in the order given; `contains:TEXT` and `regex:PATTERN` carry a parameter.
+
+    Args:
+        names: names of `METRICS`, names with a parameter, or `auto`.
+        auto: what stands for `auto`: the metrics that fit the task.
 
     Raises:
         ConfigError: an unknown name, a missing parameter, or a pattern that is no regular expression.
     """
-    return {name: _resolve(name) for name in names}
+    chosen = [entry for name in names for entry in (auto if name == AUTO else [name])]
+    return {name: _resolve(name) for name in chosen}
 
 
 def split_words(text: str) -> list[str]:
@@ -95,64 +98,6 @@ def is_word_part(character: str) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The mean of `tuned - base` with the interval that holds it at the confidence asked for."""
-
-    mean_difference: float
-    low: float
-    high: float
-
-    @property
-    def includes_zero(self) -> bool:
-        return self.low <= 0 <= self.high
-
-
-def paired_bootstrap(
-    base: Sequence[float],
-    tuned: Sequence[float],
-    *,
-    weights: Sequence[float] | None = None,
-    seed: int = 0,
-    num_resamples: int = 2000,
-    confidence: float = 0.95,
-) -> Interval:
-    """Percentile bootstrap of the mean difference, drawing rows with both of their scores.
-
-    Args:
-        base: (rows,) score of each row.
-        tuned: (rows,) score of the same rows.
-        weights: (rows,) for a weighted mean, such as the tokens of each row; None: all rows alike.
-        seed: of the draws.
-        num_resamples: how many sets of rows are drawn.
-        confidence: share of the resampled means inside the interval.
-
-    Raises:
-        ValueError: no rows, or lists of different lengths.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-    """
-    if not len(base) or len(base) != len(tuned) or (weights is not None and len(weights) != len(base)):
-        raise ValueError(f"paired scores are needed, got {len(base)} and {len(tuned)}")
-    mass = np.ones(len(base)) if weights is None else np.asarray(weights, dtype=np.float64)
-    difference = (np.asarray(tuned, dtype=np.float64) - np.asarray(base, dtype=np.float64)) * mass
-    means = _resampled_means(difference, mass, seed=seed, num_resamples=num_resamples)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(difference.sum() / mass.sum()), float(low), float(high))
-
-
-def _resampled_means(
-    sums: np.ndarray[Any, Any], mass: np.ndarray[Any, Any], *, seed: int, num_resamples: int
-) -> np.ndarray[Any, Any]:
-    generator = np.random.default_rng(seed)
-    at_once = max(1, _MAX_DRAWN // len(sums))
-    means = []
-    for start in range(0, num_resamples, at_once):
-        rows = generator.integers(len(sums), size=(min(at_once, num_resamples - start), len(sums)))
-        means.append(sums[rows].sum(axis=1) / mass[rows].sum(axis=1))
-    return np.concatenate(means)
-
-
 def _resolve(name: str) -> Metric:
     kind, colon, parameter = name.partition(":")
     if kind in _PARAMETERISED:
@@ -162,7 +107,7 @@ def _resolve(name: str) -> Metric:
             )
         return _PARAMETERISED[kind](parameter)
     if name not in METRICS:
-        candidates = [*METRICS, *(f"{kind}:" for kind in _PARAMETERISED)]
+        candidates = [AUTO, *METRICS, *(f"{kind}:" for kind in _PARAMETERISED)]
         raise ConfigError(
             f"Unknown metric `{name}`", where="evaluation.metrics", fix=did_you_mean(name, candidates)
         )
@@ -191,7 +136,7 @@ def _normal(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _parsed(text: str) -> dict[str, Any] | list[Any] | None:
+def parsed_json(text: str) -> dict[str, Any] | list[Any] | None:
     """The JSON object or array that the text is, or None."""
     try:
         value = json.loads(_normal(text), parse_constant=_refuse_constant)

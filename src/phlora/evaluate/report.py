@@ -22,9 +22,10 @@ import jinja2
 
 from phlora.errors import NoRoomError, RunError
 from phlora.evaluate.charts import Bar, loss_curve, sparkline
-from phlora.evaluate.compare import Comparison, Flip, Side
+from phlora.evaluate.compare import AnsweredItem, Change, Comparison, ModelScores
 from phlora.evaluate.findings import (
     Line,
+    choice_of_headline,
     duration,
     figures,
     headline,
@@ -41,7 +42,8 @@ HTML_FILE = "report.html"
 
 # In report.json even when the run did not ask for them.
 _ALWAYS = ("exact_match", "json_valid")
-_SHOWN_FLIPS = 25
+_SHOWN_ANSWERS = 25
+_CHANGES: tuple[Change, ...] = ("improved", "worsened")
 # Aligning longer texts word by word takes seconds and helps nobody.
 _MAX_DIFF_PIECES = 1500
 _NOT_SHOWN = "(not shown)"
@@ -118,9 +120,9 @@ class Report:
             "num_rows": {name: comparison.num_rows(name) for name in figures(comparison.base)},
             "intervals": {name: _plain(asdict(interval)) for name, interval in comparison.intervals.items()},
             "decided_by": comparison.decided_by,
-            "flips": {
-                kind: [_plain(asdict(flip)) for flip in flips] for kind, flips in comparison.flips.items()
-            },
+            "task": _plain(asdict(comparison.task)),
+            "flips": {kind: [_plain(asdict(item)) for item in comparison.changed(kind)] for kind in _CHANGES},
+            "answers": [_plain(asdict(item)) for item in comparison.answers],
             "config": _redacted(self.config),
             "config_origins": dict(self.origins),
             **_redacted(facts),
@@ -157,8 +159,9 @@ class Report:
         return folder / HTML_FILE
 
     def _footnotes(self) -> list[str]:
-        improved, worsened = (len(self.comparison.flips[kind]) for kind in ("improved", "worsened"))
-        footnotes = []
+        improved, worsened = (len(self.comparison.changed(kind)) for kind in _CHANGES)
+        why = choice_of_headline(self.comparison)
+        footnotes = [why] if why else []
         if self.comparison.decided_by:
             footnotes.append(f"{improved} {row_word(improved)} turned right, {worsened} turned wrong.")
         if self.timing:
@@ -169,7 +172,7 @@ class Report:
 
     def _page(self) -> dict[str, Any]:
         """What the template shows."""
-        lines, flips = lines_of(self.comparison), self.comparison.flips
+        lines = lines_of(self.comparison)
         head = headline(self.comparison)
         rates = [(step, rate) for step, _, rate in self.training_curve]
         return {
@@ -183,13 +186,27 @@ class Report:
             ),
             "rate_line": sparkline(rates),
             "peak_rate": f"{max((rate for _, rate in rates), default=0.0):.3g}",
-            "flips": {kind: [_shown_flip(flip) for flip in flips[kind][:_SHOWN_FLIPS]] for kind in flips},
-            "num_flips": {kind: len(flips[kind]) for kind in flips},
+            "why_this_headline": choice_of_headline(self.comparison),
+            "answer_lists": self._answer_lists(),
             "decided_by": label_of(self.comparison.decided_by) if self.comparison.decided_by else None,
             "facts": self._fact_tables(),
             "config": _config_rows(self.config, self.origins),
             "notes": list(self.notes),
         }
+
+    def _answer_lists(self) -> list[AnswerList]:
+        """Worsened and improved answers first; without any of them, or with no metric to tell, all answers."""
+        comparison = self.comparison
+        worsened, improved = comparison.changed("worsened"), comparison.changed("improved")
+        unchanged = [item for item in comparison.answers if item.change is None]
+        lists = []
+        if comparison.decided_by:
+            lists.append(AnswerList.of("worsened", "Right before, wrong now", worsened))
+            lists.append(AnswerList.of("improved", "Wrong before, right now", improved))
+        if unchanged:
+            title = "Unchanged in that" if comparison.decided_by else "Side by side"
+            lists.append(AnswerList.of("unchanged", title, unchanged))
+        return lists
 
     def _fact_tables(self) -> list[tuple[str, list[tuple[str, str]]]]:
         effort = {name: duration(seconds) for name, seconds in self.timing.items()}
@@ -207,6 +224,22 @@ class Report:
             for name, facts in tables.items()
             if facts
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerList:
+    """Answers under one heading of the page: all of their number, the first of them themselves."""
+
+    kind: str
+    title: str
+    count: int
+    shown: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, kind: str, title: str, items: Sequence[AnsweredItem]) -> AnswerList:
+        return cls(
+            kind=kind, title=title, count=len(items), shown=[_shown_item(i) for i in items[:_SHOWN_ANSWERS]]
+        )
 
 
 def marked_words(answer: str, reference: str) -> list[tuple[str, str]]:
@@ -264,7 +297,7 @@ def _text_cells(line: Line) -> tuple[str, ...]:
     return (line.label, line.base_text, line.tuned_text, line.change_text, line.interval_text)
 
 
-def _side_json(side: Side) -> dict[str, Any]:
+def _side_json(side: ModelScores) -> dict[str, Any]:
     return {**dict.fromkeys(_ALWAYS), **figures(side), "num_tokens": side.loss.num_tokens}
 
 
@@ -281,15 +314,15 @@ def _bar(line: Line) -> Bar:
     return Bar(line=line, base=100 * base, tuned=100 * tuned, whisker=whisker)
 
 
-def _shown_flip(flip: Flip) -> dict[str, Any]:
-    messages = [(str(message.get("role", "")), _content(message.get("content"))) for message in flip.messages]
+def _shown_item(item: AnsweredItem) -> dict[str, Any]:
+    messages = [(str(message.get("role", "")), _content(message.get("content"))) for message in item.messages]
     return {
-        "origin": flip.origin,
+        "origin": item.origin,
         "earlier": messages[:-1],
         "question": messages[-1] if messages else None,
-        "reference": flip.reference,
-        "base": marked_words(flip.base_answer, flip.reference),
-        "tuned": marked_words(flip.tuned_answer, flip.reference),
+        "reference": item.reference,
+        "base": marked_words(item.base_answer, item.reference),
+        "tuned": marked_words(item.tuned_answer, item.reference),
     }
 
 

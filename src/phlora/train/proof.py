@@ -19,9 +19,10 @@ from phlora.data.rows import Row
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
 from phlora.errors import RunError
-from phlora.evaluate.compare import Comparison, EvaluationItem, compare, evaluate_side
+from phlora.evaluate.compare import Comparison, EvaluationItem, compare, score_model
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
+from phlora.evaluate.task import task_of
 from phlora.models.generate import generate
 from phlora.models.load import load_model
 from phlora.models.prefix_sharing import decide_sharing
@@ -50,8 +51,9 @@ def compare_on(
     Raises:
         ConfigError: an unknown metric.
     """
-    metrics = resolve_metrics(evaluation.metrics)
     items = _items(rows, tokenizer, evaluation.max_answers)
+    task = task_of([item.reference for item in items])
+    metrics = resolve_metrics(evaluation.metrics, auto=task.metrics)
     sharing = decide_sharing(model, [[row] for row in tokenized], speed=speed, batch_size=batch_size)
     shared = SharedPrefixCollator(longrope_limit(model.config))
     collate = shared if sharing.on else Collator(tokenizer.tokenizer.pad_token_id)
@@ -61,7 +63,7 @@ def compare_on(
             display.progress(f"{name}: loss", len(tokenized)) as scored,
             display.progress(f"{name}: answers", len(items)) as answered,
         ):
-            return evaluate_side(
+            return score_model(
                 model,
                 tokenized,
                 items,

@@ -9,12 +9,13 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from phlora.errors import DataError
 from phlora.evaluate.compare import (
+    Comparison,
     EvaluationItem,
     LossScores,
-    Side,
+    ModelScores,
     compare,
-    compare_adapter,
     score_loss,
+    score_model,
 )
 from phlora.evaluate.metrics import resolve_metrics
 
@@ -73,7 +74,7 @@ def item(number: int, reference: str) -> EvaluationItem:
     )
 
 
-def side(answers: list[str], items: list[EvaluationItem], *names: str, loss: float = 1.0) -> Side:
+def side(answers: list[str], items: list[EvaluationItem], *names: str, loss: float = 1.0) -> ModelScores:
     scores = {
         name: [metric(answer, item.reference) for answer, item in zip(answers, items, strict=True)]
         for name, metric in resolve_metrics(names or ["exact_match"]).items()
@@ -90,7 +91,7 @@ def side(answers: list[str], items: list[EvaluationItem], *names: str, loss: flo
     for name, values in scores.items():
         known = [value for value in values if value is not None]
         means[name] = sum(known) / len(known) if known else None
-    return Side(loss=losses, answers=answers, scores=scores, metrics=means)
+    return ModelScores(loss=losses, answers=answers, scores=scores, metrics=means)
 
 
 class TestScoreLoss:
@@ -151,7 +152,13 @@ class TestScoreLoss:
             score_loss(model, rows, collate=collate, batch_size=2)
 
 
-def test_compare_adapter_turns_the_adapter_off_and_on(model) -> None:
+def compare_adapter(model, rows, items, **how) -> Comparison:
+    with model.disable_adapter():
+        base = score_model(model, rows, items, **how)
+    return compare(base, score_model(model, rows, items, **how), items)
+
+
+def test_a_model_is_scored_as_it_stands(model) -> None:
     items = [item(1, "left"), item(2, "right")]
     seen = []
 
@@ -177,10 +184,22 @@ def test_compare_adapter_turns_the_adapter_off_and_on(model) -> None:
     assert comparison.base.loss.loss != comparison.tuned.loss.loss
     with model.disable_adapter():
         assert comparison.base.loss == score_loss(model, rows_of([6, 9]), collate=collate, batch_size=2)
-    assert set(comparison.intervals) == {"exact_match", "loss", "token_accuracy"}
-    assert comparison.intervals["loss"].mean_difference == pytest.approx(
-        comparison.tuned.loss.loss - comparison.base.loss.loss
+    # Two rows are too few for an interval of the loss.
+    assert set(comparison.intervals) == {"exact_match"}
+
+
+def test_the_loss_interval_weighs_rows_by_their_tokens(model) -> None:
+    rows = rows_of([6, 9, 12, 4, 5, 7, 8, 10, 11, 13])
+    with model.disable_adapter():
+        base = score_model(
+            model, rows, [], metrics={}, generate=None, decode=None, collate=collate, batch_size=4
+        )
+    tuned = score_model(
+        model, rows, [], metrics={}, generate=None, decode=None, collate=collate, batch_size=4
     )
+    comparison = compare(base, tuned, [])
+    assert set(comparison.intervals) == {"loss", "token_accuracy"}
+    assert comparison.intervals["loss"].mean_difference == pytest.approx(tuned.loss.loss - base.loss.loss)
 
 
 def test_without_items_only_the_loss_is_compared(model) -> None:
@@ -199,7 +218,7 @@ def test_without_items_only_the_loss_is_compared(model) -> None:
     )
     assert comparison.tuned.metrics == {"exact_match": None}
     assert comparison.decided_by is None
-    assert comparison.flips == {"improved": [], "worsened": []}
+    assert comparison.answers == []
 
 
 class TestCompare:
@@ -208,7 +227,7 @@ class TestCompare:
         base = side(["x", "b", "c", "y"], items)
         tuned = side(["روشن", "z", "c", "y"], items)
         comparison = compare(base, tuned, items)
-        (improved,), (worsened,) = comparison.flips["improved"], comparison.flips["worsened"]
+        (improved,), (worsened,) = comparison.changed("improved"), comparison.changed("worsened")
         assert (improved.origin, improved.base_answer, improved.tuned_answer) == (
             "chats.jsonl:1",
             "x",
@@ -217,18 +236,29 @@ class TestCompare:
         assert improved.messages == [{"role": "user", "content": "question 1"}]
         assert (worsened.origin, worsened.reference, worsened.tuned_answer) == ("chats.jsonl:2", "b", "z")
         assert comparison.intervals["exact_match"].mean_difference == 0
-        assert comparison.intervals["exact_match"].includes_zero
+        interval = comparison.intervals["exact_match"]
+        assert interval.low <= 0 <= interval.high
+        assert [answer.change for answer in comparison.answers] == ["improved", "worsened", None, None]
 
-    def test_the_first_metric_that_applies_decides(self) -> None:
+    def test_the_first_metric_that_applies_and_can_tell_right_from_wrong_decides(self) -> None:
         items = [item(1, "plain"), item(2, "words")]
-        names = ("json_equal", "rouge_1", "exact_match")
-        base = side(["no", "words many"], items, *names)
+        names = ("json_equal", "rouge_1", "contains:plain", "exact_match")
+        base = side(["no", "plain words"], items, *names)
         tuned = side(["plain text", "nothing"], items, *names)
         comparison = compare(base, tuned, items)
-        assert comparison.decided_by == "rouge_1"
-        assert [flip.origin for flip in comparison.flips["improved"]] == ["chats.jsonl:1"]
-        assert [flip.origin for flip in comparison.flips["worsened"]] == ["chats.jsonl:2"]
+        assert comparison.decided_by == "contains:plain"
+        assert [answer.origin for answer in comparison.changed("improved")] == ["chats.jsonl:1"]
+        assert [answer.origin for answer in comparison.changed("worsened")] == ["chats.jsonl:2"]
         assert "json_equal" not in comparison.intervals
+
+    def test_open_text_is_not_judged_by_equality(self) -> None:
+        essay = "The parcel left our store on Monday and will reach you within three working days. " * 3
+        items = [item(number, essay) for number in range(3)]
+        names = ("exact_match", "rouge_l")
+        comparison = compare(side(["no"] * 3, items, *names), side([essay] * 3, items, *names), items)
+        assert comparison.task.kind == "open" and comparison.decided_by is None
+        assert [answer.change for answer in comparison.answers] == [None] * 3
+        assert comparison.tuned.metrics == {"exact_match": 1.0, "rouge_l": 1.0}
 
     def test_rows_that_a_metric_does_not_apply_to_are_not_counted(self) -> None:
         items = [item(1, "{}"), item(2, "plain")]
@@ -242,4 +272,4 @@ class TestCompare:
     def test_items_without_messages(self) -> None:
         bare = EvaluationItem(prompt_ids=[1], reference="a", messages=None, origin=None)
         comparison = compare(side(["b"], [bare]), side(["a"], [bare]), [bare])
-        assert comparison.flips["improved"][0].messages == []
+        assert comparison.changed("improved")[0].messages == []

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import unicodedata
 
-import numpy as np
 import pytest
 
 from phlora.errors import ConfigError
-from phlora.evaluate.metrics import METRICS, paired_bootstrap, resolve_metrics, split_words
+from phlora.evaluate.metrics import METRICS, resolve_metrics, split_words
 
 SENTENCES = {
     "persian": "چراغ آشپزخانه را روشن می‌کنم",
@@ -134,40 +133,6 @@ def test_registry_holds_what_it_names() -> None:
     assert all(METRICS[name].__name__ == name for name in METRICS)
 
 
-class TestPairedBootstrap:
-    def test_interval_of_a_known_distribution(self) -> None:
-        generator = np.random.default_rng(3)
-        base = generator.normal(size=400)
-        tuned = base + generator.normal(loc=0.5, scale=1.0, size=400)
-        interval = paired_bootstrap(base, tuned)
-        assert interval.mean_difference == pytest.approx(np.mean(tuned - base))
-        # The normal approximation of the same interval.
-        half = 1.96 * np.std(tuned - base, ddof=1) / 20
-        assert interval.low == pytest.approx(interval.mean_difference - half, abs=0.02)
-        assert interval.high == pytest.approx(interval.mean_difference + half, abs=0.02)
-        assert not interval.includes_zero
-
-    def test_pairing_removes_what_rows_have_in_common(self) -> None:
-        base = np.arange(50.0) * 100
-        interval = paired_bootstrap(base, base + 1)
-        assert (interval.mean_difference, interval.low, interval.high) == (1, 1, 1)
-
-    def test_same_seed_same_interval(self) -> None:
-        base, tuned = [0, 0, 1, 0, 1, 0], [1, 0, 1, 1, 0, 1]
-        assert paired_bootstrap(base, tuned, seed=5) == paired_bootstrap(base, tuned, seed=5)
-        assert paired_bootstrap(base, tuned).includes_zero
-
-    def test_drawing_in_blocks_changes_nothing_but_memory(self, monkeypatch) -> None:
-        base, tuned = [0.0, 1.0, 0.0, 0.5], [1.0, 0.5, 0.25, 1.0]
-        whole = paired_bootstrap(base, tuned, num_resamples=50)
-        monkeypatch.setattr("phlora.evaluate.metrics._MAX_DRAWN", 12)
-        assert paired_bootstrap(base, tuned, num_resamples=50) == whole
-
-    def test_weights_make_a_weighted_mean(self) -> None:
-        interval = paired_bootstrap([0, 0], [1, 4], weights=[3, 1])
-        assert interval.mean_difference == pytest.approx(7 / 4)
-
-    @pytest.mark.parametrize(("base", "tuned"), [([], []), ([1.0], [1.0, 2.0])])
-    def test_scores_that_are_no_pairs(self, base, tuned) -> None:
-        with pytest.raises(ValueError, match="paired"):
-            paired_bootstrap(base, tuned)
+def test_auto_stands_for_what_fits_the_task() -> None:
+    assert list(resolve_metrics(["auto", "contains:x"], auto=("rouge_l",))) == ["rouge_l", "contains:x"]
+    assert list(resolve_metrics(["auto"])) == []

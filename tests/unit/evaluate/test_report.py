@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from phlora.errors import NoRoomError, RunError
-from phlora.evaluate.compare import Comparison, EvaluationItem, LossScores, Side, compare
-from phlora.evaluate.findings import duration, verdict
+from phlora.evaluate.compare import Comparison, EvaluationItem, LossScores, ModelScores, compare
+from phlora.evaluate.findings import Line, duration, verdict
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report, marked_words
 
@@ -27,7 +27,7 @@ LANGUAGES = {
 VOID = {"meta"}
 
 
-def side(answers: list[str], references: list[str], *names: str, losses: list[float]) -> Side:
+def side(answers: list[str], references: list[str], *names: str, losses: list[float]) -> ModelScores:
     scores = {
         name: [metric(answer, reference) for answer, reference in zip(answers, references, strict=True)]
         for name, metric in resolve_metrics(names).items()
@@ -37,7 +37,7 @@ def side(answers: list[str], references: list[str], *names: str, losses: list[fl
         known = [value for value in values if value is not None]
         means[name] = sum(known) / len(known) if known else None
     loss = sum(losses) / len(losses)
-    return Side(
+    return ModelScores(
         loss=LossScores(
             loss=loss,
             perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -118,7 +118,7 @@ class TestVerdict:
     def test_better(self) -> None:
         assert re.fullmatch(
             r"Exact match rose from 0 % to 90 % on 50 held-out rows "
-            r"\(95 % interval of the change: \+8\d to \+9\d points\)\.",
+            r"\(95 % interval of the change: \+77 to \+96\.7 points\)\.",
             verdict(improved()),
         )
 
@@ -129,26 +129,49 @@ class TestVerdict:
         )
 
     def test_a_difference_within_chance_is_no_improvement(self) -> None:
-        text = verdict(comparison_of(["no"] * 5 + ["yes"], ["no"] * 4 + ["yes"] * 2, ["yes"] * 6))
-        assert "went from 16.7 % to 33.3 % on 6 held-out rows: no proof of a change" in text
+        text = verdict(comparison_of(["no"] * 11 + ["yes"], ["no"] * 10 + ["yes"] * 2, ["yes"] * 12))
+        assert "went from 8.3 % to 16.7 % on 12 held-out rows: no proof of a change" in text
+
+    def test_an_interval_beside_zero_is_no_proof_where_the_exact_test_says_otherwise(self) -> None:
+        line = Line(name="exact_match", base=0.2, tuned=0.5, num_rows=20, low=0.01, high=0.5, p_value=0.07)
+        assert line.direction == "unclear"
+
+    @pytest.mark.parametrize("num_rows", [1, 2, 5, 9])
+    def test_few_rows_say_nothing(self, num_rows: int) -> None:
+        text = verdict(comparison_of(["no"] * num_rows, ["yes"] * num_rows, ["yes"] * num_rows))
+        assert "went from 0 % to 100 %" in text and "too few rows to say, 10 are the least" in text
+        assert "+100 to +100" not in text
+        assert verdict(comparison_of(["no"] * 10, ["yes"] * 10, ["yes"] * 10)).startswith("Exact match rose")
+
+    def test_open_text_is_led_by_the_loss_and_says_why(self) -> None:
+        essay = "The parcel left our store on Monday and will reach you within three working days. " * 3
+        comparison = comparison_of(["no"] * 20, [essay] * 20, [essay] * 20, "exact_match", "rouge_l")
+        assert verdict(comparison).startswith("Loss fell from 2.010 to 0.519 (perplexity 7.460 to 1.680")
+        summary = report_of(comparison).summary()
+        assert "The loss leads, for the expected answers are open text (median 45 words)" in summary
+        assert "ROUGE-L" in summary and "turned right" not in summary
 
     def test_all_right_before_and_after(self) -> None:
         text = verdict(comparison_of(["yes"] * 4, ["yes"] * 4, ["yes"] * 4))
-        assert text == "Exact match stayed at 100 % on 4 held-out rows."
+        assert text.startswith("Exact match stayed at 100 % on 4 held-out rows: too few rows to say")
+        text = verdict(comparison_of(["yes"] * 40, ["yes"] * 40, ["yes"] * 40))
+        assert text.startswith("Exact match stayed at 100 % on 40 held-out rows: no proof of a change (95 %")
 
     def test_as_many_flips_each_way(self) -> None:
-        text = verdict(comparison_of(["yes", "no"], ["no", "yes"], ["yes", "yes"]))
-        assert text.startswith("Exact match stayed at 50 % on 2 held-out rows: no proof")
+        text = verdict(comparison_of(["yes", "no"] * 6, ["no", "yes"] * 6, ["yes"] * 12))
+        assert text.startswith("Exact match stayed at 50 % on 12 held-out rows: no proof")
 
     def test_without_answers_the_loss_decides(self) -> None:
-        base = side([], [], losses=[2.0, 2.2, 2.4])
-        text = verdict(compare(base, side([], [], losses=[0.5, 0.6, 0.7]), []))
-        assert text.startswith("Loss fell from 2.200 to 0.600 on 3 held-out rows (95 % interval")
+        base = side([], [], losses=[2.0, 2.2, 2.4] * 4)
+        text = verdict(compare(base, side([], [], losses=[0.5, 0.6, 0.7] * 4), []))
+        assert re.match(
+            r"Loss fell from 2.200 to 0.600 \(perplexity 9.02\d to 1.82\d\) on 12 held-out rows \(95 %", text
+        )
         assert "worse" not in text and "points" not in text
 
     def test_a_higher_loss_is_worse(self) -> None:
-        base = side([], [], losses=[0.5, 0.6, 0.7])
-        assert "the tuned model is worse" in verdict(compare(base, side([], [], losses=[2.0, 2.1, 2.3]), []))
+        base, tuned = side([], [], losses=[0.5, 0.6, 0.7] * 4), side([], [], losses=[2.0, 2.1, 2.3] * 4)
+        assert "the tuned model is worse" in verdict(compare(base, tuned, []))
 
     def test_an_adapter_without_effect_is_named(self) -> None:
         same = ["no"] * 3
@@ -190,10 +213,11 @@ class TestJson:
         assert values["base"]["exact_match"] == 0.0
         assert values["tuned"]["exact_match"] == 0.9
         assert values["tuned"]["json_valid"] is None
-        assert values["intervals"]["exact_match"].keys() == {"mean_difference", "low", "high"}
+        assert values["intervals"]["exact_match"]["method"] == "exact"
         assert values["num_rows"]["exact_match"] == 50
         assert len(values["flips"]["improved"]) == 45
         assert values["flips"]["improved"][0]["origin"] == "heldout.jsonl:1"
+        assert len(values["answers"]) == 50 and values["answers"][49]["change"] is None
 
     def test_metrics_that_were_not_asked_for_are_null(self) -> None:
         values = report_of(comparison_of(["a"], ["b"], ["b"], "rouge_l")).to_json()
@@ -322,6 +346,13 @@ class TestPage:
     def test_both_schemes_and_print_are_styled(self) -> None:
         text = report_of(improved()).to_html()
         assert "prefers-color-scheme: dark" in text and "@media print" in text and "viewport" in text
+
+    def test_a_report_without_changed_answers_shows_them_side_by_side(self) -> None:
+        text = report_of(comparison_of(["sama"] * 4, ["vari"] * 4, ["maré"] * 4)).to_html()
+        assert "Unchanged in that" in text and text.count("sama") >= 4 and text.count("maré") >= 4
+        essay = "The parcel left our store on Monday and will reach you within three working days. " * 3
+        text = report_of(comparison_of(["sama"] * 4, ["vari"] * 4, [essay] * 4)).to_html()
+        assert "Side by side" in text and text.count("vari") >= 4 and "Judged by" not in text
 
     def test_long_lists_are_cut_and_say_so(self) -> None:
         text = report_of(improved()).to_html()
