@@ -109,7 +109,7 @@ def merge(
     epilog="\b\nExamples:\n"
     "  phlora convert runs/support --to loralib -o support.pt\n"
     "  phlora convert gpt2.pt --to peft -o adapter --lora-alpha 32 --enable q,v\n"
-    "  phlora convert phi3.pt --to merged -o model --lora-alpha 32 --model PHI3 --rows chats.jsonl",
+    "  phlora convert phi3.pt --to merged -o model --lora-alpha 32 --enable q,v --model PHI3 --rows chats.jsonl",
 )
 def convert(
     source: Annotated[
