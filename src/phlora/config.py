@@ -77,6 +77,13 @@ class DataConfig:
         default=0.1,
         metadata={"help": "split off for evaluation when `eval` is not given: a share below 1, or rows"},
     )
+    group_by: str | None = field(
+        default=None,
+        metadata={"help": "column or key whose rows stay on one side of the split, such as a chat's id"},
+    )
+    stratify_by: str | None = field(
+        default=None, metadata={"help": "column or key of which each value has its share of held-out rows"}
+    )
     format: str = field(default="auto", metadata={"help": "auto, or the format when detection is wrong"})
     train_on: TrainOn = field(default="assistant", metadata={"help": "assistant turns, the last one, or all"})
     too_long: TooLong = field(

@@ -11,12 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import Tokenizer
-from phlora.data.dataset import RowIndex, Source, index_rows
+from phlora.data.dataset import RowIndex, RowSubset, Source, index_rows
+from phlora.data.leaks import find_leaks, num_leaks
 from phlora.data.rows import Message, Origin, Problem, Row
+from phlora.data.split import split_rows
 from phlora.data.tokenize import (
     IGNORED,
     MISTAKES,
@@ -26,7 +28,7 @@ from phlora.data.tokenize import (
     tokenize_row,
     tokenize_rows,
 )
-from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT
+from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT, DataError
 
 NUM_BINS = 12
 NUM_SHOWN_ORIGINS = 8
@@ -55,6 +57,8 @@ class CheckReport:
         num_usable_rows: rows that training would use (without a tokenizer: rows without an error).
         num_tokens, num_trained_tokens: over the usable rows; None without a tokenizer.
         num_duplicates: rows that repeat an earlier one.
+        num_conversations: what the split keeps whole; 0 where held-out rows are given or cannot be split off.
+        leaks: held-out rows of which training sees too much, by kind.
         num_leaked_eval_rows: held-out rows that also stand in the training data.
         lengths: histogram of the usable rows' lengths in tokens; empty without a tokenizer.
     """
@@ -66,6 +70,8 @@ class CheckReport:
     num_tokens: int | None
     num_trained_tokens: int | None
     num_duplicates: int
+    num_conversations: int
+    leaks: dict[str, int]
     num_leaked_eval_rows: int
     lengths: tuple[Bin, ...]
 
@@ -97,11 +103,16 @@ class CheckReport:
 
     def _head(self) -> list[str]:
         lines = [f"{name}: {schema}" for name, schema in self.formats.items()]
-        lines.append(f"{self.num_usable_rows} of {self.num_rows} rows usable")
+        lines.append(f"{self.num_usable_rows} of {self.num_rows} rows usable" + self._conversations())
         if self.num_tokens is not None and self.num_trained_tokens is not None:
             share = self.num_trained_tokens / max(self.num_tokens, 1)
             lines.append(f"{self.num_trained_tokens} of {self.num_tokens} tokens trained ({share:.1%})")
         return lines
+
+    def _conversations(self) -> str:
+        if not self.num_conversations:
+            return ""
+        return f", in {self.num_conversations} conversations, each of which stays on one side of the split"
 
     def _histogram(self) -> list[str]:
         if not self.lengths:
@@ -127,6 +138,88 @@ class PreviewRow:
     skipped: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """How rows are held out: fields of the `data` section, and the seed."""
+
+    eval_size: float | int = 0.1
+    seed: int = 42
+    group_by: str | None = None
+    stratify_by: str | None = None
+
+
+@dataclass(frozen=True)
+class InspectedData:
+    """Both sides of the data, and all that is known about them without a tokenizer.
+
+    Attributes:
+        index: of the training sources; without held-out sources some of its rows are held out.
+        train, held_out: the rows on both sides.
+        problems: unmerged, in the order of their discovery.
+        num_conversations: what the split keeps whole.
+    """
+
+    index: RowIndex
+    train: RowSubset
+    held_out: RowSubset
+    problems: list[Problem]
+    num_conversations: int
+
+
+def inspect_data(
+    sources: Source | Sequence[Source],
+    eval_sources: Source | Sequence[Source] | None = None,
+    *,
+    format: str = "auto",
+    train_on: TrainOn = "assistant",
+    split: SplitSettings | None = None,
+    on_bad: Literal["raise", "collect"] = "raise",
+) -> InspectedData:
+    """Read both sides once, split where that is asked for, and find what is odd: the same for `check` and for training.
+
+    Raises:
+        DataError: a source that cannot be read, rows that cannot be used, or (`on_bad="raise"`) a split that cannot
+            be made.
+    """
+    is_asked = split is not None
+    split = split or SplitSettings()
+    structural: list[Problem] = []
+
+    def read(sources: Source | Sequence[Source], **columns: str | None) -> RowIndex:
+        return index_rows(
+            sources,
+            format=format,
+            on_bad=on_bad,
+            inspect=lambda row: structural.extend(_structure(row, train_on)),
+            **columns,
+        )
+
+    found = read(sources, group_by=split.group_by, stratify_by=split.stratify_by)
+    train, held_out, num_conversations = found.all(), RowSubset(found, ()), 0
+    problems = list(found.problems)
+    if eval_sources is not None:
+        held_out = read(eval_sources).all()
+        problems += held_out.survey.problems
+    elif len(found):
+        try:
+            sides = split_rows(
+                found, eval_size=split.eval_size, seed=split.seed, stratify_by=split.stratify_by
+            )
+        except DataError as error:
+            if on_bad == "raise":
+                raise
+            # A file that is checked may be too small to be split because it is the held-out one.
+            if is_asked:
+                problems.append(Problem("no_split", "warning", error.found))
+        else:
+            train, held_out = RowSubset(found, sides.train), RowSubset(found, sides.held_out)
+            num_conversations = sides.num_conversations
+            problems += [Problem("split", "warning", text) for text in sides.warnings]
+            problems += [Problem("split", "note", text) for text in sides.notes]
+    problems += [*structural, *_duplicates(found), *find_leaks(train, held_out)]
+    return InspectedData(found, train, held_out, problems, num_conversations)
+
+
 def check(
     sources: Source | Sequence[Source],
     tokenizer: Tokenizer | None = None,
@@ -137,6 +230,7 @@ def check(
     max_length: int | None = None,
     too_long: TooLong = "truncate_history",
     training_template: str | None = None,
+    split: SplitSettings | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
     """Read all rows and report everything that is wrong with them.
@@ -144,27 +238,17 @@ def check(
     Args:
         tokenizer: adds the checks on tokens when given.
         eval_sources: held-out rows, checked for reappearing in the training data.
+        split: how rows are held out where there are no `eval_sources`.
 
     The other arguments are those of `load_rows` and `tokenize_rows`.
 
     Raises:
         DataError: a source that cannot be read at all or is empty.
     """
-    structural: list[Problem] = []
-
-    def survey(sources: Source | Sequence[Source]) -> RowIndex:
-        return index_rows(
-            sources,
-            format=format,
-            on_bad="collect",
-            inspect=lambda row: structural.extend(_structure(row, train_on)),
-        )
-
-    found = survey(sources)
-    held_out = survey(eval_sources) if eval_sources is not None else None
-    problems = [*found.problems, *(held_out.problems if held_out else ()), *structural]
-    duplicates = _duplicates(found)
-    leaked = _leaked(found, held_out) if held_out else []
+    data = inspect_data(
+        sources, eval_sources, format=format, train_on=train_on, split=split, on_bad="collect"
+    )
+    found, problems = data.index, list(data.problems)
     tokenized = None
     if tokenizer is not None and len(found):
         # A row over max_length is a finding here, whatever training would do about it.
@@ -179,8 +263,7 @@ def check(
             progress=progress,
         )
         problems += _token_problems(tokenized, is_error=too_long == "error")
-    merged = _merge([*problems, *duplicates, *leaked])
-    return _report(found, tokenized, merged, num_duplicates=len(duplicates), num_leaked=len(leaked))
+    return _report(data, tokenized, merge_problems(problems))
 
 
 def preview(
@@ -283,16 +366,6 @@ def _duplicates(survey: RowIndex) -> list[Problem]:
     return found
 
 
-def _leaked(train: RowIndex, held_out: RowIndex) -> list[Problem]:
-    keys = set(train.keys)
-    message = "The held-out row also stands in the training data"
-    return [
-        Problem("leaked_eval_row", "warning", message, (held_out.origin(number),))
-        for number, key in enumerate(held_out.keys)
-        if key in keys
-    ]
-
-
 # ------------------------------------------------------------------------------------------------ tokens
 
 
@@ -313,7 +386,7 @@ def _token_problems(tokenized: TokenizedSet, *, is_error: bool) -> list[Problem]
     return problems
 
 
-def _merge(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+def merge_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
     """One problem for each kind and message, errors first."""
     groups: dict[tuple[str, str, str], list[Problem]] = defaultdict(list)
     for problem in problems:
@@ -332,18 +405,15 @@ def _merge(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 
 def _report(
-    survey: RowIndex,
-    tokenized: TokenizedSet | None,
-    problems: tuple[Problem, ...],
-    *,
-    num_duplicates: int,
-    num_leaked: int,
+    data: InspectedData, tokenized: TokenizedSet | None, problems: tuple[Problem, ...]
 ) -> CheckReport:
+    survey = data.index
     unreadable = {
         origin for problem in survey.problems if problem.severity == "error" for origin in problem.origins
     }
     unanswered = {origin for problem in problems if problem.kind == "no_answer" for origin in problem.origins}
     num_usable = sum(origin not in unanswered for origin in survey.all().origins())
+    leaks = num_leaks(problems)
     return CheckReport(
         problems=problems,
         formats=survey.formats,
@@ -351,8 +421,10 @@ def _report(
         num_usable_rows=len(tokenized.rows) if tokenized else num_usable,
         num_tokens=tokenized.num_tokens if tokenized else None,
         num_trained_tokens=tokenized.num_trained_tokens if tokenized else None,
-        num_duplicates=num_duplicates,
-        num_leaked_eval_rows=num_leaked,
+        num_duplicates=sum(problem.count for problem in problems if problem.kind == "duplicate"),
+        num_conversations=data.num_conversations,
+        leaks=leaks,
+        num_leaked_eval_rows=leaks["leaked_eval_row"],
         lengths=histogram(tokenized.rows.lengths.tolist()) if tokenized else (),
     )
 

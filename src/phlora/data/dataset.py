@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +15,7 @@ from phlora.config import DataFile
 from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
 from phlora.data.readers import open_path, pick_split
 from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Record, Row, row_digest, row_key
+from phlora.data.similarity import row_keys
 from phlora.errors import ConfigError, DataError
 
 Source: TypeAlias = str | Path | DataFile | Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -35,6 +37,9 @@ class RowIndex:
     Attributes:
         sources, format: what was read, and as which schema.
         keys: `row_key` of each row, as bytes.
+        near, prompts, openings: the digests of `similarity.RowKeys`, one row after the other.
+        groups: what each row belongs to, where a column says so.
+        categories: the category of each row, where a column says so.
         digests: `row_digest` of each row, one after the other.
         lines, file_numbers: where each row stands; `files` are the names that the numbers count.
         problems: what was wrong with other rows.
@@ -50,6 +55,11 @@ class RowIndex:
     files: tuple[str, ...]
     problems: list[Problem]
     formats: dict[str, str]
+    near: bytearray = field(default_factory=bytearray)
+    prompts: bytearray = field(default_factory=bytearray)
+    openings: bytearray = field(default_factory=bytearray)
+    groups: list[bytes] | None = None
+    categories: list[str | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -152,42 +162,61 @@ def index_rows(
     format: str = "auto",
     on_bad: Literal["raise", "collect"] = "raise",
     inspect: Callable[[Row], None] | None = None,
+    group_by: str | None = None,
+    stratify_by: str | None = None,
 ) -> RowIndex:
     """Read all rows once, for what is to be known about them before they are used.
 
-    A data set of any size is read in the same memory, but for some 150 bytes a row.
+    A data set of any size is read in the same memory, but for some 200 bytes a row.
 
     Args:
         inspect: called with each row as it is read.
+        group_by, stratify_by: columns that the split goes by.
 
     The other arguments and what is raised are those of `load_rows`.
     """
     # What can be read only once is kept.
     kept = [list(source) if isinstance(source, Iterator) else source for source in _as_list(sources)]
     survey = RowIndex(kept, format, [], bytearray(), array("q"), array("i"), (), [], {})
+    groups: list[bytes] = []
     files: dict[str, int] = {}
-    for item in _read_all(kept, format, survey.formats):
+    for item in _read_all(kept, format, survey.formats, group_by, stratify_by):
         if isinstance(item, Problem):
             survey.problems.append(item)
             continue
         survey.keys.append(bytes.fromhex(row_key(item)))
         survey.digests.extend(row_digest(item))
+        keys = row_keys(item)
+        survey.near.extend(keys.near)
+        survey.prompts.extend(keys.prompt)
+        survey.openings.extend(keys.openings)
+        # Categories are few, so that each is kept once.
+        survey.categories.append(None if item.category is None else sys.intern(item.category))
+        if item.group is not None:
+            groups.append(item.group.encode("utf-8", "surrogatepass"))
         survey.lines.append(item.origin.line)
         survey.file_numbers.append(files.setdefault(item.origin.file, len(files)))
         if inspect:
             inspect(item)
     _raise_for(survey.problems, on_bad)
-    return replace(survey, files=tuple(files))
+    return replace(survey, files=tuple(files), groups=groups if group_by is not None else None)
 
 
 def _rows_of(sources: Sequence[Source], format: str) -> Iterator[Row]:
     return (item for item in _read_all(sources, format, {}) if isinstance(item, Row))
 
 
-def _read_all(sources: Sequence[Source], format: str, formats: dict[str, str]) -> Iterator[Row | Problem]:
+def _read_all(
+    sources: Sequence[Source],
+    format: str,
+    formats: dict[str, str],
+    group_by: str | None = None,
+    stratify_by: str | None = None,
+) -> Iterator[Row | Problem]:
     """The rows and problems of all sources; their schemata go into `formats`."""
     for source in sources:
         shape, records = _open_source(source, format, 1.0)
+        shape.group_by, shape.stratify_by = group_by, stratify_by
         formats[shape.name] = shape.schema.name
         yield from to_rows(shape, records)
         if shape.ignored:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phlora.data.columns import category_of, required_value
 from phlora.data.readers import kind_of
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row
 from phlora.errors import ConfigError, DataError, did_you_mean
@@ -74,6 +75,8 @@ class Shape:
     weight: float
     schema: Schema
     example_line: int
+    group_by: str | None = None
+    stratify_by: str | None = None
     ignored: set[str] = field(default_factory=set)
 
 
@@ -160,6 +163,8 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         tools=tools,
         origin=origin,
         weight=shape.weight,
+        group=None if shape.group_by is None else required_value(record, shape.group_by, "data.group_by"),
+        category=category_of(record, shape.stratify_by),
     )
 
 

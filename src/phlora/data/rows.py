@@ -43,7 +43,8 @@ class Row:
 
     A message holds `role` (system, user, assistant or tool) and `content`, and optionally `tool_calls`,
     `name`, `train` (bool), `weight` (loss weight of its tokens) and whatever else its chat template reads.
-    `weight` is the loss weight of each trained token of the row: the weight of its file.
+    `weight` is the loss weight of each trained token of the row: the weight of its file. `group` and `category`
+    are what the split goes by besides the text: rows of one group stay on one side, and each category has its share.
     """
 
     messages: tuple[Message, ...] | None
@@ -53,6 +54,8 @@ class Row:
     tools: list[Any] | None
     origin: Origin
     weight: float = 1.0
+    group: str | None = None
+    category: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,31 +1,280 @@
-"""Which rows are held out."""
+"""Which rows are held out: whole conversations, by a hash of what they open with.
+
+Rows that open with the same words (the system prompt and the first question), and rows of the same group where a
+column names groups, are one conversation and stay on one side. So do a row for each turn of a chat, and rows with
+other answers to the same question. An opening that very many conversations share, such as a greeting, does not
+make them one: they are then told apart by the next question.
+
+Whether a conversation is held out depends on its own hash and the seed, not on the others. Guaranteed is:
+
+- A share: rows that are added move no other row to the other side. The number of held-out rows is therefore
+  near the share, not exact; where chance would give less than half or more than twice of it, which happens in small
+  sets only, the conversations next in the order of their hashes make up for it, and these may move.
+- A number of rows: the conversations with the lowest hashes, as many as fit. Added rows can push a held-out row into
+  training, never a trained one out of it, up to conversations that are too large for what is left.
+- Adding a row that belongs to two conversations makes them one, which then stands on one side.
+"""
 
 from __future__ import annotations
 
-import random
+import hashlib
 from array import array
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from phlora.data.dataset import RowIndex
+from phlora.data.similarity import KEY_BYTES, NUM_OPENINGS
 from phlora.errors import DataError
+
+# An opening that more than this share of all rows have, and from which at least so many conversations go on, is a
+# greeting.
+_GREETING_SHARE = 0.2
+_GREETING_CONVERSATIONS = 20
+_MOST_CATEGORIES = 50
+_ROWS_A_CATEGORY = 10
+_FULL = 1 << 64
+
+
+@dataclass(frozen=True)
+class Split:
+    """The numbers of the rows on both sides, in order, and what a person should know about it."""
+
+    train: list[int]
+    held_out: list[int]
+    num_conversations: int
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def split_rows(
+    index: RowIndex, *, eval_size: float | int, seed: int, stratify_by: str | None = None
+) -> Split:
+    """Split the rows of an index; see the module.
+
+    Args:
+        stratify_by: the column that was asked for. Without, a known column is used where it is worth it.
+
+    Raises:
+        DataError: there are not enough different rows to leave some on both sides.
+    """
+    categories = index.categories
+    uses_categories = stratify_by is not None or useful_categories(categories)
+    return split_conversations(
+        index.openings,
+        index.near,
+        eval_size=eval_size,
+        seed=seed,
+        groups=index.groups,
+        categories=[str(name) for name in categories] if uses_categories else None,
+        category_column=stratify_by or "category",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Conversation:
+    rank: int
+    rows: list[int]
+
+
+def split_conversations(
+    openings: bytes | bytearray,
+    near: bytes | bytearray,
+    *,
+    eval_size: float | int,
+    seed: int,
+    groups: Sequence[bytes] | None = None,
+    categories: Sequence[str] | None = None,
+    category_column: str = "",
+) -> Split:
+    """Split rows into training and held-out ones; see the module for what is guaranteed.
+
+    Args:
+        openings, near: of `similarity.RowKeys`, of all rows one after the other.
+        eval_size: a share of the rows when below 1, else a number of rows.
+        groups: what is to stay together besides, per row.
+        categories: hold out the same share of each, per row; `category_column` is their name.
+
+    Raises:
+        DataError: there are not enough different rows to leave some on both sides.
+    """
+    num_rows = len(near) // KEY_BYTES
+    wanted = _num_eval_rows(num_rows, eval_size)
+    conversations = _conversations(openings, num_rows, seed, groups)
+    if not wanted:
+        return Split(list(range(num_rows)), [], len(conversations))
+    warnings, notes = [], []
+    if len(conversations) == 1:
+        if groups is not None:
+            raise DataError(
+                "All rows belong to one group", fix="group by another column, or give an eval file"
+            )
+        conversations = _gather([bytes(near[n * KEY_BYTES :][:KEY_BYTES]) for n in range(num_rows)], seed)
+        _require_different(num_rows, len(conversations))
+        warnings.append(
+            "All rows begin with the same prompt, so the split is by row: held-out rows share their prompt "
+            "with rows that are trained on"
+        )
+    held_out: set[int] = set()
+    strata = _strata(conversations, categories)
+    if len(strata) > 1:
+        notes.append(
+            f"Each of the {len(strata)} values of `{category_column}` has its share of held-out rows"
+        )
+    sizes = [sum(len(item.rows) for item in stratum) for stratum in strata]
+    shares = [eval_size] * len(strata) if eval_size < 1 else _allotted(int(eval_size), sizes)
+    for stratum, size, share in zip(strata, sizes, shares, strict=True):
+        held_out |= _chosen(stratum, size, share)
+    if not held_out:
+        held_out = _chosen(conversations, num_rows, eval_size)
+    if not held_out:
+        held_out = set(min(conversations, key=lambda item: (len(item.rows), item.rank)).rows)
+    if not wanted / 2 <= len(held_out) <= 2 * wanted:
+        warnings.append(
+            f"{len(held_out)} rows are held out rather than {wanted}, since the {num_rows} rows are only "
+            f"{len(conversations)} conversations, which stay whole"
+        )
+    sides: tuple[list[int], list[int]] = [], []
+    for number in range(num_rows):
+        sides[number in held_out].append(number)
+    return Split(*sides, len(conversations), warnings, notes)
+
+
+def useful_categories(categories: Sequence[str | None]) -> bool:
+    """Whether a column that was not asked for is worth stratifying by: few values, each in many rows."""
+    counts = Counter(categories)
+    return None not in counts and 1 < len(counts) <= min(
+        _MOST_CATEGORIES, len(categories) // _ROWS_A_CATEGORY
+    )
+
+
+def _conversations(
+    openings: bytes | bytearray, num_rows: int, seed: int, groups: Sequence[bytes] | None
+) -> list[_Conversation]:
+    keys = _opening_keys(openings, num_rows)
+    return _gather(keys if groups is None else _joined(keys, groups), seed)
+
+
+def _opening_keys(openings: bytes | bytearray, num_rows: int) -> list[bytes]:
+    """What each row opens with: as many questions as tell conversations apart that share a greeting."""
+    width = NUM_OPENINGS * KEY_BYTES
+
+    def opening(number: int, depth: int) -> bytes:
+        start = number * width + depth * KEY_BYTES
+        return bytes(openings[start : start + KEY_BYTES])
+
+    keys = [opening(number, 0) for number in range(num_rows)]
+    for depth in range(1, NUM_OPENINGS):
+        counts = Counter(keys)
+        common = {key for key, count in counts.items() if count > _GREETING_SHARE * num_rows}
+        going_on: dict[bytes, set[bytes]] = defaultdict(set)
+        for number, key in enumerate(keys):
+            if key in common:
+                going_on[key].add(opening(number, depth))
+        greetings = {key for key, further in going_on.items() if len(further) > _GREETING_CONVERSATIONS}
+        if not greetings:
+            break
+        keys = [opening(number, depth) if key in greetings else key for number, key in enumerate(keys)]
+    return keys
+
+
+def _joined(keys: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
+    """One key for all rows that are tied together by equal keys or equal groups: their smallest group."""
+    parents: dict[bytes, bytes] = {}
+
+    def root(item: bytes) -> bytes:
+        while parents.setdefault(item, item) != item:
+            parents[item] = parents[parents[item]]
+            item = parents[item]
+        return item
+
+    for key, group in zip(keys, groups, strict=True):
+        # A group is never the child of a key, and the smaller group is the root.
+        one, other = root(b"g" + group), root(b"k" + key)
+        parents[max(one, other)] = min(one, other)
+    return [root(b"g" + group) for group in groups]
+
+
+def _gather(keys: Sequence[bytes], seed: int) -> list[_Conversation]:
+    """Rows of equal keys as conversations, each with its place in the order of hashes."""
+    rows: dict[bytes, list[int]] = {}
+    for number, key in enumerate(keys):
+        rows.setdefault(key, []).append(number)
+    salt = str(seed).encode()[:64]
+    return sorted(
+        (
+            _Conversation(
+                int.from_bytes(hashlib.blake2b(key, digest_size=8, key=salt).digest(), "big"), numbers
+            )
+            for key, numbers in rows.items()
+        ),
+        key=lambda item: item.rank,
+    )
+
+
+def _strata(
+    conversations: Sequence[_Conversation], categories: Sequence[str] | None
+) -> list[list[_Conversation]]:
+    """Conversations by the category of their first row."""
+    if categories is None:
+        return [list(conversations)]
+    strata: dict[str, list[_Conversation]] = defaultdict(list)
+    for item in conversations:
+        strata[categories[item.rows[0]]].append(item)
+    return [strata[name] for name in sorted(strata)]
+
+
+def _chosen(conversations: Sequence[_Conversation], num_rows: int, eval_size: float | int) -> set[int]:
+    """Rows of the conversations, given in the order of their hashes, that are held out."""
+    if eval_size < 1:
+        wanted = num_rows * eval_size
+        limit = eval_size * _FULL
+        least = wanted / 2 if wanted >= 1 else round(wanted)
+        most = min(max(2 * wanted, 1), (num_rows + wanted) / 2)
+    else:
+        limit, least, most = 0.0, eval_size, eval_size
+    chosen: set[int] = set()
+    for item in conversations:
+        if len(chosen) >= least and item.rank >= limit:
+            break
+        if len(chosen) + len(item.rows) <= min(most, num_rows - 1):
+            chosen.update(item.rows)
+    return chosen
+
+
+def _allotted(wanted: int, sizes: Sequence[int]) -> list[int]:
+    """A number of rows divided in proportion to sizes."""
+    total = sum(sizes)
+    exact = [wanted * size / total for size in sizes]
+    parts = [int(value) for value in exact]
+    by_rest = sorted(range(len(sizes)), key=lambda n: (parts[n] - exact[n], n))
+    for number in by_rest[: wanted - sum(parts)]:
+        parts[number] += 1
+    return parts
+
+
+def _require_different(num_rows: int, num_different: int) -> None:
+    if num_different < 2:
+        raise DataError(
+            f"The {num_rows} rows hold only {num_different} different ones, so no eval set can be split off",
+            expected="duplicates stay on one side of the split",
+            fix="remove the duplicates, add rows, or give an eval file",
+        )
+
+
+# -------------------------------------------------------------------------------- runs of earlier versions
 
 
 def split_keys(
     keys: Sequence[str | bytes], *, eval_size: float | int, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Numbers of the training and of the held-out rows; rows of equal keys always stay on one side.
+    """The split by single rows of earlier versions, with which runs that they began are continued."""
+    import random
 
-    Args:
-        eval_size: a share of the rows when below 1, else a number of rows. The held-out side never gets more;
-            groups of duplicates can make it smaller.
-
-    Raises:
-        DataError: there are not enough different rows to leave some on both sides.
-    """
     wanted = _num_eval_rows(len(keys), eval_size)
     groups: dict[str | bytes, int] = {}
     group_of = array("q", (groups.setdefault(key, len(groups)) for key in keys))
-    sizes = Counter(group_of)
+    sizes: Mapping[int, int] = Counter(group_of)
     order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
     held_out: set[int] = set()
@@ -35,11 +284,7 @@ def split_keys(
             held_out.add(group)
             num_held_out += sizes[group]
     if wanted and num_held_out in (0, len(keys)):
-        raise DataError(
-            f"The {len(keys)} rows hold only {len(groups)} different ones, so no eval set can be split off",
-            expected="duplicates stay on one side of the split",
-            fix="remove the duplicates, add rows, or give an eval file",
-        )
+        _require_different(len(keys), 1)
     sides: tuple[list[int], list[int]] = [], []
     for index, group in enumerate(group_of):
         sides[group in held_out].append(index)

@@ -79,6 +79,11 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / RUN_FILE).is_file() and self.facts().get("status") == "finished"
 
+    @property
+    def has_facts(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.path / RUN_FILE).is_file()
+
     def facts(self) -> dict[str, Any]:
         """The contents of run.json.
 

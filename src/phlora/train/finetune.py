@@ -104,7 +104,8 @@ def finetune(
 
     display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
     tokenizer = load_tokenizer(config.model.name, **record.source_of(config))
-    prepared = prepare_data(config, objects, tokenizer, arguments, display)
+    begun = folder.facts() if resume and folder.has_facts else None
+    prepared = prepare_data(config, objects, tokenizer, arguments, display, begun=begun)
     clock.lap("data")
 
     display.stage(f"Loading {config.model.name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 
 from phlora.config import DataFile, RunConfig, Speed
 from phlora.data.cache import TokenCache, digest_tokenizer, token_key
-from phlora.data.dataset import RowIndex, RowSubset, index_rows
+from phlora.data.checks import SplitSettings, inspect_data, merge_problems
+from phlora.data.dataset import RowIndex, RowSubset
 from phlora.data.packing import TokenSequences
-from phlora.data.rows import Origin, Row, fingerprint_of
+from phlora.data.rows import Origin, Problem, Row, fingerprint_of
 from phlora.data.split import split_keys
 from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
@@ -51,14 +52,24 @@ class PreparedData:
 
 
 def prepare_data(
-    config: RunConfig, objects: Objects, tokenizer: LoadedTokenizer, arguments: Arguments, display: Display
+    config: RunConfig,
+    objects: Objects,
+    tokenizer: LoadedTokenizer,
+    arguments: Arguments,
+    display: Display,
+    *,
+    begun: Mapping[str, Any] | None = None,
 ) -> PreparedData:
     """Read, split, tokenise and pack the rows; say what was dropped or cut, and where.
+
+    Args:
+        begun: the facts of the run that is continued; one that was split by rows still is.
 
     Raises:
         DataError: the data cannot be used, or most of it would be dropped.
     """
-    train_rows, held_out_rows, formats = _both_sides(config, objects, arguments, display)
+    by_rows = begun is not None and begun.get("data", {}).get("split", "rows") == "rows"
+    train_rows, held_out_rows, formats = _both_sides(config, objects, arguments, display, by_rows=by_rows)
     tokenize = _tokenizing(config, tokenizer, arguments, display)
     with display.progress("Tokenising", len(train_rows) + len(held_out_rows)) as progress:
         train, held_out = (tokenize(rows, progress) for rows in (train_rows, held_out_rows))
@@ -73,6 +84,7 @@ def prepare_data(
         facts={
             "files": [file.path for file in config.data.files],
             "formats": formats,
+            "split": "rows" if by_rows else "conversations",
             "train_rows": len(train.rows),
             "held_out_rows": len(held_out.rows),
             "sequences": len(sequences),
@@ -88,19 +100,31 @@ def prepare_data(
 
 
 def _both_sides(
-    config: RunConfig, objects: Objects, arguments: Arguments, display: Display
+    config: RunConfig, objects: Objects, arguments: Arguments, display: Display, *, by_rows: bool
 ) -> tuple[RowSubset, RowSubset, dict[str, str]]:
     """The training rows, the held-out rows, and the schema of each training source."""
     data = config.data
-    survey = index_rows(_sources(data.files, objects.train), format=data.format)
-    _tell(survey, display)
+    seed = arguments.args.seed
+    found = inspect_data(
+        _sources(data.files, objects.train),
+        _sources(data.eval, objects.held_out) if data.eval else None,
+        format=data.format,
+        train_on=data.train_on,
+        split=SplitSettings(
+            eval_size=data.eval_size, seed=seed, group_by=data.group_by, stratify_by=data.stratify_by
+        ),
+    )
+    problems = merge_problems(found.problems)
+    for problem in problems:
+        (display.note if problem.severity == "note" else display.warn)(_told(problem))
+    formats = found.index.formats
     if data.eval:
-        held_out = index_rows(_sources(data.eval, objects.held_out), format=data.format)
-        _tell(held_out, display)
-        return _without_leaks(survey, held_out, display), held_out.all(), survey.formats
-    sides = split_keys(survey.keys, eval_size=data.eval_size, seed=arguments.args.seed)
-    train, held_out_rows = (RowSubset(survey, numbers) for numbers in sides)
-    return train, held_out_rows, survey.formats
+        return _without_leaks(found.index, found.held_out.survey, display), found.held_out, formats
+    if by_rows:
+        sides = split_keys(found.index.keys, eval_size=data.eval_size, seed=seed)
+        train, held_out = (RowSubset(found.index, numbers) for numbers in sides)
+        return train, held_out, formats
+    return found.train, found.held_out, formats
 
 
 def _tokenizing(
@@ -183,9 +207,10 @@ def _sequences(rows: TokenTable, arguments: Arguments) -> TokenSequences:
     return TokenSequences(rows, max_length=args.max_length, seed=args.seed)
 
 
-def _tell(survey: RowIndex, display: Display) -> None:
-    for problem in survey.problems:
-        (display.warn if problem.severity == "warning" else display.note)(problem.message)
+def _told(problem: Problem) -> str:
+    if not problem.origins:
+        return problem.message
+    return f"{problem.message} ({problem.count} rows: {_named(problem.origins, problem.count)})"
 
 
 def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display: Display) -> None:

@@ -1,0 +1,57 @@
+"""Columns that say something about a row besides its text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from phlora.data.rows import BadRow
+from phlora.errors import did_you_mean
+
+# Columns by which rows are stratified without being asked, the likeliest first.
+CATEGORIES = (
+    "category",
+    "task",
+    "task_type",
+    "task_name",
+    "topic",
+    "domain",
+    "subject",
+    "intent",
+    "language",
+    "lang",
+)
+
+
+def value_at(record: Mapping[str, Any], path: str) -> Any:
+    """The value of a column, or with dots of a key within one; None where there is none."""
+    if path in record:
+        return record[path]
+    value: Any = record
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def required_value(record: Mapping[str, Any], path: str, setting: str) -> str:
+    """The value of a column that a setting names, as text.
+
+    Raises:
+        BadRow: there is none.
+    """
+    value = value_at(record, path)
+    if value is None or isinstance(value, Mapping | list):
+        message = f"the row has no `{path}`, which `{setting}` names"
+        raise BadRow("missing_column", message, did_you_mean(path, map(str, record)))
+    return str(value)
+
+
+def category_of(record: Mapping[str, Any], stratify_by: str | None) -> str | None:
+    """The category of a row: of the column asked for, else of the first known one that holds a text."""
+    if stratify_by is not None:
+        return required_value(record, stratify_by, "data.stratify_by")
+    for name in CATEGORIES:
+        value = record.get(name)
+        if isinstance(value, str) and value:
+            return value
+    return None

@@ -1,0 +1,85 @@
+"""Digests by which rows are recognised as the same conversation, the same prompt or nearly the same row.
+
+Texts are compared in a loose form: Unicode's compatibility form, case folded, one space where there is white
+space, no quotation marks around words and no punctuation at their ends. So "Paris" and "paris." are near-equal,
+"-1" and "1" or "2 + 3" and "2 - 3" are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+
+from phlora.data.rows import Row
+
+KEY_BYTES = 8
+# How many questions tell conversations apart that open with the same words.
+NUM_OPENINGS = 3
+_OUTER = re.compile(r"""(?<!\S)["'`“‘«„(¿¡]+|["'`”’»),.:;!?…。、，！？؟।]+(?!\S)""")
+
+
+@dataclass(frozen=True, slots=True)
+class RowKeys:
+    """Digests of one row, `KEY_BYTES` each.
+
+    Attributes:
+        near: equal for rows that say nearly the same.
+        prompt: of all before the last answer.
+        openings: of all up to the first, second and third question, one after the other; the last question
+            counts for those that are missing. Rows for each turn of one chat, or with other answers to the same
+            question, have the same first opening.
+    """
+
+    near: bytes
+    prompt: bytes
+    openings: bytes
+
+
+def row_keys(row: Row) -> RowKeys:
+    """The digests of a row."""
+    if row.messages is None:
+        return _plain_keys(row)
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    last = max((n for n, message in enumerate(row.messages) if message["role"] == "assistant"), default=-1)
+    openings: list[bytes] = []
+    prompt = b""
+    asks = False
+    for number, message in enumerate(row.messages):
+        if number == last and asks:
+            prompt = digest.digest()
+        text = loose(message["content"])
+        digest.update(f"{message['role']}\0{text}\0".encode("utf-8", "surrogatepass"))
+        if "tool_calls" in message:
+            digest.update(json.dumps(message["tool_calls"], sort_keys=True, default=str).encode())
+        if message["role"] == "user" and text:
+            asks = True
+            if len(openings) < NUM_OPENINGS:
+                openings.append(digest.digest())
+    near = digest.digest()
+    # A chat that asks nothing is told apart by all that it says.
+    openings = openings or [near]
+    openings += openings[-1:] * (NUM_OPENINGS - len(openings))
+    return RowKeys(near, prompt or near, b"".join(openings))
+
+
+def _plain_keys(row: Row) -> RowKeys:
+    asked, said = loose(row.prompt or ""), loose(row.completion or row.text or "")
+    near = _digest(f"{asked}\0{said}")
+    prompt = _digest(f"{asked}\0") if asked else near
+    return RowKeys(near, prompt, prompt * NUM_OPENINGS)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
+
+
+# A system prompt is the same in many rows.
+@lru_cache(maxsize=256)
+def loose(text: str) -> str:
+    """A text as it is compared; see the module."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_OUTER.sub("", folded).split()) or folded.strip()
