@@ -22,11 +22,11 @@ import phlora
 from common import ALPHA, LAYOUTS, LINEARS, RANK, Row, Shapes, forget_peak, synchronize
 from phlora.adapters.attach import attach
 from phlora.data.collate import Collator, SharedPrefixCollator
+from phlora.measure import peak_bytes
 from phlora.models.embedded import tiny_phi3, tiny_tokenizer
 from phlora.models.lean_layers import speed_pass
 from phlora.models.load import load_model
 from phlora.models.tokenizer import load_tokenizer
-from phlora.train.callbacks import peak_bytes
 from rowsets import make_rows
 
 

@@ -67,8 +67,8 @@ class Case:
     def run(self) -> None:
         """Forward and backward, as the trainer takes them."""
         from phlora.data.collate import SharedPrefixCollator
+        from phlora.measure import peak_bytes
         from phlora.models.lm_head import token_losses
-        from phlora.train.callbacks import peak_bytes
 
         held = forget_peak(trim=not self.seconds)
         started = time.perf_counter()

@@ -16,7 +16,7 @@ _DEFINED_IN = {
     # train, prove, use
     "finetune": "phlora.train.finetune",
     "Run": "phlora.train.finetune",
-    "evaluate_run": "phlora.train.proof",
+    "evaluate_run": "phlora.evaluate.run",
     "merge_run": "phlora.export.merge",
     "convert": "phlora.export.convert",
     "SFTTrainer": "phlora.train.trainer",
@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from phlora.errors import RunError as RunError
     from phlora.evaluate.compare import score_loss as score_loss
     from phlora.evaluate.report import Report as Report
+    from phlora.evaluate.run import evaluate_run as evaluate_run
     from phlora.export.convert import convert as convert
     from phlora.export.merge import merge_run as merge_run
     from phlora.models.builtin import embedded_folder as embedded_folder
@@ -105,7 +106,6 @@ if TYPE_CHECKING:
     from phlora.models.tokenizer import load_tokenizer as load_tokenizer
     from phlora.train.finetune import Run as Run
     from phlora.train.finetune import finetune as finetune
-    from phlora.train.proof import evaluate_run as evaluate_run
     from phlora.train.trainer import SFTTrainer as SFTTrainer
 
 __all__ = ["__version__", *_DEFINED_IN]

@@ -242,14 +242,16 @@ def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = 
     return config
 
 
-def quantization_config(value: str | Mapping[str, Any] | None) -> QuantizationConfig | None:
-    """`nf4`, or a mapping of `QuantizationConfig` fields, checked.
+def quantization_config(
+    value: str | Mapping[str, Any] | QuantizationConfig | None,
+) -> QuantizationConfig | None:
+    """`nf4`, or a mapping of `QuantizationConfig` fields, checked; one that is typed already stays as it is.
 
     Raises:
         ConfigError: an unknown type or key, with the nearest valid name.
     """
-    if value is None:
-        return None
+    if value is None or isinstance(value, QuantizationConfig):
+        return value
     values = {"type": value} if isinstance(value, str) else value
     config: QuantizationConfig = _convert(values, QuantizationConfig, where="model.quantization")
     return config

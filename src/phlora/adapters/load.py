@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
 from phlora.errors import ModelError
@@ -40,7 +40,7 @@ class AdapterReport:
 class LoadedAdapter:
     """A base model with an adapter on it (a `peft.PeftModel`), and what was read."""
 
-    model: nn.Module
+    model: PeftModel
     report: AdapterReport
 
 
@@ -62,8 +62,6 @@ def load_adapter(
     Raises:
         ModelError: no adapter there, another base, unused or missing tensors, or a zero delta.
     """
-    from peft import PeftConfig, PeftModelForCausalLM
-
     path = Path(folder).expanduser()
     file = _adapter_file(path)
     tensors, delta_norm = _survey_adapter(file)

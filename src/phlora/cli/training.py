@@ -146,7 +146,7 @@ def evaluate(
     """
     if offline:
         forbid_network()
-    from phlora.train.proof import evaluate_run
+    from phlora.evaluate.run import evaluate_run
 
     display = make_display(quiet)
     with standard_output_kept():

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,7 +39,7 @@ _AUTO_CACHE_BYTES = 1 << 30
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
-from phlora.config import ModelConfig, quantization_config
+from phlora.config import ModelConfig
 from phlora.errors import ModelError, NoRoomError
 from phlora.extras import require
 from phlora.models.device import (
@@ -25,16 +25,17 @@ from phlora.models.device import (
     choose_dtype,
 )
 from phlora.models.fingerprint import fingerprint
-from phlora.models.locate import (
-    Location,
-    ModelSource,
-    locate,
-    reading,
-    resolve_source,
-)
+from phlora.models.locate import ModelSource, reading
 from phlora.models.quantization import quantize
 from phlora.models.requirements import needed_by_model
-from phlora.models.tokenizer import LoadedTokenizer, read_config, read_tokenizer
+from phlora.models.tokenizer import (
+    LoadedTokenizer,
+    ModelFields,
+    ModelFiles,
+    find_files,
+    model_config,
+    read_tokenizer,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,30 +58,26 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | os.PathLike[str],
+    model: ModelConfig | str | os.PathLike[str],
     *,
-    dtype: str = "auto",
-    attn_implementation: str = "auto",
-    use_cache: bool = False,
-    revision: str | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
-    device: str = "auto",
-    quantization: str | Mapping[str, Any] | None = None,
+    tokenizer: LoadedTokenizer | None = None,
+    **fields: Unpack[ModelFields],
 ) -> LoadedModel:
-    """Load a causal language model for training or generation.
+    """Load a causal language model for training or generation: `load_model("smollm2-135m", dtype="float32")`.
 
     Args:
-        name: embedded name, folder, `.gguf` file or hub id.
-        dtype: `auto`, or a key of `DTYPES`; `auto` takes what is fastest and sound here and says why.
-        attn_implementation: `auto`, or one of `ATTENTIONS`.
-        use_cache: the model's default for keeping keys and values; training wants False.
-        revision: branch, tag or commit of a hub model.
-        offline: never ask a network.
-        trust_remote_code: run code that comes with a hub model; never done for Phi-3, which transformers has.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
-        quantization: `nf4`, `int8` or a mapping of `QuantizationConfig` fields: the linear layers of the blocks
-            in 4 or 8 bits, everything else in `dtype`; None leaves the model as it is.
+        model: embedded name, folder, `.gguf` file or hub id, or all settings as a `ModelConfig`.
+        tokenizer: the model's own, where it is loaded already; it is not read again, and no hub is asked again.
+        fields: settings in the place of those of `model`:
+            dtype: `auto`, or a key of `DTYPES`; `auto` takes what is fastest and sound here and says why.
+            attn_implementation: `auto`, or one of `ATTENTIONS`.
+            use_cache: the model's default for keeping keys and values; training wants False.
+            revision: branch, tag or commit of a hub model.
+            offline: never ask a network.
+            trust_remote_code: run code that comes with a hub model; never done for Phi-3, which transformers has.
+            device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
+            quantization: `nf4`, `int8` or `QuantizationConfig` fields: the linear layers of the blocks in 4 or
+                8 bits, everything else in `dtype`; None leaves the model as it is.
 
     Raises:
         ModelError: there is no such model, or its files cannot be read or are incomplete.
@@ -88,67 +85,57 @@ def load_model(
         EnvironmentProblem: a device or package that this machine lacks.
         NetworkError: the model is not on this machine and no hub may or can be asked.
     """
-    storage = quantization_config(quantization)
-    require(needed_by_model(ModelConfig(name=str(name), quantization=storage)))
-    chosen_device = choose_device(device)
-    chosen_dtype = choose_dtype(dtype, device=chosen_device)
-    attention = choose_attention(attn_implementation, device=chosen_device, dtype=chosen_dtype.value)
-    location = locate(resolve_source(name, revision=revision), offline=offline)
-    config, remote, notes = read_config(location, trust_remote_code=trust_remote_code)
-    tokenizer = read_tokenizer(location, config, trust_remote_code=remote, notes=notes)
-    model, model_notes = _load_weights(
-        location, config, dtype=chosen_dtype.value, attention=attention.value, trust_remote_code=remote
-    )
-    _check_vocabulary(model, tokenizer, where=location.source.location)
-    _agree_on_tokens(model, tokenizer)
-    model.config.use_cache = use_cache
-    with _needing_room(model, chosen_device):
-        if storage:
-            model_notes += (str(quantize(model, storage, device=chosen_device)),)
-        model = model.to(chosen_device)
+    wanted = model_config(model, fields)
+    require(needed_by_model(wanted))
+    device = choose_device(wanted.device)
+    dtype = choose_dtype(wanted.dtype, device=device)
+    attention = choose_attention(wanted.attn_implementation, device=device, dtype=dtype.value)
+    found = tokenizer.files if tokenizer is not None else None
+    files = found if found is not None and found.belong_to(wanted) else find_files(wanted)
+    tokenizer = tokenizer or read_tokenizer(files)
+    weights, notes = _load_weights(files, dtype=dtype.value, attention=attention.value)
+    _check_vocabulary(weights, tokenizer, where=files.location.source.location)
+    _agree_on_tokens(weights, tokenizer)
+    weights.config.use_cache = wanted.use_cache
+    with _needing_room(weights, device):
+        if wanted.quantization:
+            notes += (str(quantize(weights, wanted.quantization, device=device)),)
+        weights.to(device)
     return LoadedModel(
-        model=model,
+        model=weights,
         tokenizer=tokenizer,
-        source=location.source,
-        device=chosen_device,
-        dtype=chosen_dtype,
+        source=files.location.source,
+        device=device,
+        dtype=dtype,
         attention=attention,
-        fingerprint=fingerprint(model),
-        notes=tokenizer.notes + model_notes,
+        fingerprint=fingerprint(weights),
+        notes=tokenizer.notes + notes,
     )
 
 
 def _load_weights(
-    location: Location,
-    config: PreTrainedConfig,
-    *,
-    dtype: torch.dtype,
-    attention: str,
-    trust_remote_code: bool,
+    files: ModelFiles, *, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    with reading(location, "The weights"):
+    with reading(files.location, "The weights"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            location.path,
-            config=config,
+            files.location.path,
+            config=copy.deepcopy(files.config),
             dtype=dtype,
             attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=files.runs_code,
             output_loading_info=True,
-            **location.kwargs,
+            **files.location.kwargs,
         )
     missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing:
         raise ModelError(
             f"The weights lack {len(missing)} tensors that the configuration calls for, such as {missing[0]}",
-            where=location.source.location,
+            where=files.location.source.location,
             fix="copy or download the model again, or correct its config.json",
         )
-    notes = (
-        (f"{len(unexpected)} tensors of the file are not used, such as {unexpected[0]}",)
-        if unexpected
-        else ()
-    )
-    return model.eval(), notes
+    if not unexpected:
+        return model.eval(), ()
+    return model.eval(), (f"{len(unexpected)} tensors of the file are not used, such as {unexpected[0]}",)
 
 
 @contextlib.contextmanager

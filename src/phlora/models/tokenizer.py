@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict, Unpack
 
 from transformers import (
     CONFIG_MAPPING,
@@ -14,9 +16,35 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from phlora.errors import ModelError
+from phlora.config import ModelConfig, QuantizationConfig, quantization_config
+from phlora.errors import ConfigError, ModelError, did_you_mean
 from phlora.models import families
 from phlora.models.locate import Location, locate, reading, resolve_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """The files of a model, found once for its tokenizer and its weights.
+
+    Attributes:
+        model: what was asked for.
+        config: the model's configuration.
+        runs_code: whether code that comes with the model may run.
+        notes: what the user should hear.
+    """
+
+    model: ModelConfig
+    location: Location
+    config: PreTrainedConfig
+    runs_code: bool = False
+    notes: tuple[str, ...] = ()
+
+    def belong_to(self, model: ModelConfig) -> bool:
+        """Whether they are those of this model too: its name, revision and rights are the same."""
+        return all(
+            getattr(self.model, name) == getattr(model, name)
+            for name in ("name", "revision", "offline", "trust_remote_code")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +57,7 @@ class LoadedTokenizer:
         family: of the model.
         training_template: chat template with generation markers, None when none is known.
         notes: what the user should hear.
+        files: of the model that it was read from; None for one made in memory.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -36,61 +65,96 @@ class LoadedTokenizer:
     family: families.Family
     training_template: str | None
     notes: tuple[str, ...] = ()
+    files: ModelFiles | None = field(default=None, repr=False, compare=False)
+
+
+class ModelFields(TypedDict, total=False):
+    """The fields of `ModelConfig` that a model may be loaded with, beside its name."""
+
+    dtype: str
+    attn_implementation: str
+    use_cache: bool
+    device: str
+    quantization: str | Mapping[str, Any] | QuantizationConfig | None
+    revision: str | None
+    offline: bool
+    trust_remote_code: bool
+
+
+def model_config(model: ModelConfig | str | os.PathLike[str], fields: ModelFields) -> ModelConfig:
+    """What `load_model` and `load_tokenizer` are asked for, as one object.
+
+    Raises:
+        ConfigError: a field that there is not, with the nearest name that there is.
+    """
+    known = ModelFields.__annotations__
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"A model has no setting `{name}`", fix=did_you_mean(name, known))
+    changes: dict[str, Any] = dict(fields)
+    if "quantization" in changes:
+        changes["quantization"] = quantization_config(changes["quantization"])
+    config = model if isinstance(model, ModelConfig) else ModelConfig(name=os.fspath(model))
+    return replace(config, **changes)
 
 
 def load_tokenizer(
-    name: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    trust_remote_code: bool = False,
+    model: ModelConfig | str | os.PathLike[str], **fields: Unpack[ModelFields]
 ) -> LoadedTokenizer:
     """The tokenizer of a model, with a pad token that ends no reply and with every stop token known.
+
+    Args:
+        model: embedded name, folder, `.gguf` file or hub id, or all settings as a `ModelConfig`.
+        fields: settings in the place of those of `model`; `revision`, `offline` and `trust_remote_code` matter.
 
     Raises:
         ModelError: there is no such model, or its files cannot be read.
         NetworkError: it is not on this machine and no hub may or can be asked.
     """
-    location = locate(resolve_source(name, revision=revision), offline=offline)
-    config, remote, notes = read_config(location, trust_remote_code=trust_remote_code)
-    return read_tokenizer(location, config, trust_remote_code=remote, notes=notes)
+    return read_tokenizer(find_files(model_config(model, fields)))
 
 
-def read_config(
-    location: Location, *, trust_remote_code: bool
-) -> tuple[PreTrainedConfig, bool, tuple[str, ...]]:
-    """The configuration, whether the model's own code may run, and what to say about that."""
+def find_files(model: ModelConfig) -> ModelFiles:
+    """Where the files of a model are, with its configuration; a hub is asked once, here.
+
+    Raises:
+        ModelError, NetworkError: as `load_tokenizer`.
+    """
+    location = locate(resolve_source(model.name, revision=model.revision), offline=model.offline)
     with reading(location, "The configuration"):
         # A GGUF file carries no code, and reading its head takes seconds.
         in_gguf = location.source.kind == "gguf"
         raw = {} if in_gguf else PreTrainedConfig.get_config_dict(location.path, **location.kwargs)[0]
         native = raw.get("model_type") == "phi3"
-        remote = trust_remote_code and not native
-        if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING and not remote:
+        runs_code = model.trust_remote_code and not native
+        if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING and not runs_code:
             raise ModelError(
                 f"The model type `{raw.get('model_type')}` needs code that comes with the model",
                 where=location.source.location,
                 fix="read that code, then set trust_remote_code: true",
             )
-        config = AutoConfig.from_pretrained(location.path, trust_remote_code=remote, **location.kwargs)
-    if trust_remote_code and native:
-        note = (
-            "trust_remote_code is not used: transformers has Phi-3 itself, the model's own copy is outdated"
-        )
-        return config, remote, (note,)
-    return config, remote, ()
+        config = AutoConfig.from_pretrained(location.path, trust_remote_code=runs_code, **location.kwargs)
+    note = "trust_remote_code is not used: transformers has Phi-3 itself, the model's own copy is outdated"
+    return ModelFiles(
+        model=model,
+        location=location,
+        config=config,
+        runs_code=runs_code,
+        notes=(note,) if model.trust_remote_code and native else (),
+    )
 
 
-def read_tokenizer(
-    location: Location, config: PreTrainedConfig, *, trust_remote_code: bool, notes: tuple[str, ...]
-) -> LoadedTokenizer:
+def read_tokenizer(files: ModelFiles) -> LoadedTokenizer:
+    """The tokenizer among the files of a model."""
+    location = files.location
     with reading(location, "The tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            location.path, trust_remote_code=trust_remote_code, **location.kwargs
+            location.path, trust_remote_code=files.runs_code, **location.kwargs
         )
-    return prepare_tokenizer(
-        tokenizer, config=config, generation_config=_generation_config(location), notes=notes
+    prepared = prepare_tokenizer(
+        tokenizer, config=files.config, generation_config=_generation_config(location), notes=files.notes
     )
+    return replace(prepared, files=files)
 
 
 def _generation_config(location: Location) -> GenerationConfig | None:

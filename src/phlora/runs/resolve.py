@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -111,17 +111,8 @@ def load_base(
     quantization: QuantizationConfig | None = None,
 ) -> LoadedModel:
     """The base of an adapter; by default in fp32."""
-    return load_model(
-        base.name,
-        dtype=dtype,
-        quantization=asdict(quantization) if quantization else None,
-        # It stands in the configuration that is saved, and chatting wants it.
-        use_cache=True,
-        revision=base.revision,
-        offline=base.offline,
-        trust_remote_code=base.trust_remote_code,
-        device=device,
-    )
+    # use_cache stands in the configuration that is saved, and chatting wants it.
+    return load_model(base, dtype=dtype, quantization=quantization, use_cache=True, device=device)
 
 
 def load_as_trained(found: AdapterSource, device: str) -> LoadedModel:

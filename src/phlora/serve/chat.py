@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,7 +168,7 @@ def open_chat(
     display = display or Display()
     base, adapter = _parts(source)
     display.stage(f"Loading {base.name}" + (f" with {adapter}" if adapter else ""))
-    loaded = load_model(**{**asdict(base), "use_cache": True})
+    loaded = load_model(base, use_cache=True)
     model: Any = loaded.model
     tokenizer, notes = loaded.tokenizer, loaded.notes
     if adapter:

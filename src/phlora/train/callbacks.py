@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from phlora.display import Display
+from phlora.measure import peak_bytes
 from phlora.runs.folder import append_event, mark_complete
 
 
@@ -210,21 +208,3 @@ class GentleStop(TrainerCallback):
             raise KeyboardInterrupt
         self.signal = number
         self.display.warn("Stopping after this step, with a checkpoint; once more to stop at once")
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held: the GPU's where one is used, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "linux":
-        # ru_maxrss would carry over from the process that started this one.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

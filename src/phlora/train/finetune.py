@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ from transformers import set_seed
 from phlora.adapters.attach import attach, lora_settings
 from phlora.config import RunConfig
 from phlora.display import Display
+from phlora.evaluate import run as evaluation_run
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.extras import require
+from phlora.measure import Clock
 from phlora.models.device import choose_device
 from phlora.models.load import load_model
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import load_tokenizer
 from phlora.runs.folder import claim_folder, recorded_status, require_room
-from phlora.train import proof, record
+from phlora.train import record
 from phlora.train.arguments import needed_by_trackers, training_arguments
 from phlora.train.loop import fit
 from phlora.train.plan import Plan, make_plan
@@ -85,7 +87,7 @@ def finetune(
     """
     display = display or Display()
     require_one_process()
-    clock = record.Clock()
+    clock = Clock()
     arguments = dict(model=model, data=data, eval_data=eval_data, training_config=training_config)
     arguments |= dict(peft_config=peft_config, evaluation=evaluation, output=output and str(output))
     config, objects = collect_config(config, arguments)
@@ -103,13 +105,13 @@ def finetune(
     resolve_metrics(config.evaluation.metrics)
 
     display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
-    tokenizer = load_tokenizer(config.model.name, **record.source_of(config))
+    tokenizer = load_tokenizer(config.model)
     begun = folder.facts() if resume and folder.has_facts else None
     prepared = prepare_data(config, objects, tokenizer, arguments, display, begun=begun)
     clock.lap("data")
 
     display.stage(f"Loading {config.model.name}")
-    loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
+    loaded = load_model(replace(config.model, device=str(device)), tokenizer=tokenizer)
     set_seed(
         arguments.args.seed
     )  # the adapter's first weights are drawn here, before the trainer seeds itself
@@ -144,7 +146,7 @@ def finetune(
     report = None
     if config.evaluation.enabled and prepared.held_out:
         display.stage(f"Comparing base and tuned model on {len(prepared.held_out)} held-out rows")
-        comparison = proof.compare_on(
+        comparison = evaluation_run.compare_on(
             attached.model,
             tokenizer,
             prepared.held_out_rows,
@@ -152,11 +154,11 @@ def finetune(
             config.evaluation,
             display=display,
             # What training had the memory for.
-            batch_size=min(proof.BATCH_ROWS, arguments.args.per_device_eval_batch_size),
+            batch_size=min(evaluation_run.BATCH_ROWS, arguments.args.per_device_eval_batch_size),
             speed=config.speed,
         )
         clock.lap("evaluation")
-        report = record.make_report(folder, comparison, config, clock)
+        report = evaluation_run.make_report(folder, comparison, config, clock)
         report.write(folder.path)
     folder.update_facts(status="finished", timing=clock.seconds)
     return Run(folder.path, report, attached.model, tokenizer.tokenizer, config_text, plan)

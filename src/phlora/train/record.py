@@ -1,9 +1,7 @@
-"""What is written down about a run: run.json, config.yaml, and the facts of the report."""
+"""What is written down about a run: run.json and config.yaml."""
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from peft import LoraConfig
 from phlora.adapters.attach import Attached
 from phlora.config import RunConfig, resolved
 from phlora.display import Display
-from phlora.evaluate.compare import Comparison
-from phlora.evaluate.report import Report
 from phlora.models.load import LoadedModel
 from phlora.runs.folder import (
     HELD_OUT_FILE,
@@ -24,10 +20,8 @@ from phlora.runs.folder import (
     continue_run,
     digest,
     environment,
-    read_events,
 )
 from phlora.train.arguments import Arguments
-from phlora.train.callbacks import peak_bytes
 from phlora.train.plan import Plan
 from phlora.train.prepare import PreparedData, write_rows
 
@@ -45,42 +39,6 @@ _NOT_IDENTITY = (
     ),
     *("dataloader_num_workers", "dataloader_pin_memory", "per_device_eval_batch_size", "dataset_num_proc"),
 )
-
-
-class Clock:
-    """Seconds of each part of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under a name."""
-        now = time.monotonic()
-        self.seconds[name] = round(now - self._last, 2)
-        self._last = now
-
-
-def source_of(config: RunConfig) -> dict[str, Any]:
-    """The keywords of the loaders that say where a model comes from."""
-    model = config.model
-    return {
-        "revision": model.revision,
-        "offline": model.offline,
-        "trust_remote_code": model.trust_remote_code,
-    }
-
-
-def loading_of(config: RunConfig) -> dict[str, Any]:
-    """The keywords of `load_model` that say how it is loaded."""
-    model = config.model
-    return {
-        "dtype": model.dtype,
-        "attn_implementation": model.attn_implementation,
-        "use_cache": model.use_cache,
-        "device": model.device,
-        "quantization": dataclasses.asdict(model.quantization) if model.quantization else None,
-    }
 
 
 def tell_choices(display: Display, loaded: LoadedModel, arguments: Arguments, attached: Attached) -> None:
@@ -189,29 +147,6 @@ def config_text(config: RunConfig, arguments: Arguments) -> str:
         else:
             lines.append(_line(section, value, origins))
     return "\n".join(lines) + "\n"
-
-
-def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, clock: Clock) -> Report:
-    """The report of a run, from what its folder holds and a fresh comparison."""
-    facts = folder.facts()
-    events = read_events(folder.events)
-    return Report(
-        title=config.model.name,
-        comparison=comparison,
-        config=facts["config"] | {"evaluation": resolved(config)["evaluation"]},
-        origins=facts["origins"],
-        environment=facts["environment"],
-        model=facts["model"],
-        data={name: value for name, value in facts["data"].items() if name not in ("dropped", "cut")},
-        adapter=facts["adapter"],
-        timing={**facts.get("timing", {}), **clock.seconds},
-        peak_bytes=peak_bytes(),
-        training_curve=[
-            (e["step"], float(e["loss"]), float(e.get("learning_rate", 0))) for e in events if "loss" in e
-        ],
-        evaluation_curve=[(e["step"], float(e["eval_loss"])) for e in events if "eval_loss" in e],
-        notes=[*facts["data"]["dropped"], *facts["data"]["cut"]],
-    )
 
 
 def _line(name: str, value: Any, origins: Mapping[str, str], section: str = "") -> str:

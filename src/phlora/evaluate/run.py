@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from phlora.adapters.load import load_adapter
 from phlora.adapters.speed import at_speed
-from phlora.config import EvaluationConfig, Speed, build_config
+from phlora.config import EvaluationConfig, RunConfig, Speed, build_config, resolved
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.data.dataset import load_rows
 from phlora.data.prompts import encode_prompt
@@ -23,13 +23,13 @@ from phlora.evaluate.compare import Comparison, EvaluationItem, compare, score_m
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.evaluate.task import task_of
+from phlora.measure import Clock, peak_bytes
 from phlora.models.generate import generate
 from phlora.models.load import load_model
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.rotary import longrope_limit
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.folder import HELD_OUT_FILE, RunFolder
-from phlora.train import record
+from phlora.runs.folder import HELD_OUT_FILE, RunFolder, read_events
 
 # Rows whose loss is taken at once.
 BATCH_ROWS = 8
@@ -68,7 +68,7 @@ def compare_on(
                 tokenized,
                 items,
                 metrics=metrics,
-                generate=lambda model, prompts: generate(
+                generate=lambda _, prompts: generate(
                     model,
                     prompts,
                     max_new_tokens=evaluation.max_new_tokens,
@@ -76,7 +76,7 @@ def compare_on(
                     pad_token_id=tokenizer.tokenizer.pad_token_id,
                     progress=_steps(answered),
                 ),
-                decode=lambda ids: tokenizer.tokenizer.decode(ids, skip_special_tokens=True),
+                decode=lambda ids: str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True)),
                 collate=collate,
                 batch_size=batch_size,
                 progress=scored,
@@ -109,7 +109,7 @@ def evaluate_run(
         PhloraError: the folder holds no trained run, its base model cannot be loaded, or the rows cannot be used.
     """
     display = display or Display()
-    clock = record.Clock()
+    clock = Clock()
     folder = RunFolder(Path(run))
     facts = folder.facts()
     if not folder.best_adapter.is_dir():
@@ -117,7 +117,7 @@ def evaluate_run(
             f"The run has no adapter yet ({facts.get('status')})", where=str(run), fix="train it first"
         )
     config = build_config(facts["config"], facts["origins"])
-    changes = {
+    changes: dict[str, Any] = {
         "metrics": metrics and tuple(metrics),
         "max_answers": max_answers,
         "max_new_tokens": max_new_tokens,
@@ -129,7 +129,7 @@ def evaluate_run(
     rows = load_rows(data if data is not None else folder.path / HELD_OUT_FILE).rows
 
     display.stage(f"Loading {config.model.name} and its adapter")
-    loaded = load_model(config.model.name, **record.source_of(config), **record.loading_of(config))
+    loaded = load_model(config.model)
     adapted = load_adapter(loaded.model, folder.best_adapter)
     tokenized = tokenize_rows(
         rows,
@@ -152,9 +152,32 @@ def evaluate_run(
         speed=config.speed,
     )
     clock.lap("evaluation")
-    report = record.make_report(folder, comparison, dataclasses.replace(config, evaluation=evaluation), clock)
+    report = make_report(folder, comparison, dataclasses.replace(config, evaluation=evaluation), clock)
     report.write(folder.path)
     return report
+
+
+def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, clock: Clock) -> Report:
+    """The report of a run, from what its folder holds and a fresh comparison."""
+    facts = folder.facts()
+    events = read_events(folder.events)
+    return Report(
+        title=config.model.name,
+        comparison=comparison,
+        config=facts["config"] | {"evaluation": resolved(config)["evaluation"]},
+        origins=facts["origins"],
+        environment=facts["environment"],
+        model=facts["model"],
+        data={name: value for name, value in facts["data"].items() if name not in ("dropped", "cut")},
+        adapter=facts["adapter"],
+        timing={**facts.get("timing", {}), **clock.seconds},
+        peak_bytes=peak_bytes(),
+        training_curve=[
+            (e["step"], float(e["loss"]), float(e.get("learning_rate", 0))) for e in events if "loss" in e
+        ],
+        evaluation_curve=[(e["step"], float(e["eval_loss"])) for e in events if "eval_loss" in e],
+        notes=[*facts["data"]["dropped"], *facts["data"]["cut"]],
+    )
 
 
 def _steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
