@@ -7,6 +7,7 @@ test tells when a later one has mended it, then what phlora.lora does.
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import math
 import pickle
@@ -593,11 +594,74 @@ def test_models_without_lora():
         lora.lora_state_dict(model)
 
 
-@pytest.mark.parametrize("r", [-1, 100])
-def test_impossible_ranks(r):
-    loralib.Linear(4, 4, r=r)
+def test_a_negative_rank():
+    loralib.Linear(4, 4, r=-1)
     with pytest.raises(ConfigError, match="Linear.r"):
-        lora.Linear(4, 4, r=r)
+        lora.Linear(4, 4, r=-1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda module: module.Linear(4, 2, r=100),
+        lambda module: module.MergedLinear(8, 12, r=9, enable_lora=[True, False, True]),
+        lambda module: module.Embedding(10, 4, r=8),
+        lambda module: module.Conv2d(3, 8, 3, r=16),
+        lambda module: module.Conv2d(2, 8, 3, r=32, groups=2),
+    ],
+)
+def test_ranks_above_the_size_of_the_weight(make):
+    torch.manual_seed(0)
+    ours = make(lora)
+    torch.manual_seed(0)
+    theirs = make(loralib)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+        a.data.add_(0.1)
+        b.data.add_(0.1)
+    draw = {
+        "Embedding": lambda: torch.arange(10),
+        "Conv2d": lambda: torch.randn(2, ours.conv.in_channels, 6, 6),
+    }
+    x = draw.get(type(ours).__name__, lambda: torch.randn(3, ours.in_features))()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize("enable_lora", [[True, False, True], [False, True, False], [True, True, True]])
+def test_helpers_of_merged_linear(fan_in_fan_out, enable_lora):
+    ours, theirs = (
+        module.MergedLinear(8, 12, r=2, enable_lora=enable_lora, fan_in_fan_out=fan_in_fan_out)
+        for module in (lora, loralib)
+    )
+    nn.init.normal_(theirs.lora_B)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.lora_ind, theirs.lora_ind)
+    rows = torch.randn(int(ours.lora_ind.sum()), 5)
+    assert torch.equal(ours.zero_pad(rows), theirs.zero_pad(rows))
+    torch.testing.assert_close(ours.merge_AB(), theirs.merge_AB())
+    ours.merge_AB().square().sum().backward()
+    theirs.merge_AB().square().sum().backward()
+    torch.testing.assert_close(ours.lora_A.grad, theirs.lora_A.grad)
+    torch.testing.assert_close(ours.lora_B.grad, theirs.lora_B.grad)
+
+
+def test_modules_that_programs_import_from():
+    for module in ("layers", "utils"):
+        theirs = importlib.import_module(f"loralib.{module}")
+        ours = importlib.import_module(f"phlora.lora.{module}")
+        public = [
+            name
+            for name, value in vars(theirs).items()
+            if isinstance(value, type) or getattr(value, "__module__", "").startswith("loralib")
+        ]
+        assert public and all(hasattr(ours, name) for name in public)
+    names = [
+        "layers",
+        "utils",
+        *(n for n, v in vars(loralib).items() if getattr(v, "__module__", "").startswith("lora")),
+    ]
+    assert all(hasattr(lora, name) for name in names)
 
 
 def test_a_fractional_rank():

@@ -8,6 +8,7 @@ Replace layers, freeze the rest, train, save the LoRA parameters:
     torch.save(lora.lora_state_dict(model), "adapter.pt")
 """
 
+from phlora.lora import utils
 from phlora.lora.base import LoRALayer
 from phlora.lora.blocks import RowBlock, rank_slices, row_blocks, split_rows
 from phlora.lora.layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Embedding, Linear, MergedLinear
@@ -48,4 +49,5 @@ __all__ = [
     "row_blocks",
     "split_rows",
     "unmerge",
+    "utils",
 ]

@@ -1,22 +1,20 @@
-"""What every LoRA layer has: its settings, their checks, and the merged weight.
+"""What every LoRA layer has: its settings, their checks, and what merging means.
 
-The stored weight is never written to. A merged layer computes with a second tensor, `W + ΔW`, that is folded
-when it is first needed, folded again when one of the parameters has changed since, and dropped when the layer
-is unmerged. So merging is exactly reversible in every dtype; the state dict is the same merged or not;
-checkpoints load in either state; a weight that is shared (tied embeddings) stays what it was for its other
-users. The price is one more copy of the weight while merged; `merge_weights=False` does without.
-
-In 16 bits `W + ΔW` rounds small deltas away (measured in bf16: an error of 32 % of a delta that is 200 times
-smaller than the weight). `eval()` therefore merges only weights of 32 bits and more; `merge()` merges any.
+No weight is ever written to, and none is kept merged: a layer computes `x Wᵀ + s · x Aᵀ Bᵀ` from the parameters that it
+has when it is called, in training and evaluation, merged or not. A kept sum `W + ΔW` would have to notice every
+change of W, A and B, and nothing in torch tells of all of them: optimizers with `fused=True`, writes through `.data` or
+numpy and exchanged parameters leave no trace. So the output is that of the present parameters; the state dict is the
+same merged or not; checkpoints load in either state; a weight that is shared (tied embeddings) stays what it was
+for its other users; nothing is rounded in 16 bits. The price is two products of the width of a rank. A plain
+checkpoint without it is `merged_state_dict`.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from phlora.errors import ConfigError
@@ -29,9 +27,8 @@ class LoRALayer(nn.Module):
 
     Attributes:
         scaling: `lora_alpha / r`, the factor of `B A`; 0 when `r == 0`.
-        merged: whether inference uses the merged weight. Whenever a gradient of lora_A or lora_B is wanted,
-            and while torch.compile traces, the layer computes unmerged regardless.
-        merge_weights: whether `eval()` merges (weights of 32 bits and more) and `train()` unmerges.
+        merged: what loralib's programs read to know the state; the layer computes the same either way.
+        merge_weights: whether `eval()` sets `merged` and `train()` takes it back.
     """
 
     base_name: ClassVar[str] = "weight"
@@ -46,8 +43,6 @@ class LoRALayer(nn.Module):
         self.scaling = self.lora_alpha / self.r if self.r else 0.0
         self.merge_weights = merge_weights
         self.merged = False
-        self._folded: Tensor | None = None
-        self._folded_from: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def base(self) -> nn.Parameter:
@@ -68,61 +63,22 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def merge(self) -> None:
-        """Uses the merged weight for inference until `unmerge()` (or, with `merge_weights`, `train()`)."""
+        """Marks the layer as merged, until `unmerge()` (or, with `merge_weights`, `train()`)."""
         self.merged = self.is_adapted()
 
     def unmerge(self) -> None:
-        """Drops the merged weight; the stored one was never changed."""
+        """Marks the layer as not merged."""
         self.merged = False
-        self._folded = None
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.merge_weights and mode:
-            self.unmerge()
-        elif self.merge_weights and self.is_adapted() and self.base.dtype.itemsize >= 4:
-            self.merge()
+        if self.merge_weights:
+            self.merged = not mode and self.is_adapted()
         return self
-
-    def _computes_merged(self) -> bool:
-        if not self.merged or torch.compiler.is_compiling():
-            return False
-        return not (torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad))
-
-    def _folded_weight(self) -> Tensor:
-        """The merged weight, folded anew if a parameter was replaced or written to since the last time."""
-        state = tuple(_state_of(p) for p in (self.base, self.lora_A, self.lora_B))
-        if self._folded is None or state != self._folded_from:
-            # An inference tensor could not be used later where autograd records.
-            with torch.inference_mode(False), torch.no_grad():
-                self._folded, self._folded_from = self.merged_weight(), state
-        return self._folded
 
     def _adapter_dropout(self) -> float:
         # Asked of the module each time, so that turning dropout modules off from outside works here too.
         return self.lora_dropout.p if self.lora_dropout.training else 0.0
-
-    def _check_rank_fits(self, rows: int, columns: int) -> None:
-        if self.r > min(rows, columns):
-            raise ConfigError(
-                f"The rank {self.r} is larger than the smaller side of a {rows} x {columns} weight",
-                where=f"{type(self).__name__}.r",
-                expected=f"a whole number from 0 to {min(rows, columns)}",
-            )
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._folded = None
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": None}
-
-
-def _state_of(parameter: Tensor) -> tuple[int, int, int]:
-    """Identity, storage, write count: one changes whenever values are given, except through `.data.copy_`."""
-    version = -1 if parameter.is_inference() else parameter._version
-    return id(parameter), parameter.data_ptr(), version
 
 
 def _checked_rank(r: int, *, where: str) -> int:

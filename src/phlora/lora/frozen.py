@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from phlora.lora.autograd import sees_through
 from phlora.lora.fused import frozen_linear
 from phlora.lora.operands import DenseWeight
 
@@ -15,7 +16,7 @@ class FrozenLinear(nn.Linear):
     """`y = x Wᵀ + b` with a frozen weight: keeps nothing for backward but that weight.
 
     Made from an `nn.Linear` by exchanging the class, and back the same way. With a weight that trains, under autocast
-    and while torch.compile traces it computes as `nn.Linear` does.
+    and for whoever follows each operation (torch.compile, torch.func) it computes as `nn.Linear` does.
     """
 
     label: ClassVar[str] = "frozen linears"
@@ -28,7 +29,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.dtype == self.weight.dtype and not self.weight.requires_grad
-        if not plain or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        if not plain or torch.is_autocast_enabled(x.device.type) or sees_through():
             return super().forward(x)
         return frozen_linear(x, DenseWeight(self.weight), self.bias)
 

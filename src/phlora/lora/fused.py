@@ -10,8 +10,12 @@ Kept for backward are `x (T, K)` and `u (T, ΣR)` only: no dropped-out copy and 
 again, what that takes is kept in its place. A frozen weight gets no gradient product, an input that needs no gradient
 none either.
 
-Leaves out: double backward (an error from torch), forward-mode differentiation, vmap. While torch.compile
-traces, the reference formulas stand in: the compiler plans memory and redraws dropout masks itself.
+Where A and B are wider than `x` (fp32 beside 16 bits) the adapter is computed in their dtype and rounded once, when it
+is added; under autocast everything is in its dtype.
+
+Second derivatives come from the reference formulas (`lora.autograd`). These stand in altogether for `torch.func`'s
+transforms and for forward-mode differentiation, and while torch.compile traces: the compiler plans memory and redraws
+dropout masks itself.
 
 Legend: `T` tokens, `N` out, `K` in, `R` rank.
 """
@@ -25,9 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from phlora.lora import functional, matmul
+from phlora.lora.autograd import is_recorded_backward, only_first, recorded_gradients, sees_through
 from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.operands import DenseWeight, FrozenWeight
 from phlora.lora.recompute import Recompute, recompute_of
@@ -48,7 +52,7 @@ def lora_blocks(
     Kept for backward: x (T, K), x Aᵀ (T, ΣR_i), references to the parameters.
     Under autocast everything is computed in the autocast dtype, as torch's own linear is.
     """
-    if torch.compiler.is_compiling():
+    if sees_through():
         return functional.lora_blocks(x, weight, lora_A, lora_B, blocks=blocks, bias=bias, dropout=dropout)
     autocast = x.dtype != torch.float64 and _autocast_is_on(x.device.type)
     if autocast:
@@ -62,7 +66,7 @@ def lora_blocks(
 
 def frozen_linear(x: Tensor, weight: FrozenWeight, bias: Tensor | None = None) -> Tensor:
     """`y = x Wᵀ + bias` that keeps nothing for backward but the weight: (..., K) -> (..., N)."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or sees_through():
         return weight.matmul(x, bias)
     y: Tensor = _FrozenLinear.apply(x, bias, weight)  # type: ignore[no-untyped-call]
     return y
@@ -114,9 +118,10 @@ class _LoraBlocks(torch.autograd.Function):
             seed = torch.empty((), dtype=torch.int64).random_() if dropout else None
             keep = _share_kept(dropout)
             dropped = flat_x if seed is None else _draw_mask(flat_x.shape, dropout, seed, like=x).mul_(flat_x)
-            u = matmul.linear(dropped, lora_A.to(x.dtype))
+            wide = x.dtype if autocast else torch.promote_types(x.dtype, lora_A.dtype)
+            u = matmul.linear(dropped.to(wide), lora_A.to(wide))
             for block, columns, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
-                y[:, block.rows].addmm_(u[:, columns], B.to(x.dtype).t(), alpha=block.scaling / keep)
+                _addmm_(y[:, block.rows], u[:, columns], B.to(wide).t(), alpha=block.scaling / keep)
 
         _, need_weight, _, need_A = ctx.needs_input_grad[:4]
         need_B = any(ctx.needs_input_grad[9:])
@@ -129,37 +134,79 @@ class _LoraBlocks(torch.autograd.Function):
         # A dense weight goes through save_for_backward only, where torch notices if it is overwritten.
         ctx.operand = operand if weight is None else None
         ctx.blocks, ctx.dropout, ctx.bias_dtype = blocks, dropout, None if bias is None else bias.dtype
+        ctx.wide = wide
         # A plain view would forbid in-place activations after the layer, and FSDP2 warns of it.
         shaped: Tensor = torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
         return shaped
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        u, seed, weight, lora_A, *rest = ctx.saved_tensors
-        lora_B, kept = rest[: len(ctx.blocks)], rest[len(ctx.blocks) :]
-        need_x, need_weight, need_bias, need_A = ctx.needs_input_grad[:4]
-        need_B = ctx.needs_input_grad[9:]
-        blocks, keep = ctx.blocks, _share_kept(ctx.dropout)
-        dx = dA = None
-        with _without_autocast(dy.device.type):
-            leading, dy = dy.shape[:-1], _flat(dy).contiguous()
-            if need_A or need_weight:
-                x = _flat(ctx.recompute_x(*kept) if ctx.recompute_x else kept[0])
-            if need_x or need_A:
-                g = _rank_gradient(dy, lora_B, blocks, keep)
-                shape = len(dy), lora_A.shape[1]
-                mask = None if seed is None else _draw_mask(shape, ctx.dropout, seed, like=dy)
-            if need_x:
-                operand = ctx.operand if weight is None else DenseWeight(weight.to(dy.dtype))
-                dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(dy.dtype), mask).view(*leading, shape[1])
-            if need_A:
-                dropped = x if mask is None else mask.mul_(x)
-                dA = matmul.matmul(g.t(), dropped).to(lora_A.dtype)
-            dB = _up_gradients(dy, u, lora_B, blocks, keep, need_B)
-            dW = matmul.matmul(dy.t(), x).to(weight.dtype) if need_weight else None
-            dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
-        return dx, dW, dbias, dA, None, None, None, None, None, *dB
+        if is_recorded_backward():
+            return _recorded_backward(ctx, dy)
+        return _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    u, seed, weight, lora_A, *rest = ctx.saved_tensors
+    lora_B, kept = rest[: len(ctx.blocks)], rest[len(ctx.blocks) :]
+    need_x, need_weight, need_bias, need_A = ctx.needs_input_grad[:4]
+    need_B = ctx.needs_input_grad[9:]
+    blocks, keep, wide = ctx.blocks, _share_kept(ctx.dropout), ctx.wide
+    dx = dA = None
+    with _without_autocast(dy.device.type):
+        leading, dy = dy.shape[:-1], _flat(dy).contiguous()
+        wide_dy = dy.to(wide)
+        if need_A or need_weight:
+            x = _flat(ctx.recompute_x(*kept) if ctx.recompute_x else kept[0])
+        if need_x or need_A:
+            g = _rank_gradient(wide_dy, lora_B, blocks, keep)
+            shape = len(dy), lora_A.shape[1]
+            mask = None if seed is None else _draw_mask(shape, ctx.dropout, seed, like=dy)
+        if need_x:
+            operand = ctx.operand if weight is None else DenseWeight(weight.to(dy.dtype))
+            dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(wide), mask).view(*leading, shape[1])
+        if need_A:
+            dropped = x if mask is None else mask.mul_(x)
+            dA = matmul.matmul(g.t(), dropped.to(wide)).to(lora_A.dtype)
+        dB = _up_gradients(wide_dy, u, lora_B, blocks, keep, need_B)
+        dW = matmul.matmul(dy.t(), x).to(weight.dtype) if need_weight else None
+        dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
+    return dx, dW, dbias, dA, None, None, None, None, None, *dB
+
+
+def _recorded_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The same gradients, of the reference formulas on the inputs of forward, so that they can be differentiated."""
+    _, seed, weight, lora_A, *rest = ctx.saved_tensors
+    lora_B, kept = rest[: len(ctx.blocks)], rest[len(ctx.blocks) :]
+    need_x, _, need_bias, _ = ctx.needs_input_grad[:4]
+    if kept:
+        x = ctx.recompute_x(*kept) if ctx.recompute_x else kept[0]
+    else:
+        x = dy.new_zeros(*dy.shape[:-1], lora_A.shape[1]).requires_grad_(need_x)
+    # With A frozen, x is not kept, and dB depends on it.
+    if (need_x and not x.requires_grad) or (not kept and any(ctx.needs_input_grad[9:])):
+        with torch.no_grad():
+            sources = [dy, weight, lora_A, *lora_B]
+            results = _backward(ctx, dy)
+        return only_first(results, sources, "A LoRA layer that does not keep its input")
+    bias = None
+    if ctx.bias_dtype is not None:
+        bias = dy.new_zeros(dy.shape[-1], dtype=ctx.bias_dtype).requires_grad_(need_bias)
+    mask = None
+    if seed is not None:
+        mask = _draw_mask(_flat(x).shape, ctx.dropout, seed, like=x.detach()).view(x.shape)
+        mask = mask.to(ctx.wide) / _share_kept(ctx.dropout)
+
+    def formula(x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, *B: Tensor) -> Tensor:
+        operand = ctx.operand if weight is None else DenseWeight(weight.to(x.dtype))
+        y = operand.matmul(x, None if bias is None else bias.to(x.dtype))
+        dropped = x.to(ctx.wide) if mask is None else x * mask
+        wide_B = [factor.to(ctx.wide) for factor in B]
+        return functional.add_lora_blocks(y, dropped, A.to(ctx.wide), wide_B, blocks=ctx.blocks)
+
+    with _without_autocast(dy.device.type):
+        found = recorded_gradients(formula, (x, weight, bias, lora_A, *lora_B), dy)
+    return *found[:4], None, None, None, None, None, *found[4:]
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -171,8 +218,8 @@ class _FrozenLinear(torch.autograd.Function):
         return operand.matmul(x, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # Linear in dy and made of plain operations, and so differentiable as it stands.
         need_x, need_bias, _ = ctx.needs_input_grad
         flat_dy = _flat(dy).contiguous()
         dx = ctx.operand.matmul_t(flat_dy).view(*dy.shape[:-1], -1) if need_x else None
@@ -190,8 +237,19 @@ def _rank_gradient(dy: Tensor, lora_B: Sequence[Tensor], blocks: Sequence[RowBlo
 
 
 def _add_masked_(dx: Tensor, g: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
-    """`dx += mask ⊙ (g A)` in place."""
-    return dx.addmm_(g, lora_A) if mask is None else dx.addcmul_(g @ lora_A, mask)
+    """`dx += mask ⊙ (g A)` in place, rounded once."""
+    if mask is None:
+        return _addmm_(dx, g, lora_A)
+    if dx.dtype == g.dtype:
+        return dx.addcmul_(g @ lora_A, mask)
+    return dx.copy_(dx.to(g.dtype).addcmul_(g @ lora_A, mask.to(g.dtype)))
+
+
+def _addmm_(y: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """`y += alpha · left right` in place; in the dtype of the factors and rounded once where `y` is narrower."""
+    if y.dtype == left.dtype:
+        return y.addmm_(left, right, alpha=alpha)
+    return y.copy_(y.to(left.dtype).addmm_(left, right, alpha=alpha))
 
 
 def _up_gradients(

@@ -8,6 +8,7 @@ Legend: `T` tokens, `N` out, `K` in, `R` rank, `V` embeddings, `D` embedding wid
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phlora.errors import ConfigError
-from phlora.lora import fused
+from phlora.lora import functional, fused
 from phlora.lora.base import LoRALayer
 from phlora.lora.blocks import RowBlock, row_blocks, split_rows
 
@@ -39,7 +40,6 @@ class _BlockLinear(LoRALayer, nn.Linear):
         self.blocks = blocks
         self.register_forward_pre_hook(_leave_pytorch_fast_path)
         if self.r > 0:
-            self._check_rank_fits(min((b.size for b in blocks), default=self.out_features), self.in_features)
             self.weight.requires_grad = False
         if blocks:
             rows = sum(block.size for block in blocks)
@@ -74,8 +74,6 @@ class _BlockLinear(LoRALayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.blocks:
             return F.linear(x, self._weight_nk(self.weight), self.bias)
-        if self._computes_merged():
-            return F.linear(x, self._weight_nk(self._folded_weight()), self.bias)
         return self.lora_blocks(
             x,
             self._weight_nk(self.weight),
@@ -100,8 +98,7 @@ class Linear(_BlockLinear):
     Parameters: weight (N, K), or (K, N) with `fan_in_fan_out`; bias (N,); lora_A (R, K); lora_B (N, R).
 
     Raises:
-        ConfigError: `r` is negative, no whole number or larger than the weight; `lora_alpha` or
-            `lora_dropout` is out of range.
+        ConfigError: `r` is negative or no whole number; `lora_alpha` or `lora_dropout` is out of range.
     """
 
     def __init__(
@@ -163,6 +160,31 @@ class MergedLinear(_BlockLinear):
         blocks = row_blocks(named, enabled, r=self.r, scaling=self.scaling)
         self._adapt(blocks, fan_in_fan_out=fan_in_fan_out)
 
+    @property
+    def lora_ind(self) -> Tensor:
+        """Which rows of the weight are adapted: (N,) bool."""
+        rows = [
+            torch.full((size,), bool(on), device=self.weight.device)
+            for on, size in zip(self.enable_lora, self.out_features_per_block, strict=True)
+        ]
+        return torch.cat(rows)
+
+    def zero_pad(self, x: Tensor) -> Tensor:
+        """The adapted rows, (ΣN_i, ...), among zeros where nothing is adapted: (N, ...)."""
+        adapted = self.lora_ind
+        return x.new_zeros(len(adapted), *x.shape[1:]).index_put((adapted,), x)
+
+    def merge_AB(self) -> Tensor:
+        """`B A`, without the scaling, in the layout of the weight; with gradient."""
+        unscaled = [dataclasses.replace(block, scaling=1.0) for block in self.blocks]
+        delta = functional.delta_weight(
+            self.lora_A,
+            split_rows(self.lora_B, self.blocks),
+            blocks=unscaled,
+            out_features=self.out_features,
+        )
+        return self._weight_nk(delta)
+
 
 def _block_sizes(
     out_features: int, enable_lora: Sequence[bool], out_features_per_block: Sequence[int] | None
@@ -191,7 +213,7 @@ class Embedding(LoRALayer, nn.Embedding):
     """`y = W[i] + (lora_alpha / r) · Aᵀ[i] Bᵀ` for each index `i`.
 
     Parameters: weight (V, D); lora_A (R, V), zero at first; lora_B (D, R), normal. `max_norm` bounds the
-    pretrained rows only, and a layer that has one never computes merged.
+    pretrained rows only.
 
     Raises:
         ConfigError: as for `Linear`.
@@ -209,7 +231,6 @@ class Embedding(LoRALayer, nn.Embedding):
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
         if self.r > 0:
-            self._check_rank_fits(num_embeddings, embedding_dim)
             self.lora_A = nn.Parameter(self.weight.new_zeros(self.r, num_embeddings))
             self.lora_B = nn.Parameter(self.weight.new_zeros(embedding_dim, self.r))
             self.weight.requires_grad = False
@@ -245,13 +266,12 @@ class Embedding(LoRALayer, nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_adapted():
             return nn.Embedding.forward(self, x)
-        if self._computes_merged() and self.max_norm is None:
-            return F.embedding(x, self._folded_weight())
         y = nn.Embedding.forward(self, x)
+        wide = torch.promote_types(y.dtype, self.lora_A.dtype)
         after_A = F.embedding(
             x, self.lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
-        ).to(y.dtype)
-        return torch.add(y, after_A @ self.lora_B.t().to(y.dtype), alpha=self.scaling)
+        ).to(wide)
+        return torch.add(y, after_A @ self.lora_B.t().to(wide), alpha=self.scaling).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}"
@@ -292,7 +312,6 @@ class ConvLoRA(LoRALayer):
         if self.r > 0:
             *outer, last = self.conv.kernel_size
             rows, columns = out_channels // self.conv.groups * math.prod(outer), in_channels * last
-            self._check_rank_fits(rows, columns)
             weight = self.conv.weight
             self.lora_A = nn.Parameter(weight.new_zeros(self.r * last, columns))
             self.lora_B = nn.Parameter(weight.new_zeros(rows, self.r * last))
@@ -332,10 +351,10 @@ class ConvLoRA(LoRALayer):
         bias = self.conv.bias
         if not self.is_adapted():
             return conv(x, self.conv.weight, bias)
-        if self._computes_merged():
-            return conv(x, self._folded_weight(), bias)
         delta = self.delta_weight().to(self.conv.weight.dtype)
-        if self._adapter_dropout():
+        # In 16 bits the sum of the weights would round small deltas away.
+        narrow = delta.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
+        if narrow or self._adapter_dropout():
             return conv(x, self.conv.weight, bias) + conv(self.lora_dropout(x), delta, None)
         return conv(x, self.conv.weight + delta, bias)
 

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phlora.lora.autograd import sees_through
+
 _PREPARED = 64
 # Read once, when oneDNN meets its first shape; what the user set stays.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_PREPARED))
@@ -84,4 +86,4 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
-    return not torch.compiler.is_compiling() and torch.get_float32_matmul_precision() == "highest"
+    return not sees_through() and torch.get_float32_matmul_precision() == "highest"

@@ -88,7 +88,9 @@ def load_lora_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
 
 
 def merge(model: nn.Module) -> None:
-    """Lets every LoRA layer use `W + ΔW` for inference; no stored weight is changed, so `unmerge` is exact.
+    """Marks every LoRA layer as merged, as loralib's `eval()` does; what the layers compute stays.
+
+    A model that computes with `W + ΔW` and nothing else is the plain one with `merged_state_dict`.
 
     Raises:
         ModelError: the model has no LoRA layers.
@@ -98,7 +100,7 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Drops the merged weights; the layers compute with A and B again.
+    """Takes back `merge`.
 
     Raises:
         ModelError: the model has no LoRA layers.
