@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,6 @@ def fit(
 
     # The name that the user knows, rather than the place in this machine's cache that it was loaded from.
     model.peft_config["default"].base_model_name_or_path = loaded.source.name
-    # PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; Phlora never resizes it.
-    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     best_before = _best_before(folder)
     best = BestAdapter(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
@@ -81,7 +81,7 @@ def fit(
     ):
         trainer.add_callback(callback)
     try:
-        with at_speed(model, data.speed) as chosen:
+        with at_speed(model, data.speed) as chosen, _embeddings_left_out(model):
             display.note(chosen)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -104,10 +104,20 @@ def _merged(trainer: SFTTrainer) -> str:
     return f", {before:,} micro-batches as {after:,}" if after < before else ""
 
 
+@contextmanager
+def _embeddings_left_out(model: PeftModel) -> Iterator[None]:
+    """PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; Phlora never resizes it."""
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
+
+
 def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: dict[str, Any]) -> None:
     """Write a plain PEFT adapter with its tokenizer, model card and base fingerprint, whole or not at all."""
     with replaced_folder(path) as part:
-        model.save_pretrained(part)
+        model.save_pretrained(part, save_embedding_layers=False)
         loaded.tokenizer.tokenizer.save_pretrained(part)
         base = {
             "base_model": loaded.source.name,

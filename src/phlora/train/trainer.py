@@ -13,6 +13,8 @@ What is overridden, and why:
 - `train`: resuming a finished run takes no further step.
 - `__init__`: an adapter on a quantised base keeps PEFT's dtype, fp32 unless the caller has set another. TRL 1.16
   casts it to bf16, to which most of AdamW's updates are too small to be added.
+- what TRL, accelerate and this class put on the model itself (`forward`) is there while something is computed, and
+  taken off again (`worn`): after training the model is an ordinary one, and its copies compute with their own weights.
 - `create_optimizer`: with `loraplus_lr_ratio` every B of the adapter has a learning rate of its own.
 
 Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a caller's loss function, `loss_type="dft"`)
@@ -22,7 +24,9 @@ goes through TRL's own path.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import types
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,6 +38,7 @@ import trl
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch import nn
 from transformers.trainer_utils import TrainOutput
 
 from phlora.data.collate import share_step
@@ -43,6 +48,7 @@ from phlora.models.lm_head import LossTerms, trained_weight
 from phlora.models.lm_head import token_losses as _token_losses
 from phlora.models.prefix_attention import copy_cost
 from phlora.train.optimizer import raise_rate_of_B
+from phlora.train.worn import Worn
 
 _LOSS_WEIGHTS = "loss_weights"
 # In the place of a micro-batch whose rows stand in another one of its step.
@@ -76,10 +82,15 @@ class SFTTrainer(trl.SFTTrainer):
     ) -> None:
         given = args[0] if args else kwargs.get("model")
         before = _trained_values(given) if isinstance(given, PeftModel) else None
+        self._worn = Worn(given if isinstance(given, nn.Module) else None)
         with warnings.catch_warnings():
             # TRL 1.16 announces a slow way through all logits, which is not taken here.
             warnings.filterwarnings("ignore", "`label_smoothing_factor`", FutureWarning)
-            super().__init__(*args, **kwargs)
+            try:
+                super().__init__(*args, **kwargs)
+            except BaseException:
+                self._worn.take_off()
+                raise
         _keep_dtypes(self.model, before)
         if loraplus_lr_ratio is not None and self.optimizer is not None:
             raise ConfigError(
@@ -96,8 +107,8 @@ class SFTTrainer(trl.SFTTrainer):
             )
         smoothing = self.args.label_smoothing_factor
         self._terms = {True: LossTerms(smoothing, z_loss), False: LossTerms(smoothing)}
-        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        _offer_token_losses(model)
+        _offer_token_losses(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        self._worn.take_off(self.model)
         self._step_losses: list[torch.Tensor] = []
         self._sums: dict[str, dict[str, torch.Tensor | int]] = {
             "train": defaultdict(int),
@@ -108,7 +119,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def compute_loss(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -119,8 +130,10 @@ class SFTTrainer(trl.SFTTrainer):
                     "The rows carry loss weights, which TRL's own loss would ignore",
                     fix="leave out the weights, or loss_type, compute_metrics and loss functions",
                 )
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses, correct, weights = model(**inputs, token_losses=self._terms[self.model.training])
+            with self._worn:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._worn:
+            losses, correct, weights = model(**inputs, token_losses=self._terms[self.model.training])
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
         # Clamped so that a batch without trained tokens is a finite zero.
         total = (losses * weights).sum()
@@ -172,7 +185,7 @@ class SFTTrainer(trl.SFTTrainer):
             return None
         return int(self._train_batch_size * max(self.train_dataset[name][:]))
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if inputs is _NOTHING:
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, *args, **kwargs)
@@ -186,7 +199,7 @@ class SFTTrainer(trl.SFTTrainer):
             total = self.accelerator.gather(total).sum()
         return total
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         step_loss, self._step_losses = sum(self._step_losses), []
         # The loss scaler of fp16 meets infinite gradients by design, and skips their step itself.
@@ -201,7 +214,7 @@ class SFTTrainer(trl.SFTTrainer):
                 )
         return grad_norm
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.loraplus_lr_ratio is not None:
@@ -214,7 +227,16 @@ class SFTTrainer(trl.SFTTrainer):
             # transformers 5.23 takes one more optimizer step here when the last epoch was cut by max_steps.
             self._load_from_checkpoint(str(resume_from_checkpoint))
             return TrainOutput(finished, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self._worn:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._worn:
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self._worn:
+            return super().predict(*args, **kwargs)
 
     def _num_planned_steps(self) -> int:
         if self.args.max_steps > 0:
@@ -265,25 +287,30 @@ class SFTTrainer(trl.SFTTrainer):
         return float(self.accelerator.reduce(total, reduction="sum"))
 
 
-def _offer_token_losses(model: torch.nn.Module) -> None:
+def _offer_token_losses(model: nn.Module) -> None:
     """Let `model(**batch, token_losses=LossTerms())` return the losses of the trained tokens.
 
     They go through the model's own forward, so that whatever wraps it (DDP, FSDP, activation offloading) sees one.
     """
     original = model.forward
 
-    @functools.wraps(type(model).forward)
-    def forward(*args: Any, token_losses: LossTerms | None = None, **kwargs: Any) -> Any:
-        return _token_losses(model, kwargs, terms=token_losses) if token_losses else original(*args, **kwargs)
+    def forward(self: nn.Module, *args: Any, token_losses: LossTerms | None = None, **kwargs: Any) -> Any:
+        if token_losses:
+            return _token_losses(self, kwargs, terms=token_losses)
+        # A copy that was made while training (a moving average of the weights) is no part of this trainer.
+        return original(*args, **kwargs) if self is model else type(self).forward(self, *args, **kwargs)
 
-    model.forward = forward
+    # Not functools.wraps: accelerate looks through `__wrapped__` when it takes its own wrapper off, and this one too.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    forward.__name__, forward.__doc__ = "forward", type(model).forward.__doc__
+    model.forward = types.MethodType(forward, model)
 
 
-def _trained_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _keep_dtypes(model: torch.nn.Module, before: dict[str, torch.Tensor] | None) -> None:
+def _keep_dtypes(model: nn.Module, before: dict[str, torch.Tensor] | None) -> None:
     """Undo TRL's cast: the values of an adapter that was given come back, a fresh one has PEFT's dtype."""
     quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     if not (quantized and isinstance(model, PeftModel)):
