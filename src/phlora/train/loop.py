@@ -24,6 +24,7 @@ from phlora.files import ADAPTER_FACTS, read_json, replaced_folder, write_json, 
 from phlora.models.load import LoadedModel
 from phlora.models.rotary import longrope_limit
 from phlora.runs.folder import RunFolder
+from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.train.arguments import Arguments
 from phlora.train.batches import NewPacks, SequenceCollator, number_sequences
 from phlora.train.callbacks import (
@@ -59,8 +60,10 @@ def fit(
         KeyboardInterrupt: stopped by a signal; a checkpoint was written first.
     """
 
+    prompts = {SYSTEM_PROMPTS: data.system_prompts.to_json()} if data.system_prompts else {}
+
     def save(path: Path, **facts: Any) -> None:
-        save_adapter(model, loaded, path, facts=facts)
+        save_adapter(model, loaded, path, facts={**prompts, **facts})
 
     # The name that the user knows, rather than the place in this machine's cache that it was loaded from.
     model.peft_config["default"].base_model_name_or_path = loaded.source.name

@@ -16,6 +16,7 @@ from phlora.data.dataset import RowIndex, RowSubset
 from phlora.data.packing import TokenSequences
 from phlora.data.rows import Origin, Problem, Row, fingerprint_of
 from phlora.data.split import split_keys
+from phlora.data.system_prompt import SystemPrompts, find_system_prompts
 from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
 from phlora.display import Display
@@ -41,6 +42,7 @@ class PreparedData:
         facts: counts for people, the run folder and the report.
         fingerprint: of all rows and their order.
         speed: whether rows may share the computation of their common starts.
+        system_prompts: what the training rows begin with.
     """
 
     train: TokenSequences
@@ -49,6 +51,7 @@ class PreparedData:
     facts: dict[str, Any]
     fingerprint: str
     speed: Speed = "auto"
+    system_prompts: SystemPrompts | None = None
 
 
 def prepare_data(
@@ -96,6 +99,7 @@ def prepare_data(
         },
         fingerprint=fingerprint_of(chain(train_rows.digests(), held_out_rows.digests())),
         speed=config.speed,
+        system_prompts=find_system_prompts(train_rows),
     )
 
 

@@ -21,6 +21,7 @@ from phlora.runs.folder import (
     digest,
     environment,
 )
+from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.train.arguments import Arguments
 from phlora.train.plan import Plan
 from phlora.train.prepare import PreparedData, write_rows
@@ -95,6 +96,7 @@ def run_facts(
             "attention": loaded.attention.value,
         },
         "data": data.facts,
+        **({SYSTEM_PROMPTS: data.system_prompts.to_json()} if data.system_prompts else {}),
         "adapter": {
             "r": lora.r,
             "lora_alpha": lora.lora_alpha,
