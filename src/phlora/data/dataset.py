@@ -137,6 +137,7 @@ def load_rows(
     of dicts. The weight multiplies the loss of every trained token of the source's rows.
 
     Args:
+        sources: one source or several.
         format: `auto`, or one of `messages, conversations, alpaca, qa, prompt_completion, text`.
         on_bad: `raise` reads to the end, then raises about the rows that cannot be used; `collect` returns
             them in `problems`.

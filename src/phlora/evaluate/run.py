@@ -104,6 +104,7 @@ def evaluate_run(
         run: a run folder.
         data: other held-out rows (file(s), data set or rows); by default those of the run.
         metrics, max_answers, max_new_tokens: in the place of the run's own `evaluation` settings.
+        display: where progress goes; standard error by default.
 
     Raises:
         PhloraError: the folder holds no trained run, its base model cannot be loaded, or the rows cannot be used.

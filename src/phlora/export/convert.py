@@ -79,11 +79,13 @@ def convert(
     Args:
         source: a loralib file (`.pt`), a PEFT adapter folder, or a run folder (its best adapter is taken).
         output: a new folder (`peft`), or a new file (`loralib`).
+        to: what to write.
         lora_alpha: that of the layers of a loralib file, which does not know it.
         enable: the row blocks that are adapted, such as `q` and `v`, where shapes leave several possibilities.
         blocks: last part of a layer's name -> rows of its blocks by name; by default those of `model`.
         kernels: last part of a convolution's name in a loralib file -> its kernel, (3, 3) for one of 3 x 3.
         model: the base model; its configuration gives the blocks, and its name is written down.
+        offline: never ask a hub for that configuration.
 
     Raises:
         ModelError: the source is no adapter, cannot be opened safely, or has tensors without a place.

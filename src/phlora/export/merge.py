@@ -171,6 +171,8 @@ def merge_run(
         rows: file(s) or rows for the proof, in the place of the run's held-out rows.
         max_rows: at most so many of them.
         device: where to compute, as in `load_model`.
+        offline: never ask a hub for the base.
+        display: where progress goes; standard error by default.
 
     Raises:
         Finding: the merged model differs from base and adapter by more than the bound.

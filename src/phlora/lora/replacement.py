@@ -50,7 +50,9 @@ def replace(
     """Replaces layers of `model` in place by LoRA layers that share, not copy, their weight and bias.
 
     Args:
+        model: changed in place.
         targets: names of modules: full (`layers.0.q_proj`) or the last parts of it (`q_proj`, `attn.out`).
+        r, lora_alpha, lora_dropout, merge_weights: as in the layers.
         enable_lora: adapt row blocks of the targets, which must be linear: see `MergedLinear`.
         out_features_per_block: the sizes of those blocks when they are unequal.
         lora_dtype: dtype of lora_A and lora_B; None: that of the weight.
