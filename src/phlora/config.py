@@ -31,10 +31,22 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataFile:
-    """One data file with the weight of its rows."""
+    """One data file, or several under one name, and what is to be known about it; `path` alone mostly does."""
 
-    path: str = field(metadata={"help": "a file, a folder of the `datasets` library, or a hub data set"})
+    path: str = field(
+        metadata={
+            "help": "a file, a zip archive, a folder, a pattern such as chats/*.jsonl, or a hub data set"
+        }
+    )
     weight: float = field(default=1.0, metadata={"help": "loss weight of each of its trained tokens"})
+    format: str | None = field(default=None, metadata={"help": "in place of data.format, for this file"})
+    columns: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={"help": "new name: name in the file, such as {question: Frage, answer: meta.reply}"},
+    )
+    split: str | None = field(default=None, metadata={"help": "of a folder or data set; sheet of a workbook"})
+    limit: int | None = field(default=None, metadata={"help": "read only the first so many rows"})
+    encoding: str | None = field(default=None, metadata={"help": "of a text file; none: UTF-8, or guessed"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +326,7 @@ def _check_ranges(config: RunConfig) -> None:
         (config.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens", "1 or more"),
         (config.evaluation.max_answers >= 0, "evaluation.max_answers", "0 or more"),
         (all(0 < f.weight < math.inf for f in config.data.files), "data.files.weight", "a number above 0"),
+        (all(f.limit is None or f.limit > 0 for f in config.data.files), "data.files.limit", "1 or more"),
     ]
     for holds, where, expected in checks:
         if not holds:
@@ -353,9 +366,11 @@ def _convert(value: Any, hint: Any, *, where: str) -> Any:
         if value not in arguments:
             raise ConfigError(f"`{value}` is not known", where=where, fix=did_you_mean(str(value), arguments))
         return value
-    if origin is not None:  # Mapping[str, Any]
+    if origin is not None:  # Mapping[str, Any] or Mapping[str, str]
         if not isinstance(value, Mapping):
             raise _wrong_type(value, "a mapping", where)
+        if arguments[1] is str:
+            return {str(key): _convert(item, str, where=f"{where}.{key}") for key, item in value.items()}
         return dict(value)
     return _scalar(value, hint, where=where)
 

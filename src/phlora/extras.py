@@ -33,6 +33,7 @@ PACKAGES: dict[str, Package] = {
     "bitsandbytes": Package(requirement="bitsandbytes", extra="qlora"),
     "gguf": Package(requirement="gguf", extra="gguf"),
     "sentencepiece": Package(requirement="sentencepiece", extra="gguf"),
+    "python_calamine": Package(requirement="python-calamine", extra="tables"),
     "tensorboard": Package(requirement="tensorboard", extra="track"),
     "liger_kernel": Package(requirement="liger-kernel", extra="gpu"),
     "gradio": Package(requirement="gradio", extra="studio"),

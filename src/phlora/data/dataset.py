@@ -13,9 +13,10 @@ from typing import Any, Literal, TypeAlias
 
 from phlora.config import DataFile
 from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
-from phlora.data.readers import open_path, pick_split
-from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Record, Row, row_digest, row_key
+from phlora.data.readers import Opened, frame_records, open_path, pick_split
+from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Row, row_digest, row_key
 from phlora.data.similarity import row_keys
+from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
 
 Source: TypeAlias = str | Path | DataFile | Mapping[str, Any] | Iterable[Mapping[str, Any]]
@@ -121,10 +122,11 @@ def read_rows(source: Source, *, format: str = "auto", weight: float = 1.0) -> I
         DataError: the source cannot be read, or at the first row that cannot be used.
         NetworkError: a hub data set cannot be reached.
     """
-    for item in to_rows(*_open_source(source, format, weight)):
-        if isinstance(item, Problem):
-            raise _error([item])
-        yield item
+    for shape, opened in _open_source(source, format, weight):
+        for item in to_rows(shape, opened.records):
+            if isinstance(item, Problem):
+                raise _error([item])
+            yield item
 
 
 def load_rows(
@@ -132,9 +134,10 @@ def load_rows(
 ) -> Loaded:
     """Read all rows of one or several sources.
 
-    A source is a path (.jsonl, .json, .csv, .tsv, .parquet, .jsonl.gz, a folder saved by `datasets`), a hub
-    name (`owner/name`, or `owner/name:split`), a `DataFile` with a weight, a `datasets` object, or a list
-    of dicts. The weight multiplies the loss of every trained token of the source's rows.
+    A source is a path (a data file, a zip archive, a folder or a pattern), a hub name (`owner/name`, or
+    `owner/name:split`), a `DataFile` with what is to be known about its path, a `datasets` object, a pandas or
+    polars data frame, an Arrow table, or a list of dicts. The weight of a `DataFile` multiplies the loss of every
+    trained token of its rows.
 
     Args:
         sources: one source or several.
@@ -216,12 +219,13 @@ def _read_all(
 ) -> Iterator[Row | Problem]:
     """The rows and problems of all sources; their schemata go into `formats`."""
     for source in sources:
-        shape, records = _open_source(source, format, 1.0)
-        shape.group_by, shape.stratify_by = group_by, stratify_by
-        formats[shape.name] = shape.schema.name
-        yield from to_rows(shape, records)
-        if shape.ignored:
-            yield _ignored_columns(shape)
+        for shape, opened in _open_source(source, format, 1.0):
+            shape.group_by, shape.stratify_by = group_by, stratify_by
+            formats[shape.name] = shape.schema.name
+            yield from to_rows(shape, opened.records)
+            yield from opened.problems
+            if shape.ignored:
+                yield _ignored_columns(shape)
 
 
 def _raise_for(problems: Sequence[Problem], on_bad: Literal["raise", "collect"]) -> None:
@@ -258,24 +262,43 @@ def _as_list(sources: Source | Sequence[Source]) -> list[Source]:
     return [sources]  # type: ignore[list-item]
 
 
-def _open_source(source: Source, format: str, weight: float) -> tuple[Shape, Iterator[Record]]:
-    """Open a source and find its schema, reading as few rows as that takes."""
-    if isinstance(source, DataFile):
-        weight, source = source.weight, source.path
+def _open_source(source: Source, format: str, weight: float) -> Iterator[tuple[Shape, Opened]]:
+    """Open the files of a source and find their schemata, reading as few rows as that takes."""
+    file = source if isinstance(source, DataFile) else None
+    source = source.path if isinstance(source, DataFile) else source
+    format = (file.format if file else None) or format
+    weight = file.weight if file else weight
     if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
         raise ConfigError(f"The weight {weight!r} of {source} is no positive number")
-    name, records = open_path(str(source)) if isinstance(source, str | Path) else _open_object(source)
-    first = list(itertools.islice(records, NUM_ROWS_FOR_DETECTION))
-    if not first:
-        raise DataError("The file is empty" if isinstance(source, str | Path) else "No rows", where=name)
-    schema, example_line = detect(first, format, name)
-    return Shape(name, weight, schema, example_line), itertools.chain(first, records)
+    is_path = isinstance(source, str | Path)
+    opened = (
+        open_path(str(source), split=file.split if file else None, encoding=file.encoding if file else None)
+        if isinstance(source, str | Path)
+        else iter([_open_object(source)])
+    )
+    names, num_found = [], 0
+    for item in opened:
+        records = checked(item.records, file.columns if file else {})
+        if file and file.limit:
+            records = itertools.islice(records, file.limit)
+        first = list(itertools.islice(records, NUM_ROWS_FOR_DETECTION))
+        names.append(item.name)
+        if first:
+            num_found += 1
+            schema, example_line = detect(first, format, item.name)
+            found = itertools.chain(first, records)
+            yield Shape(item.name, weight, schema, example_line), replace(item, records=found)
+    if not num_found:
+        raise DataError("The file is empty" if is_path else "No rows", where=names[0] if names else "")
 
 
-def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> tuple[str, Iterator[Record]]:
-    """A DatasetDict, a Dataset or any other iterable of dicts."""
+def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Opened:
+    """A data frame, a DatasetDict, a Dataset or any other iterable of dicts."""
     name = "rows"
-    if isinstance(source, Mapping):
+    rows: Any = frame_records(source)
+    if rows is None and isinstance(source, Mapping):
         name = pick_split(source.keys(), None, where="the data set")
-        source = source[name]
-    return name, iter(enumerate(source, 1))
+        rows = source[name]
+    elif rows is None:
+        rows = source
+    return Opened(name, iter(enumerate(rows, 1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterable
@@ -98,3 +99,25 @@ def fingerprint_of(digests: Iterable[bytes]) -> str:
 
 def _normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def kind_of(value: Any) -> str:
+    """A value's kind in plain words; numbers with the value."""
+    kinds = {
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    if value is None:
+        return "nothing (null)"
+    shown = f" ({value!r})" if isinstance(value, int | float) and -1e20 < value < 1e20 else ""
+    return kinds.get(type(value), f"a {type(value).__name__}") + shown
+
+
+def names_of(keys: Iterable[Any], most: int = 24) -> str:
+    """Names in backquotes, the first ones where there are many."""
+    names = [f"`{str(key)[:60]}`" for key in itertools.islice(keys, most + 1)]
+    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])]) or "(none)"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import socket
+import zipfile
 
 import pytest
 from chat_tokenizers import LANGUAGES
 
+from phlora.config import DataFile
 from phlora.data.dataset import load_rows, read_rows
+from phlora.data.readers import files
 from phlora.data.rows import Origin
-from phlora.errors import DataError, NetworkError
+from phlora.errors import ConfigError, DataError, NetworkError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -94,13 +99,6 @@ def test_missing_file_names_the_nearest_one(tmp_path, monkeypatch):
         ("empty.jsonl", b"", "The file is empty"),
         ("blank.jsonl", b"\n\n", "The file is empty"),
         ("empty.json", b"", "The file is empty"),
-        (
-            "latin.jsonl",
-            '{"text": "a"}\n{"text": "caf\u00e9"}'.encode("latin-1"),
-            r"latin.jsonl:2.*0xe9 at offset 27",
-        ),
-        ("latin.csv", "question,answer\nq,caf\u00e9".encode("latin-1"), r"latin.csv:2.*0xe9 at offset 21"),
-        ("wide.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("broken.json", b'[{"text": "a"},\n{"text"]', r"broken.json:2.*Broken JSON"),
         ("scalar.json", b"3", "a number"),
         ("odd.xml", b"<x/>", "no known kind of data file"),
@@ -117,13 +115,6 @@ def test_unreadable_files(tmp_path, name, content, match):
         load_rows(path)
 
 
-def test_a_folder_of_something_else_names_its_files(tmp_path):
-    _write(tmp_path / "chats.jsonl", [{"text": "a"}])
-    with pytest.raises(DataError, match="folder") as caught:
-        load_rows(tmp_path)
-    assert "chats.jsonl" in str(caught.value)
-
-
 def test_an_unreachable_hub_is_a_network_error_at_once(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no network here")
@@ -137,3 +128,355 @@ def test_an_unreachable_hub_is_a_network_error_at_once(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ splitting
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def test_folders_patterns_and_archives_are_the_files_in_them(tmp_path):
+    folder = tmp_path / "chats"
+    (folder / "more").mkdir(parents=True)
+    _write(folder / "a.jsonl", [{"text": "a"}])
+    _write(folder / "more" / "b.jsonl", [{"text": "b"}])
+    (folder / "README.md").write_text("# Chats")
+    assert [row.text for row in load_rows(folder).rows] == ["a", "b"]
+    assert [row.text for row in load_rows(str(folder / "*.jsonl")).rows] == ["a"]
+    assert [row.text for row in load_rows(str(folder / "**" / "*.jsonl")).rows] == ["a", "b"]
+    with zipfile.ZipFile(tmp_path / "chats.zip", "w") as archive:
+        archive.write(folder / "a.jsonl", "in/a.jsonl")
+        archive.writestr("__MACOSX/._a.jsonl", b"\0")
+    (row,) = load_rows(tmp_path / "chats.zip").rows
+    assert str(row.origin).endswith("chats.zip/in/a.jsonl:1")
+
+
+def test_a_folder_of_splits_gives_the_training_rows_only_and_says_so(tmp_path):
+    for name in ("train-0", "train-1", "test-0"):
+        _write(tmp_path / f"{name}.jsonl", [{"text": name}])
+    loaded = load_rows(tmp_path)
+    assert [row.text for row in loaded.rows] == ["train-0", "train-1"]
+    assert "test-0.jsonl" in loaded.problems[0].message
+    assert [row.text for row in load_rows(f"{tmp_path}:test").rows] == ["test-0"]
+    assert [row.text for row in load_rows(DataFile(path=str(tmp_path), split="test")).rows] == ["test-0"]
+    with pytest.raises(DataError, match="No split `tset`"):
+        load_rows(f"{tmp_path}:tset")
+
+
+def test_folders_patterns_and_archives_without_data_say_so(tmp_path):
+    (tmp_path / "notes.md").write_text("x")
+    for source in (tmp_path, f"{tmp_path}/*.jsonl", f"{tmp_path}/*.md"):
+        with pytest.raises(DataError, match="data file"):
+            load_rows(source)
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("notes.md", "x")
+    with pytest.raises(DataError, match="no data file"):
+        load_rows(tmp_path / "x.zip")
+    (tmp_path / "y.zip").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_rows(tmp_path / "y.zip")
+
+
+def test_every_compression(tmp_path):
+    import pyarrow
+
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    for suffix, packed in {
+        ".gz": gzip.compress(content),
+        ".bz2": bz2.compress(content),
+        ".xz": lzma.compress(content),
+        ".zst": pyarrow.Codec("zstd").compress(content).to_pybytes(),
+    }.items():
+        path = tmp_path / f"rows.jsonl{suffix}"
+        path.write_bytes(packed)
+        assert [row.text for row in load_rows(path).rows] == ["a", "b"], suffix
+        path.write_bytes(packed[: len(packed) // 2])
+        with pytest.raises(DataError):
+            load_rows(path)
+
+
+def test_a_decompression_bomb_is_refused_while_it_unpacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "MAX_RATIO", 10)
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "' + b"a" * (8 << 20) + b'"}\n'))
+    with pytest.raises(DataError, match="more than 10 times its size"):
+        load_rows(path)
+
+
+# ------------------------------------------------------------------------------------------------ encodings
+
+SENTENCES = {
+    "cp1256": "سلام دنيا، اين يك گفتگوي آزمايشي است",
+    "cp1254": "Türkiye'nin başkenti neresidir? Ankara, ığdır şehri çok güzel",
+    "cp1250": "Koji je glavni grad? Beograd, želim čašu vode, đak i ćevapi",
+    "cp1258": "Thu\u0309 đô cu\u0309a Viê\u0323t Nam la\u0300 gi\u0300? Ha\u0300 Nô\u0323i",
+    "cp1251": "Привет, как дела? Столица Сербии Белград",
+    "cp1253": "Καλημέρα, πώς είσαι σήμερα;",
+    "shift_jis": "こんにちは、元気ですか。東京は日本の首都です",
+    "gb18030": "你好,世界。北京是中国的首都",
+    "cp1252": "C’est déjà l’été à Orléans, où êtes-vous",
+    "utf-16": "नमस्ते दुनिया, सलाम 😀",
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
+@pytest.mark.parametrize("encoding", SENTENCES)
+def test_an_encoding_is_guessed_right_and_shown_or_nothing_is_read(tmp_path, encoding, suffix):
+    sentence = SENTENCES[encoding]
+    path = tmp_path / f"data{suffix}"
+    text = f'text\n"{sentence}"\n' if suffix == ".csv" else json.dumps({"text": sentence}, ensure_ascii=False)
+    path.write_bytes(text.encode(encoding))
+    loaded = load_rows(path)
+    assert loaded.rows[0].text == sentence
+    (problem,) = loaded.problems
+    assert problem.kind == "encoding" and problem.severity == ("note" if "16" in encoding else "warning")
+    assert next(c for c in sentence if c > "\x7f") in problem.message
+    named = DataFile(path=str(path), encoding=encoding)
+    assert load_rows(named).rows == loaded.rows
+    assert load_rows(named).problems == ([] if "16" not in encoding else loaded.problems)
+
+
+def test_what_two_encodings_read_sensibly_is_refused_with_both_readings(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "\xea"}')  # e with circumflex, or with ogonek
+    with pytest.raises(DataError, match="not certain") as caught:
+        load_rows(path)
+    assert "“" in str(caught.value) and "--encoding" in caught.value.fix
+    assert load_rows(DataFile(path=str(path), encoding="cp1252")).rows[0].text == "ê"
+    with pytest.raises(ConfigError, match="no text encoding"):
+        load_rows(DataFile(path=str(path), encoding="cp99999"))
+
+
+def test_a_damaged_line_among_utf8_is_an_error_with_its_line(tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_bytes('{"text": "é"}\n{"text": "ç"}\n'.encode() + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"mixed.jsonl:3.*0xe9 at offset 43"):
+        load_rows(path)
+
+
+def test_files_under_a_wrong_name_say_what_they_are(tmp_path):
+    for name, content, kind in [
+        ("a.jsonl", gzip.compress(b"{}"), "gzip"),
+        ("b.csv", b"PK\x03\x04...", "Excel"),
+        ("c.jsonl", b"PAR1....", "Parquet"),
+        ("d.jsonl", b"\x01\x00\x02\x00\x00", "no text"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=kind):
+            load_rows(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def test_literal_quotes_in_a_tsv_stay_in_its_six_rows(tmp_path):
+    lines = [
+        "question\tanswer",
+        *(f'"Say {n}\tHe said "{n}' for n in range(3)),
+        *(f"q{n}\ta" for n in range(3)),
+    ]
+    path = tmp_path / "quotes.tsv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = load_rows(path).rows
+    assert len(rows) == 6
+    assert rows[0].messages[0]["content"] == '"Say 0'
+
+
+def test_a_tsv_that_excel_quoted_is_unquoted(tmp_path):
+    path = tmp_path / "excel.tsv"
+    path.write_bytes(b'question\tanswer\r\n"say ""hi"""\tb\r\n"two\r\nlines"\tb\r\n')
+    assert [row.messages[0]["content"] for row in load_rows(path).rows] == ['say "hi"', "two\r\nlines"]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_delimiters_line_ends_and_index_columns(tmp_path, delimiter, end):
+    rows = [["", "question", "answer"], ["0", '"a, b; c"', "x"], ["1", "d", "y"]]
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(delimiter.join(row) + end for row in rows).encode())
+    loaded = load_rows(path)
+    assert [_contents(row)[1][1] for row in loaded.rows] == ["x", "y"]
+    assert loaded.problems == [] and loaded.rows[1].origin.line == 3
+
+
+def test_excels_hint_and_empty_cells_at_the_end(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("sep=;\nquestion;answer;;\na;b;;\n;;;\nc;d;;\n", encoding="utf-8")
+    assert [row.origin.line for row in load_rows(path).rows] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("question,answer,question\na,b,c\n", "`question` twice"),
+        ('question,answer\na,b\n"c,d\ne,f\n', r"t.csv:3: A quote opened in this row"),
+        ('question,answer\n"x\ny",b\n"a" b,c\n', r"t.csv:4: Broken CSV"),
+        ("question,answer\n\n\na,b,c\n", r"t.csv:4: The line has more cells"),
+        ("Frage;Antwort\na;b\n", "--columns question=Frage,answer=Antwort"),
+    ],
+)
+def test_broken_tables_name_the_line(tmp_path, content, match):
+    path = tmp_path / "t.csv"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=match):
+        load_rows(path)
+
+
+def test_a_named_format_says_how_to_name_the_columns(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("Frage;Antwort\na;b\n", encoding="utf-8")
+    with pytest.raises(DataError, match="--columns question=Frage,answer=Antwort"):
+        load_rows(path, format="qa")
+
+
+def test_a_quote_that_swallows_rows_is_a_warning(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('question,answer\n"a,b\nc",d\n', encoding="utf-8")
+    (problem,) = load_rows(path).problems
+    assert problem.kind == "swallowed_rows" and problem.origins[0].line == 2
+
+
+def test_workbooks(tmp_path):
+    path = tmp_path / "table.xlsx"
+    _workbook(path, {"Empty": [], "Chats": [["question", "answer"], ["שלום", 42], [], ["नमस्ते", 1.5]]})
+    rows = load_rows(path).rows
+    assert [_contents(row)[1][1] for row in rows] == ["42", "1.5"]
+    assert [row.origin.line for row in rows] == [2, 4]
+    _workbook(path, {"A": [["text"], ["a"]], "B": [["text"], ["b"]]})
+    with pytest.raises(DataError, match="2 sheets"):
+        load_rows(path)
+    assert load_rows(f"{path}:B").rows[0].text == "b"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_rows(path)
+
+
+def _workbook(path, sheets):
+    """A workbook as small as the format allows, with texts in the cells themselves."""
+    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+    package = "http://schemas.openxmlformats.org/package/2006"
+
+    def cell(value):
+        return (
+            f"<c><v>{value}</v></c>"
+            if isinstance(value, int | float)
+            else (f'<c t="inlineStr"><is><t>{value}</t></is></c>')
+        )
+
+    with zipfile.ZipFile(path, "w") as archive:
+        kinds = "".join(
+            f'<Override PartName="/xl/worksheets/s{n}.xml" ContentType="application/vnd.openxmlformats-'
+            'officedocument.spreadsheetml.worksheet+xml"/>'
+            for n in range(len(sheets))
+        )
+        archive.writestr(
+            "[Content_Types].xml",
+            f'<Types xmlns="{package}/content-types"><Default Extension="rels" ContentType="application/vnd.'
+            'openxmlformats-package.relationships+xml"/><Override PartName="/xl/workbook.xml" ContentType='
+            f'"application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/>{kinds}</Types>',
+        )
+        archive.writestr(
+            "_rels/.rels",
+            f'<Relationships xmlns="{package}/relationships"><Relationship Id="r" Type="{office}/officeDocument" '
+            'Target="xl/workbook.xml"/></Relationships>',
+        )
+        names = "".join(f'<sheet name="{s}" sheetId="{n + 1}" r:id="r{n}"/>' for n, s in enumerate(sheets))
+        archive.writestr(
+            "xl/workbook.xml",
+            f'<workbook xmlns="{main}" xmlns:r="{office}"><sheets>{names}</sheets></workbook>',
+        )
+        links = "".join(
+            f'<Relationship Id="r{n}" Type="{office}/worksheet" Target="worksheets/s{n}.xml"/>'
+            for n in range(len(sheets))
+        )
+        archive.writestr(
+            "xl/_rels/workbook.xml.rels",
+            f'<Relationships xmlns="{package}/relationships">{links}</Relationships>',
+        )
+        for number, rows in enumerate(sheets.values()):
+            body = "".join(f'<row r="{n}">{"".join(map(cell, row))}</row>' for n, row in enumerate(rows, 1))
+            archive.writestr(
+                f"xl/worksheets/s{number}.xml",
+                f'<worksheet xmlns="{main}"><sheetData>{body}</sheetData></worksheet>',
+            )
+
+
+def test_data_frames_and_arrow_tables_are_rows():
+    import pandas
+    import pyarrow
+
+    frame = pandas.DataFrame({"question": ["a", "b"], "answer": ["x", "y"], "note": [None, "z"]})
+    for source in (frame, pyarrow.Table.from_pandas(frame.set_index("note"))):
+        assert [_contents(row)[1][1] for row in load_rows(source).rows] == ["x", "y"]
+    with pytest.raises(DataError, match="No rows"):
+        load_rows(frame[:0])
+
+
+def test_torn_parquet_and_arrow_files(tmp_path):
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": ["a" * 50] * 500})
+    for suffix, write in (
+        (".parquet", pyarrow.parquet.write_table),
+        (".feather", pyarrow.feather.write_feather),
+    ):
+        path = tmp_path / f"rows{suffix}"
+        write(table, path)
+        assert len(load_rows(path).rows) == 500
+        whole = path.read_bytes()
+        for cut in (0, 3, 10, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:cut])
+            with pytest.raises(DataError):
+                load_rows(path)
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ('[{"text": "a"}, {"text": "b"}]', [1, 1]),
+        ('[\n  {"text": "a"},\n\n  {\n  "text": "b"}\n]\n', [2, 4]),
+        ('{\n "text": "a"\n}\n{\n "text": "b"\n}\n', [1, 4]),
+        ('{"text": "a"}\n\n\n{"text": "b"}\n', [1, 4]),
+        ('\n{"version": 1,\n "data": [\n{"text": "a"},\n{"text": "b"}]}', [4, 5]),
+        ('\x1e{"text": "a"}\n\x1e{"text": "b"}\n', [1, 2]),
+    ],
+)
+def test_every_layout_of_json_with_the_line_of_each_row(tmp_path, name, content, lines):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    rows = load_rows(path).rows
+    assert [(row.text, row.origin.line) for row in rows] == list(zip("ab", lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ('{"text": "a"}\n{"text": \'b\'}\n', r"x.jsonl:2: Broken JSON at column 10.*double quotes"),
+        ("{'text': 'a'}\n{'text': 'b'}\n", r"x.jsonl:1: Broken JSON.*(\n.*)?json.dumps"),
+        ('{"text": "a"}\n{"text": 1' + "0" * 5000 + "}\n", r"x.jsonl:2: A number has more than 4300 digits"),
+        ('{"text": "a"}\n{"text": NaN}\n', r"x.jsonl:2: `NaN` is no JSON value"),
+        ('{"text": "a"}\n{"text": "b", "text": "c"}\n', r"x.jsonl:2: The key `text` stands twice"),
+        ('{"text": "a"}\n{"text": ' + "[" * 100_000 + "}\n", r"x.jsonl:2: The JSON is nested too deeply"),
+        ('{"text": "a"}\n{"text": "b", "x": 1e400}\n', r"x.jsonl:2: `x` holds inf"),
+        ('[{"text": "a"},\n{"text": "b", "text": "c"}]', r"x.jsonl:2: The key `text` stands twice"),
+        ('[{"text": "a"},\n{"text": "b"', r"x.jsonl:2: Broken JSON"),
+        ('[{"text": "a"}\n{"text": "b"}]', r"x.jsonl:2: Broken JSON.*comma"),
+    ],
+)
+def test_broken_json_names_line_and_remedy(tmp_path, content, match):
+    path = tmp_path / "x.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=match):
+        load_rows(path)
+
+
+def test_text_files_are_a_text_a_line(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("one\n\ntwo\n", encoding="utf-8")
+    assert [(row.text, row.origin.line) for row in load_rows(path).rows] == [("one", 1), ("two", 3)]

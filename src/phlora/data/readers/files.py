@@ -1,0 +1,257 @@
+"""Data files as streams of bytes: compressed or not, inside a zip archive, in a folder, or under a pattern.
+
+What unpacks to far more than any data set does is refused while it is unpacked, not after.
+"""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import io
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from phlora.errors import DataError, did_you_mean, nearest
+
+TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+BINARY_KINDS = (".parquet", ".arrow", ".feather", ".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# Text compresses by 3 to 20 times, repetitive records by a few hundred.
+MAX_RATIO = 400
+MAX_UNPACKED_BYTES = 1 << 30
+_BUFFER_BYTES = 1 << 20
+_IS_PATTERN = re.compile(r"[*?\[]")
+_SPLIT_WORD = re.compile(r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
+_SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One data file: the name to show, its kind (`.jsonl`, `.csv`, …), and how its unpacked bytes are read."""
+
+    name: str
+    kind: str
+    num_bytes: int
+    open_raw: Callable[[], IO[bytes]]
+    path: Path | None = None  # of a file that is neither compressed nor a part of an archive
+
+    def open(self) -> IO[bytes]:
+        """A buffered stream of the unpacked bytes."""
+        return io.BufferedReader(_Bounded(self.open_raw(), self.name, self.num_bytes), _BUFFER_BYTES)
+
+    def read(self) -> bytes:
+        """All unpacked bytes."""
+        with self.open() as stream:
+            return stream.read()
+
+
+class _Bounded(io.RawIOBase):
+    """Passes bytes on until there are too many of them for a file of this size."""
+
+    def __init__(self, stream: IO[bytes], name: str, num_bytes: int) -> None:
+        self.stream, self.name = stream, name
+        self.left = max(MAX_UNPACKED_BYTES, MAX_RATIO * num_bytes)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.stream.read(len(buffer))
+        buffer[: len(data)] = data
+        self.left -= len(data)
+        if self.left < 0:
+            raise DataError(
+                f"The file unpacks to more than {MAX_RATIO} times its size",
+                where=self.name,
+                fix="if it is sound, unpack it first",
+            )
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.stream.close()
+        super().close()
+
+
+def kind_and_compression(name: str) -> tuple[str, str]:
+    """`chats.jsonl.gz` -> (`.jsonl`, `.gz`); what is unknown is empty."""
+    path = Path(name.lower())
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    kind = Path(path.stem).suffix if compression else path.suffix
+    return (kind if kind in (*TEXT_KINDS, *BINARY_KINDS) else "", compression)
+
+
+def is_data_name(name: str) -> bool:
+    """Whether a file of this name is read."""
+    return bool(kind_and_compression(name)[0]) or name.lower().endswith(".zip")
+
+
+def files_of(path: Path, name: str) -> list[StoredFile]:
+    """The data file at a path, or those in a zip archive.
+
+    Raises:
+        DataError: no known kind of file, or an archive without data files.
+    """
+    if path.suffix.lower() == ".zip":
+        return _members(path, name)
+    kind, compression = kind_and_compression(path.name)
+    if not kind:
+        raise DataError(
+            f"`{path.suffix or path.name}` is no known kind of data file",
+            where=name,
+            expected=f"one of {', '.join(TEXT_KINDS)}, .parquet, .arrow, .xlsx, .ods, .zip, "
+            f"also with {', '.join(COMPRESSIONS)}",
+        )
+    as_it_is = None if compression else path
+    return [StoredFile(name, kind, path.stat().st_size, lambda: _unpacking(path, compression), as_it_is)]
+
+
+def _unpacking(path: Path, compression: str) -> IO[bytes]:
+    if compression == ".zst":
+        import pyarrow
+
+        stream: IO[bytes] = pyarrow.CompressedInputStream(str(path), "zstd")
+        return stream
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opened: IO[bytes] = openers[compression](path, "rb") if compression else path.open("rb")
+    return opened
+
+
+def _members(path: Path, name: str) -> list[StoredFile]:
+    with guarded(name), zipfile.ZipFile(path) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
+    known = [info for info in infos if kind_and_compression(info.filename)[0]]
+    if not known:
+        raise DataError(
+            "The archive holds no data file",
+            where=name,
+            expected=f"files such as {', '.join(TEXT_KINDS)}",
+            fix=f"it holds {', '.join(info.filename for info in infos[:8])}" if infos else "check the file",
+        )
+    return [_member(path, name, info) for info in sorted(known, key=lambda info: info.filename)]
+
+
+def _member(path: Path, name: str, info: zipfile.ZipInfo) -> StoredFile:
+    kind, compression = kind_and_compression(info.filename)
+    if compression:
+        raise DataError(
+            "An archive holds a compressed file", where=f"{name}/{info.filename}", fix="unpack the archive"
+        )
+
+    def opened() -> IO[bytes]:
+        # Closing the archive leaves the member readable: zipfile counts who still reads.
+        with zipfile.ZipFile(path) as archive:
+            return archive.open(info)
+
+    return StoredFile(f"{name}/{info.filename}", kind, max(info.compress_size, 1), opened)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
+
+
+@contextmanager
+def guarded(name: str) -> Iterator[None]:
+    """What the system says about a file that cannot be opened or unpacked, as an error of ours."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise DataError(f"The file cannot be read: {error}", where=name) from None
+    except RuntimeError as error:  # zipfile: a password is needed
+        if "password" not in str(error) and "encrypted" not in str(error):
+            raise
+        raise DataError("The archive is encrypted", where=name, fix="unpack it first") from None
+
+
+# ------------------------------------------------------------------------------------------------ several files
+
+
+def is_pattern(source: str) -> bool:
+    """Whether a name that does not exist is a pattern such as `chats/*.jsonl`."""
+    return bool(_IS_PATTERN.search(source)) and not Path(source).exists()
+
+
+def matching(pattern: str) -> list[Path]:
+    """The data files that a pattern matches, by name.
+
+    Raises:
+        DataError: none does.
+    """
+    found = sorted(Path(name) for name in glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    files = [path for path in found if path.is_file() and is_data_name(path.name)]
+    if not files:
+        others = ", ".join(str(path) for path in found[:8])
+        raise DataError(
+            "No data file matches the pattern",
+            where=pattern,
+            fix=f"it matches {others}, which is no known kind" if found else "check the path",
+        )
+    return files
+
+
+def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]]:
+    """The data files in a folder and below, and those left out because they belong to another split.
+
+    A name such as `train-00000.parquet` or `data/test.jsonl` says its split; files without one always count.
+
+    Raises:
+        DataError: there are none, or none of the split.
+    """
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and is_data_name(path.name) and not _is_hidden(str(path.relative_to(folder)))
+    )
+    if not found:
+        raise DataError(
+            "The folder holds no data file",
+            where=str(folder),
+            expected="data files, or a folder written by `save_to_disk` of the `datasets` library",
+        )
+    splits = {path: _split_of(str(path.relative_to(folder))) for path in found}
+    names = {name for name in splits.values() if name}
+    wanted = _SAME_SPLIT.get(split, split) if split else "train"
+    if split and wanted not in names:
+        raise DataError(f"No split `{split}`", where=str(folder), fix=did_you_mean(split, names))
+    if wanted not in names:
+        if names:
+            raise DataError(
+                f"The folder holds files of {', '.join(sorted(names))}, and none to train on",
+                where=str(folder),
+                fix=f"name one: {', '.join(f'{folder}:{name}' for name in sorted(names))}",
+            )
+        return found, []
+    kept = [path for path in found if splits[path] == wanted or (splits[path] is None and not split)]
+    return kept, [path for path in found if path not in set(kept)]
+
+
+def _split_of(name: str) -> str | None:
+    words = _SPLIT_WORD.findall(name.lower())
+    return _SAME_SPLIT.get(words[-1], words[-1]) if words else None
+
+
+def missing_file(path: Path) -> DataError:
+    """The error for a path that is not there, with the nearest name that is."""
+    if not path.parent.is_dir():
+        return DataError("The folder of the data file does not exist", where=str(path), fix="check the path")
+    siblings = [entry.name for entry in path.parent.iterdir()]
+    match = nearest(path.name, siblings)
+    known = [name for name in siblings if is_data_name(name)]
+    hint = (
+        f"did you mean `{match}`?" if match else did_you_mean(path.name, known) if known else "check the path"
+    )
+    return DataError("The file does not exist", where=str(path), fix=hint)
+
+
+def shown_names(names: Sequence[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
