@@ -9,13 +9,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from phlora.config import ModelConfig, QuantizationConfig, TrainOn, build_config
 from phlora.errors import ModelError, RunError
-from phlora.files import read_json
+from phlora.files import ADAPTER_FACTS, read_json
 from phlora.models.fingerprint import split_fingerprint
-from phlora.files import ADAPTER_FACTS
 from phlora.models.load import LoadedModel, load_model
-from phlora.models.tokenizer import LoadedTokenizer, prepare_tokenizer
-from phlora.models.quantization import quantization_of
 from phlora.models.locate import locate, reading, resolve_source
+from phlora.models.quantization import quantization_of
+from phlora.models.tokenizer import LoadedTokenizer, prepare_tokenizer
 from phlora.runs.folder import HELD_OUT_FILE, RUN_FILE, RunFolder
 
 
