@@ -29,7 +29,8 @@ def train(folder: Path, quantization: str | None) -> None:
     from phlora.runs.folder import RunFolder
     from phlora.train.finetune import finetune
 
-    if RunFolder(folder).finished:
+    run = RunFolder(folder)
+    if run.has_facts and run.facts()["status"] == "finished":
         return
     overrides = [f"output={folder}"] + ([f"model.quantization={quantization}"] if quantization else [])
     finetune(load_config("examples/quickstart.yaml", overrides), overwrite=folder.exists())

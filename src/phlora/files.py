@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from phlora.errors import InputError
 
 # Written beside an adapter's tensors; `base_fingerprint` in it names the weights it was trained on.
 ADAPTER_FACTS = "phlora.json"
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{12}\.(?:part|old)")
 
 
 def read_json(path: Path, problem: type[InputError]) -> dict[str, Any]:
@@ -82,6 +85,44 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def leftover_of(path: Path) -> str | None:
+    """The name that a half-written file or folder was meant for, None for any other path."""
+    match = _LEFTOVER.fullmatch(path.name)
+    return match[1] if match else None
+
+
+def clear_leftovers(folder: Path, *, only: str | None = None, idle_seconds: float = 0) -> None:
+    """Clear away what a killed process left half-written in a folder.
+
+    What it had moved aside goes back to its place where its successor did not get there.
+
+    Args:
+        only: leave what was meant for other names than this one.
+        idle_seconds: leave what was written to since then; another process may be at it.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        name = leftover_of(path)
+        if name is None or only not in (None, name) or _idle_seconds(path) < idle_seconds:
+            continue
+        if path.suffix == ".old" and not os.path.lexists(folder / name):
+            os.rename(path, folder / name)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _idle_seconds(path: Path) -> float:
+    """Since anything in it was last written to."""
+    times = [0.0]
+    for part in (path, *path.rglob("*")):
+        with suppress(OSError):
+            times.append(part.lstat().st_mtime)
+    return time.time() - max(times)
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -21,7 +21,7 @@ import yaml
 from typer.main import get_command
 
 from phlora import load_config
-from phlora.cli import app
+from phlora.cli.program import app
 from phlora.models import builtin
 from phlora.testing import chat_rows, invoke, tiny_adapter, tiny_folder, write_rows
 

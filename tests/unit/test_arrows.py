@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "phlora"
 # Lowest first; a unit may import its own floor's lower neighbours and itself, never a later floor.
 FLOORS = [
     {"errors"},
-    {"config", "display", "files", "extras", "measure"},
+    {"config", "display", "files", "extras", "measure", "stop"},
     {"lora", "data"},
     {"models"},
     {"adapters"},

@@ -5,7 +5,24 @@ one JSON document, also when the command fails. Heavy modules are imported insid
 so that `--help` answers at once.
 """
 
-from phlora.cli.entry import main
-from phlora.cli.program import app
+from __future__ import annotations
 
-__all__ = ["app", "main"]
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from phlora.errors import EXIT_INTERRUPTED
+from phlora.stop import interrupted_by_stop
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code; from its first moment SIGTERM and SIGHUP interrupt it."""
+    try:
+        with interrupted_by_stop():
+            from phlora.cli import entry
+
+            entry.main(arguments)
+    except KeyboardInterrupt:
+        # Before or after what `entry.main` watches over.
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(EXIT_INTERRUPTED)

@@ -21,6 +21,7 @@ from phlora.cli.console import is_debugging, print_result, recent_records, start
 from phlora.cli.program import app
 from phlora.display import printable
 from phlora.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NoRoomError, PhloraError
+from phlora.stop import was_asked
 
 # sysexits.h: EX_SOFTWARE. 1 means a finding here, so a crash must not look like one.
 EXIT_BUG = 70
@@ -43,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _let_go_of_stdout()
         code = EXIT_DONE
     except Exception as error:
-        code = _report_error(error, arguments, as_json=as_json)
+        if was_asked():
+            code = _report("Interrupted", "Interrupted.", EXIT_INTERRUPTED, as_json=as_json)
+        else:
+            code = _report_error(error, arguments, as_json=as_json)
     sys.exit(code)
 
 

@@ -6,11 +6,16 @@
     events.jsonl            one line per event: start, log, evaluate, save, end
     checkpoints/            adapter + optimizer + scheduler + RNG + data position, as transformers writes them
     heldout.jsonl           the rows of the proof
+    trained.keys            8 bytes of the digest of each row that was trained on, sorted
     adapter/best, last      plain PEFT adapters with tokenizer and model card
-    report.json, .html      base against tuned model
+    report.json, .html      the proof: base against tuned model, as the run ended
+    evaluations/            what `phlora evaluate` found later, one folder each
+    .lock                   while a process trains into the folder
 
 A checkpoint counts only once its `complete.json` is written, so one that a crash or a full disk cut short is
-never resumed from.
+never resumed from. A run counts only once its run.json has a status other than `opening`: that status is written
+first, before anything of an older run is removed, and the facts of the run last. So whatever stops the opening of a
+run, also in the middle of an `--overwrite`, leaves a folder that is known as Phlora's and is opened anew.
 """
 
 from __future__ import annotations
@@ -22,8 +27,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -33,22 +38,29 @@ import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
-from phlora.files import read_json, write_json, write_text
+from phlora.files import clear_leftovers, leftover_of, read_json, write_json
+from phlora.runs.lock import LOCK_FILE, hold_lock, require_unlocked
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "complete.json"
 # The rows of the proof.
 HELD_OUT_FILE = "heldout.jsonl"
+TRAINED_KEYS_FILE = "trained.keys"
+CONFIG_FILE = "config.yaml"
+EVALUATIONS = "evaluations"
 _ALMOST_NOTHING_BYTES = 10_000_000
+_OPENING = "opening"
+# What belongs to a run beside run.json, which goes last; anything else in the folder is the user's.
 _OWN = (
-    RUN_FILE,
-    "config.yaml",
+    CONFIG_FILE,
     "events.jsonl",
     HELD_OUT_FILE,
+    TRAINED_KEYS_FILE,
     "checkpoints",
     "adapter",
     "report.json",
     "report.html",
+    EVALUATIONS,
 )
 _PACKAGES = ("phlora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 
@@ -76,13 +88,15 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
-    def finished(self) -> bool:
-        return (self.path / RUN_FILE).is_file() and self.facts().get("status") == "finished"
+    def has_facts(self) -> bool:
+        """Whether the folder holds a run; one whose opening was cut short is none."""
+        return (self.path / RUN_FILE).is_file() and not self.is_half_open
 
     @property
-    def has_facts(self) -> bool:
-        """Whether the folder holds a run."""
-        return (self.path / RUN_FILE).is_file()
+    def is_half_open(self) -> bool:
+        """Whether the opening of a run was cut short here: nothing was trained."""
+        file = self.path / RUN_FILE
+        return file.is_file() and read_json(file, RunError).get("status") == _OPENING
 
     def facts(self) -> dict[str, Any]:
         """The contents of run.json.
@@ -122,58 +136,106 @@ def claim_folder(path: str | Path, *, resume: bool, overwrite: bool) -> RunFolde
 
     Raises:
         RunError: a run is there and neither `resume` nor `overwrite` was asked for, files of somebody else are
-            there, or there is nothing to resume.
+            there, another process trains into it, or there is nothing to resume.
     """
     folder = RunFolder(Path(path))
     if resume and overwrite:
         raise RunError("Both resume and overwrite were asked for", fix="choose one of --resume, --overwrite")
-    if folder.path.exists() and not folder.path.is_dir():
+    if os.path.lexists(folder.path) and not folder.path.is_dir():
         raise RunError(
             "A file stands where the run folder should be", where=str(path), fix="name another --output"
         )
-    if folder.path.is_dir() and any(folder.path.iterdir()):
-        _refuse_foreign(folder)
-        status = folder.facts().get("status", "unknown")
-        if not resume and not overwrite:
-            raise RunError(
-                f"The folder already holds a run ({status})",
-                where=str(path),
-                fix="--resume to continue it, --overwrite to replace it, or another --output",
-            )
-    elif resume:
-        raise RunError("There is no run to resume", where=str(path), fix="leave --resume out to start one")
+    require_unlocked(folder.path)
+    _require_usable(folder, resume=resume, overwrite=overwrite)
     return folder
 
 
-def _refuse_foreign(folder: RunFolder) -> None:
+@contextmanager
+def claimed(folder: RunFolder, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Hold a claimed folder, which is made where there is none; what a killed process left in it is cleared away.
+
+    Raises:
+        RunError: another process has taken it in the meantime, or it cannot be written.
+        NoRoomError: the disk is full.
+    """
+    with ExitStack() as stack:
+        with _writing(folder):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_lock(folder.path))
+            _require_usable(folder, resume=resume, overwrite=overwrite)
+            for place in (folder.path, folder.path / "adapter", folder.checkpoints):
+                clear_leftovers(place)
+        yield
+
+
+def _require_usable(folder: RunFolder, *, resume: bool, overwrite: bool) -> None:
+    names = _names_in(folder.path)
+    if not names:
+        if resume:
+            raise RunError(
+                "There is no run to resume", where=str(folder.path), fix="leave --resume out to start one"
+            )
+        return
+    if overwrite and names <= {RUN_FILE, *_OWN} and RUN_FILE in names:
+        # Nothing of anybody else's is there, so that run.json need not be readable.
+        return
+    _refuse_foreign(folder, names)
+    if folder.is_half_open or resume or overwrite:
+        return
+    status = folder.facts().get("status", "unknown")
+    raise RunError(
+        f"The folder already holds a run ({status})",
+        where=str(folder.path),
+        fix="--resume to continue it, --overwrite to replace it, or another --output",
+    )
+
+
+def _names_in(path: Path) -> set[str]:
+    """What is in a folder, without the lock and what a killed process left half-written."""
+    if not path.is_dir():
+        return set()
+    return {p.name for p in path.iterdir() if p.name != LOCK_FILE and leftover_of(p) is None}
+
+
+def _refuse_foreign(folder: RunFolder, names: set[str]) -> None:
     """A folder with other people's files is never written to, not even when told to overwrite."""
-    if not (folder.path / RUN_FILE).is_file():
-        names = ", ".join(sorted(p.name for p in folder.path.iterdir())[:4])
+    if RUN_FILE not in names:
         raise RunError(
-            f"The folder is not empty and holds no Phlora run ({names})",
+            f"The folder is not empty and holds no Phlora run ({', '.join(sorted(names)[:4])})",
             where=str(folder.path),
             fix="name another --output; Phlora does not write among files that are not its own",
         )
 
 
-def begin_run(folder: RunFolder, facts: Mapping[str, Any], config_text: str) -> None:
-    """Create the folder of a new run, replacing the files of an older run there.
+def begin_run(
+    folder: RunFolder, facts: Mapping[str, Any], files: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Open a new run, replacing the files of an older run there; what is not a run's stays.
+
+    Args:
+        files: name -> a function that writes that file of the run.
 
     Raises:
-        RunError: the folder cannot be created.
+        RunError: the folder cannot be written.
+        NoRoomError: the disk is full.
     """
-    try:
+    with _writing(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_facts({"status": _OPENING})
         for name in _OWN:
             _remove(folder.path / name)
+        for name, write in files.items():
+            write(folder.path / name)
         folder.write_facts({**facts, "status": "running"})
-        write_text(folder.path / "config.yaml", config_text)
-    except PermissionError as error:
-        raise RunError(f"No permission to write: {error.filename}", where=str(folder.path)) from None
 
 
-def continue_run(folder: RunFolder, identity: Mapping[str, Any]) -> Path | None:
+def continue_run(
+    folder: RunFolder, identity: Mapping[str, Any], files: Mapping[str, Callable[[Path], None]] | None = None
+) -> Path | None:
     """Check that the run in `folder` is the same as the one asked for; returns the checkpoint to continue from.
+
+    Args:
+        files: as in `begin_run`; those that are missing are written.
 
     Raises:
         RunError: data, base model, tokenizer or settings differ; the message lists each difference.
@@ -192,8 +254,31 @@ def continue_run(folder: RunFolder, identity: Mapping[str, Any]) -> Path | None:
             where=str(folder.path),
             fix="restore what changed, or start a new run with another --output",
         )
-    folder.drop_incomplete_checkpoints()
+    with _writing(folder):
+        folder.drop_incomplete_checkpoints()
+        for name, write in (files or {}).items():
+            if not (folder.path / name).is_file():
+                write(folder.path / name)
+        folder.update_facts(status="running")
     return folder.latest_checkpoint()
+
+
+@contextmanager
+def _writing(folder: RunFolder) -> Iterator[None]:
+    """A folder that cannot be written is said in one message."""
+    try:
+        yield
+    except OSError as error:
+        where = str(error.filename or folder.path)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoomError(
+                "The disk is full", where=where, fix="make room, or name an --output on another disk"
+            ) from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            found = f"No permission to write: {where}"
+        else:
+            found = f"The run folder cannot be written ({error.strerror}): {where}"
+        raise RunError(found, where=str(folder.path), fix="name another --output") from error
 
 
 def mark_complete(checkpoint: Path, facts: Mapping[str, Any]) -> None:
@@ -313,7 +398,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from phlora.display import Display
 from phlora.measure import peak_bytes
 from phlora.runs.folder import append_event, mark_complete
+from phlora.stop import STOP_SIGNALS, is_ignored
 
 
 class EventLog(TrainerCallback):
@@ -169,7 +170,7 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class GentleStop(TrainerCallback):
-    """On Ctrl-C or SIGTERM: finish the step, write a checkpoint, then stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C, SIGTERM or SIGHUP: finish the step, write a checkpoint, then stop. A second one stops at once."""
 
     def __init__(self, display: Display) -> None:
         self.display = display
@@ -181,8 +182,9 @@ class GentleStop(TrainerCallback):
     ) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._ask)
+        for number in STOP_SIGNALS:
+            if not is_ignored(number):
+                self._before[number] = signal.signal(number, self._ask)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

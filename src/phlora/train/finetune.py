@@ -21,7 +21,7 @@ from phlora.models.device import choose_device
 from phlora.models.load import load_model
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import load_tokenizer
-from phlora.runs.folder import claim_folder, recorded_status, require_room
+from phlora.runs.folder import claim_folder, claimed, recorded_status, require_room
 from phlora.train import record
 from phlora.train.arguments import needed_by_trackers, training_arguments
 from phlora.train.loop import fit
@@ -125,40 +125,41 @@ def finetune(
         return Run(None, None, attached.model, tokenizer.tokenizer, config_text, plan)
 
     require_room(folder.path, plan.disk_bytes)
-    facts = record.run_facts(config, prepared, loaded, arguments, lora, plan)
-    checkpoint = record.open_run(folder, facts, config_text, prepared, resume=resume)
-    display.stage(
-        f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
-    )
-    with recorded_status(folder):
-        fit(
-            attached.model,
-            loaded,
-            prepared,
-            arguments,
-            folder,
-            checkpoint=checkpoint,
-            shared=plan.sharing.on,
-            display=display,
+    with claimed(folder, resume=resume, overwrite=overwrite):
+        facts = record.run_facts(config, prepared, loaded, arguments, lora, plan)
+        checkpoint = record.open_run(folder, facts, config_text, prepared, resume=resume)
+        display.stage(
+            f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
         )
-    clock.lap("training")
+        with recorded_status(folder):
+            fit(
+                attached.model,
+                loaded,
+                prepared,
+                arguments,
+                folder,
+                checkpoint=checkpoint,
+                shared=plan.sharing.on,
+                display=display,
+            )
+        clock.lap("training")
 
-    report = None
-    if config.evaluation.enabled and prepared.held_out:
-        display.stage(f"Comparing base and tuned model on {len(prepared.held_out)} held-out rows")
-        comparison = evaluation_run.compare_on(
-            attached.model,
-            tokenizer,
-            prepared.held_out_rows,
-            prepared.held_out,
-            config.evaluation,
-            display=display,
-            # What training had the memory for.
-            batch_size=min(evaluation_run.BATCH_ROWS, arguments.args.per_device_eval_batch_size),
-            speed=config.speed,
-        )
-        clock.lap("evaluation")
-        report = evaluation_run.make_report(folder, comparison, config, clock)
-        report.write(folder.path)
-    folder.update_facts(status="finished", timing=clock.seconds)
+        report = None
+        if config.evaluation.enabled and prepared.held_out:
+            display.stage(f"Comparing base and tuned model on {len(prepared.held_out)} held-out rows")
+            comparison = evaluation_run.compare_on(
+                attached.model,
+                tokenizer,
+                prepared.held_out_rows,
+                prepared.held_out,
+                config.evaluation,
+                display=display,
+                # What training had the memory for.
+                batch_size=min(evaluation_run.BATCH_ROWS, arguments.args.per_device_eval_batch_size),
+                speed=config.speed,
+            )
+            clock.lap("evaluation")
+            report = evaluation_run.make_report(folder, comparison, config, clock)
+            report.write(folder.path)
+        folder.update_facts(status="finished", timing=clock.seconds)
     return Run(folder.path, report, attached.model, tokenizer.tokenizer, config_text, plan)

@@ -12,8 +12,10 @@ from peft import LoraConfig
 from phlora.adapters.attach import Attached
 from phlora.config import RunConfig, resolved
 from phlora.display import Display
+from phlora.files import write_text
 from phlora.models.load import LoadedModel
 from phlora.runs.folder import (
+    CONFIG_FILE,
     HELD_OUT_FILE,
     RunFolder,
     begin_run,
@@ -117,12 +119,13 @@ def open_run(
     resume: bool,
 ) -> Path | None:
     """Begin the run's folder, or check that it may be continued; returns the checkpoint to continue from."""
-    if resume:
-        checkpoint = continue_run(folder, facts["identity"])
-        folder.update_facts(status="running")
-        return checkpoint
-    begin_run(folder, facts, config_text)
-    write_rows(data.held_out_rows, folder.path / HELD_OUT_FILE)
+    files = {
+        CONFIG_FILE: lambda path: write_text(path, config_text),
+        HELD_OUT_FILE: lambda path: write_rows(data.held_out_rows, path),
+    }
+    if resume and folder.has_facts:
+        return continue_run(folder, facts["identity"], files)
+    begin_run(folder, facts, files)
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from command_line import CommandLine
 from typer.main import get_command
 
-from phlora.cli import app
+from phlora.cli.program import app
 from phlora.testing import Outcome, chat_rows, invoke, write_rows
 
 # What the command line says; its exit code where it is not 0. Each starts from a fresh copy of a trained run.

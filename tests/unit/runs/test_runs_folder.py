@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
+from phlora.files import write_text
 from phlora.runs import folder as runs_folder
 from phlora.runs.folder import RunFolder, begin_run, claim_folder, continue_run
 
@@ -17,7 +18,9 @@ from phlora.runs.folder import RunFolder, begin_run, claim_folder, continue_run
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     folder = claim_folder(tmp_path / "run", resume=False, overwrite=False)
-    begin_run(folder, {"identity": {"data": "a", "r": 16}}, "model: tiny\n")
+    begin_run(
+        folder, {"identity": {"data": "a", "r": 16}}, {"config.yaml": lambda path: write_text(path, "model: tiny\n")}
+    )
     return folder
 
 
@@ -68,7 +71,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 def test_beginning_again_removes_only_what_belongs_to_a_run(run: RunFolder) -> None:
     add_checkpoint(run, 5, complete=True)
     (run.path / "notes.txt").write_text("mine")
-    begin_run(run, {"identity": {}}, "")
+    begin_run(run, {"identity": {}}, {})
     assert run.latest_checkpoint() is None
     assert (run.path / "notes.txt").read_text() == "mine"
 
