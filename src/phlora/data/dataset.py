@@ -224,8 +224,7 @@ def _read_all(
             formats[shape.name] = shape.schema.name
             yield from to_rows(shape, opened.records)
             yield from opened.problems
-            if shape.ignored:
-                yield _ignored_columns(shape)
+            yield from shape.problems()
 
 
 def _raise_for(problems: Sequence[Problem], on_bad: Literal["raise", "collect"]) -> None:
@@ -241,15 +240,6 @@ def _error(problems: Sequence[Problem]) -> DataError:
         f"{first.message}{more}",
         where=str(first.origins[0]) if first.origins else "",
         fix="correct the rows; `phlora data check FILE` lists all of them",
-    )
-
-
-def _ignored_columns(shape: Shape) -> Problem:
-    names = ", ".join(f"`{name}`" for name in sorted(shape.ignored))
-    return Problem(
-        "ignored_columns",
-        "note",
-        f"{shape.name}: not used, since {shape.schema.name} has no such column: {names}",
     )
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from phlora.data.columns import category_of, required_value
 from phlora.data.dialects import foreign_export, from_chatgpt, from_claude, from_gemini, from_xlam
+from phlora.data.known_keys import LABELS, Findings, heed
 from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system
+from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of
 from phlora.errors import ConfigError, DataError, did_you_mean
 
@@ -52,6 +54,15 @@ class Shape:
     group_by: str | None = None
     stratify_by: str | None = None
     ignored: set[str] = field(default_factory=set)
+    findings: Findings = field(default_factory=Findings)
+
+    def problems(self) -> Iterator[Problem]:
+        """What the rows said that is not done."""
+        yield from self.findings.problems(self.name)
+        if self.ignored:
+            names = names_of(sorted(self.ignored))
+            message = f"{self.name}: not used, since {self.schema.name} has no such column: {names}"
+            yield Problem("ignored_columns", "note", message)
 
 
 def detect(records: Sequence[Record], format: str, name: str) -> tuple[Schema, int]:
@@ -67,6 +78,7 @@ def detect(records: Sequence[Record], format: str, name: str) -> tuple[Schema, i
     candidates = SCHEMATA if format == "auto" else _schemata_named(format)
     if format == "auto":
         _refuse_exports(records, name)
+        _refuse_preferences(records, name)
     found: Counter[str] = Counter()
     lines: dict[str, int] = {}
     for line, record in records:
@@ -87,6 +99,14 @@ def _refuse_exports(records: Sequence[Record], name: str) -> None:
         export = foreign_export(record)
         if export:
             raise DataError(f"This is {export.kind}", where=f"{name}:{line}", fix=export.advice(name))
+
+
+def _refuse_preferences(records: Sequence[Record], name: str) -> None:
+    """Preference data is called by its name: supervised training would learn the rejected answers too."""
+    for line, record in records:
+        kind = preference_kind(record) if isinstance(record, Mapping) else None
+        if kind:
+            raise DataError(f"The rows are {kind}, not chats to learn from", where=f"{name}:{line}", fix=FIX)
 
 
 def _no_schema(records: Sequence[Record], name: str) -> DataError:
@@ -118,10 +138,11 @@ def _how_to_map(record: Any) -> str:
 
 def _schemata_named(format: str) -> tuple[Schema, ...]:
     wanted = ALIASES.get(format, format)
-    found = tuple(schema for schema in SCHEMATA if schema.name == wanted)
+    known = (*SCHEMATA, *ASKED_FOR)
+    found = tuple(schema for schema in known if schema.name == wanted)
     if found:
         return found
-    names = {schema.name for schema in SCHEMATA} | ALIASES.keys()
+    names = {schema.name for schema in known} | ALIASES.keys()
     raise ConfigError(f"`{format}` is no data format", where="format", fix=did_you_mean(format, names))
 
 
@@ -137,7 +158,7 @@ def to_rows(shape: Shape, records: Iterable[Record]) -> Iterator[Row | Problem]:
             yield _convert_record(record, shape, origin)
         except BadRow as bad:
             message = _sentence(bad.message) + (f" (expected: {bad.expected})" if bad.expected else "")
-            yield Problem(bad.kind, "error", message, (origin,))
+            yield Problem(bad.kind, "note" if bad.kind == LEFT_OUT else "error", message, (origin,))
 
 
 def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
@@ -146,6 +167,8 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
     if not isinstance(record, Mapping):
         raise BadRow("wrong_type", f"the row is {kind_of(record)}", "an object with named columns")
     schema = shape.schema
+    heeded = heed(record, schema.name, shape.findings, origin)
+    record = heeded.record
     used = schema.required(record)
     if used is None:
         raise _other_schema(record, shape)
@@ -156,7 +179,7 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         used = (*used, "tools", "system")
         tools = tools_of(record.get("tools"))
         messages = with_system(messages, record.get("system"))
-    shape.ignored.update(record.keys() - schema.optional.union(used))
+    shape.ignored.update(record.keys() - schema.optional.union(used, heeded.known))
     return Row(
         messages=None if messages is None else tuple(messages),
         prompt=parts.prompt,
@@ -164,7 +187,7 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         text=parts.text,
         tools=tools,
         origin=origin,
-        weight=shape.weight,
+        weight=shape.weight * heeded.weight,
         group=None if shape.group_by is None else required_value(record, shape.group_by, "data.group_by"),
         category=category_of(record, shape.stratify_by),
     )
@@ -248,7 +271,7 @@ def _history(value: Any) -> list[Message]:
 
 def _from_pair(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
     question, answer = (text_of(record, column) for column in columns)
-    return _Parts(messages=exchange(question, answer))
+    return _Parts(messages=[*_history(record.get("history")), *exchange(question, answer)])
 
 
 def _from_plain(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
@@ -265,6 +288,27 @@ def _from_text(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
     if not text.strip():
         raise BadRow("empty", "`text` is empty")
     return _Parts(text=text)
+
+
+def _from_preference(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    return _Parts(messages=messages_of(chosen_side(record), "the chosen side"))
+
+
+def _labelled(record: Mapping[str, Any]) -> Sequence[str] | None:
+    """A text and its label, the name of the label rather than its number."""
+    texts = ("text", "sentence", "content", "review")
+    text = next((name for name in texts if isinstance(record.get(name), str)), None)
+    labels = [name for name in LABELS if record.get(name) is not None and record[name] != ""]
+    named = [name for name in labels if isinstance(record[name], str)]
+    named.sort(key=lambda name: "_" not in name)
+    return (text, (named or labels)[0]) if text and labels else None
+
+
+def _from_labelled(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
+    text, label = (record[column] for column in columns)
+    if isinstance(label, Mapping | list):
+        raise BadRow("wrong_type", f"`{columns[1]}` is {kind_of(label)}", "one label")
+    return _Parts(messages=exchange(text, str(label)))
 
 
 def _chat(convert: Callable[[Mapping[str, Any]], list[Message]]) -> Callable[..., _Parts]:
@@ -291,8 +335,15 @@ SCHEMATA = (
     Schema("prompt_completion", "`prompt` and `completion` as text", _from_plain, _prompt_is(str)),
     Schema("prompt_completion", "`prompt` and `completion` as messages", _from_chat_prompt, _prompt_is(list)),
     Schema("alpaca", "`instruction`, `output` and optionally `input`", _from_alpaca, _instruction, _ALPACA),
-    Schema("qa", "a pair such as `question` and `answer`", _from_pair, pair_of),
+    Schema("qa", "a pair such as `question` and `answer`", _from_pair, pair_of, frozenset({"history"})),
     Schema("text", "`text`", _from_text, _needs("text")),
+)
+# Never found by themselves: training on one side, or on labels, is a choice.
+ASKED_FOR = (
+    Schema(
+        "preference_chosen", "preference data of any kind", _from_preference, lambda record: tuple(record)
+    ),
+    Schema("classification", "`text` and `label`", _from_labelled, _labelled, frozenset(LABELS)),
 )
 
 

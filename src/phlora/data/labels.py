@@ -110,6 +110,8 @@ class Labeller:
         mask: Sequence[int] | None,
         row: Row,
     ) -> tuple[bytearray, list[float] | None]:
+        if not row.weight:
+            return bytearray(len(ids)), None
         trains_all = self.train_on == "all"
         trained = bytearray(b"\x01" * len(ids) if trains_all else len(ids))
         weights = [float(row.weight)] * len(ids)

@@ -343,7 +343,7 @@ class _RowTokenizer:
             offsets.append((len(draft.text), len(draft.text) + 1))
         span = (len(row.prompt or ""), len(draft.text))
         first, _ = token_range(offsets, span, ids, self.labels.control_ids)
-        trained = bytearray(first) + b"\x01" * (len(ids) - first)
+        trained = bytearray(first) + bytes([row.weight != 0]) * (len(ids) - first)
         weights = None if row.weight == 1 else [0.0] * first + [float(row.weight)] * (len(ids) - first)
         return _TokenRow(ids, trained, weights, row.origin)
 

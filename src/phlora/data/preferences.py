@@ -1,0 +1,167 @@
+"""Preference data of every dialect: recognised by name, and its chosen side as a chat.
+
+Supervised training learns every answer that it is shown, so rejected answers may not reach it. Asked for by
+`format: preference_chosen`, the chosen side is trained and the rest is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phlora.data.rows import BadRow, kind_of
+
+FIX = "`--format preference_chosen` (or `format: preference_chosen`) trains on the chosen side"
+LEFT_OUT = "rejected_answer"
+_HH = re.compile(r"\n\n(Human|Assistant):")
+_ANSWERS = ("completion", "response", "output", "answer")
+
+
+def preference_kind(record: Mapping[str, Any]) -> str | None:
+    """What kind of preference data a record is; None for none."""
+    said = {name for name, value in record.items() if value is not None and value != "" and value != []}
+    if {"preferred_output", "non_preferred_output"} <= said:
+        return "preference pairs in OpenAI's form"
+    if {"chosen", "rejected"} <= said:
+        if isinstance(record["chosen"], str) and _HH.match(record["chosen"]):
+            return "preference pairs in the form of HH-RLHF"
+        if said & {"conversations", "messages"} and isinstance(record["chosen"], Mapping):
+            return "preference pairs in the form of LLaMA-Factory and Axolotl"
+        if "score_chosen" in said:
+            return "preference pairs in the form of UltraFeedback"
+        return "preference pairs in TRL's form"
+    if said & {"rejected_response", "rejected_messages"} and said & {"messages", "response"}:
+        return "preference pairs in swift's form"
+    if {"response_j", "response_k"} <= said or {"human_ref_A", "human_ref_B"} <= said:
+        return "pairs of ranked answers"
+    completions = record.get("completions")
+    if isinstance(completions, list) and completions:
+        if isinstance(record.get("labels"), list):
+            return "answers judged step by step"
+        return "several rated answers in the form of UltraFeedback"
+    if isinstance(record.get("kto_tag"), bool) or (
+        isinstance(record.get("label"), bool) and said & {"messages", "conversations", *_ANSWERS}
+    ):
+        return "answers marked good or bad (KTO)"
+    return None
+
+
+def chosen_side(record: Mapping[str, Any]) -> list[Any]:
+    """The messages of the chosen side, in the dialect of the record.
+
+    Raises:
+        BadRow: there is none; of kind `rejected_answer` where the row is a rejected answer alone.
+    """
+    kind = preference_kind(record)
+    if kind is None:
+        raise BadRow(
+            "missing_column",
+            "the row is no preference data",
+            "`chosen` and `rejected`, or as other tools have it",
+        )
+    if "(KTO)" in kind:
+        if not record.get("kto_tag", record.get("label")):
+            raise BadRow(LEFT_OUT, "the answer is marked as bad, and left out")
+        return _after(record, _first(record, _ANSWERS))
+    if "swift" in kind:
+        return _after(record, record.get("response"))
+    if "OpenAI" in kind:
+        asked = record.get("input")
+        return _joined(
+            _messages(asked.get("messages") if isinstance(asked, Mapping) else asked),
+            record["preferred_output"],
+        )
+    if "HH-RLHF" in kind:
+        return _dialogue(record["chosen"])
+    if "step by step" in kind:
+        raise BadRow("preference", "answers judged step by step have no chosen side", "rows with one answer")
+    if "UltraFeedback" in kind and "completions" in record and "chosen" not in record:
+        return _after(record, _best(record["completions"]))
+    if "ranked" in kind:
+        return _ranked(record)
+    return _after(record, record["chosen"])
+
+
+def _after(record: Mapping[str, Any], answer: Any) -> list[Any]:
+    """What was asked, and the answer to it; the answer alone where it is the whole chat."""
+    if isinstance(answer, list) and answer and _role(answer[0]) != "assistant":
+        return answer
+    asked: list[Any] = []
+    for name in ("messages", "conversations", "prompt", "question", "query", "instruction", "input"):
+        value = record.get(name)
+        if value is None or value == "" or value == []:
+            continue
+        if name == "input" and asked:
+            asked[-1] = {"role": "user", "content": f"{asked[-1]['content']}\n\n{value}"}
+        elif not asked:
+            asked = _messages(value)
+    system = record.get("system")
+    if isinstance(system, str) and system and asked and _role(asked[0]) != "system":
+        asked = [{"role": "system", "content": system}, *asked]
+    return asked if answer is None else _joined(asked, answer)
+
+
+def _joined(asked: list[Any], answer: Any) -> list[Any]:
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    elif isinstance(answer, Mapping):
+        answer = [answer]
+    if not isinstance(answer, list) or not answer:
+        raise BadRow(
+            "wrong_type", f"the chosen answer is {kind_of(answer)}", "a text, a message or a list of messages"
+        )
+    return [*asked, *answer]
+
+
+def _messages(value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if isinstance(value, list):
+        return list(value)
+    raise BadRow("wrong_type", f"the prompt is {kind_of(value)}", "a text or a list of messages")
+
+
+def _role(turn: Any) -> Any:
+    name = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+    return "assistant" if name in ("gpt", "assistant", "model", "bot") else name
+
+
+def _dialogue(text: str) -> list[Any]:
+    """`\\n\\nHuman: …\\n\\nAssistant: …` as messages."""
+    parts = _HH.split(text)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[name], "content": said.strip()}
+        for name, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+
+
+def _best(completions: Sequence[Any]) -> str:
+    """The best rated of several answers."""
+
+    def score(item: Mapping[str, Any]) -> float:
+        for name in ("overall_score", "fine-grained_score", "score", "rating"):
+            if isinstance(item.get(name), int | float):
+                return float(item[name])
+        return -1.0
+
+    rated = [
+        item for item in completions if isinstance(item, Mapping) and isinstance(item.get("response"), str)
+    ]
+    if not rated or max(map(score, rated)) < 0:
+        raise BadRow(
+            "wrong_type", "`completions` holds no rated `response`", "responses with `overall_score`"
+        )
+    return str(max(rated, key=score)["response"])
+
+
+def _ranked(record: Mapping[str, Any]) -> list[Any]:
+    if "response_j" in record:
+        return _after(record, record["response_j"])
+    is_first = record.get("labels") == 1
+    return _joined(_messages(record.get("history")), record["human_ref_A" if is_first else "human_ref_B"])
+
+
+def _first(record: Mapping[str, Any], names: Sequence[str]) -> Any:
+    return next((record[name] for name in names if record.get(name) is not None), None)

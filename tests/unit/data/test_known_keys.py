@@ -1,0 +1,260 @@
+"""Keys of other tools: none that says what may be trained is dropped in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from chat_tokenizers import phi3_tokenizer
+
+from phlora.data.checks import check
+from phlora.data.dataset import load_rows
+from phlora.data.known_keys import COLUMNS, MESSAGE_KEYS, table
+from phlora.data.tokenize import IGNORED, tokenize_row
+from phlora.errors import DataError
+
+
+def _chat(**keys):
+    return [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", **keys}]
+
+
+def _two_answers(**keys):
+    return {
+        "messages": [
+            *_chat(**keys),
+            {"role": "user", "content": "Bye"},
+            {"role": "assistant", "content": "Ciao"},
+        ]
+    }
+
+
+def _trained(record):
+    tokenizer = phi3_tokenizer()
+    row = tokenize_row(load_rows([record]).rows[0], tokenizer)
+    return tokenizer.decode(
+        [token for token, label in zip(row.input_ids, row.labels, strict=True) if label != IGNORED]
+    )
+
+
+def _weights(record):
+    row = tokenize_row(load_rows([record]).rows[0], phi3_tokenizer())
+    return {weight for weight in row.weights or [1.0] if weight}
+
+
+def _found(records):
+    return {(p.kind, p.severity) for p in load_rows(records, on_bad="collect").problems}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"loss": False},
+        {"loss": 0},
+        {"loss_weight": 0},
+        {"loss_scale": 0.0},
+        {"weight": 0},
+        {"train": False},
+        {"train": 0},
+        {"trainable": False},
+        {"training": "false"},
+        {"train_on_turn": False},
+        {"masked": True},
+        {"loss_mask": 0},
+        {"train_detail": [{"begin_offset": 0, "end_offset": 4, "train": False}]},
+    ],
+    ids=lambda keys: json.dumps(keys)[:30],
+)
+def test_turns_that_may_not_be_trained_are_not(keys):
+    assert _trained(_two_answers(**keys)).startswith("Ciao")
+    as_sharegpt = [
+        {
+            "from": {"user": "human", "assistant": "gpt"}[m["role"]],
+            "value": m["content"],
+            **{k: m[k] for k in keys if k in m},
+        }
+        for m in _two_answers(**keys)["messages"]
+    ]
+    assert _trained({"conversations": as_sharegpt}).startswith("Ciao")
+
+
+@pytest.mark.parametrize(
+    ("keys", "weight"), [({"loss_weight": 0.5}, 0.5), ({"loss_scale": 2}, 2.0), ({"loss": 0.25}, 0.25)]
+)
+def test_weights_of_turns(keys, weight):
+    assert _weights(_two_answers(**keys)) == {1.0, weight}
+    assert _weights(_two_answers(**keys, weight=0.5)) == {1.0, weight / 2}
+
+
+@pytest.mark.parametrize("name", ["weight", "sample_weight", "loss_weight", "loss_scale"])
+@pytest.mark.parametrize(
+    "row", [{"messages": _chat()}, {"question": "Hi", "answer": "Hello"}, {"prompt": "a", "completion": "b"}]
+)
+def test_weights_of_rows(name, row):
+    assert _weights({**row, name: 0.5}) == {0.5}
+    report = check([row, {**row, name: 0}], phi3_tokenizer())
+    assert report.num_usable_rows == 1 and report.exit_code() == 0
+    assert ("wrong_type", "error") in _found([{**row, name: "heavy"}, row])
+    assert not load_rows([{**row, name: None}]).problems
+
+
+def test_rows_that_say_train_false_are_left_out():
+    for key in ("train", "loss"):
+        report = check([{"messages": _chat()}, {"messages": _chat(), key: False}], phi3_tokenizer())
+        assert report.num_usable_rows == 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"mask": 1},
+        {"train_detail": [{"train": True}, {"train": False}]},
+        {"loss": "some"},
+        {"rejected": True},
+    ],
+)
+def test_flags_that_cannot_be_followed_are_errors(keys):
+    with pytest.raises(DataError, match="turn 2|Turn 2"):
+        load_rows([_two_answers(**keys)])
+
+
+PREFERENCES = {
+    "OpenAI": {
+        "input": {"messages": [{"role": "user", "content": "Hi"}]},
+        "preferred_output": [{"role": "assistant", "content": "Hello"}],
+        "non_preferred_output": [{"role": "assistant", "content": "Go"}],
+    },
+    "TRL": {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
+    "TRL's": {"chosen": _chat(), "rejected": [_chat()[0], {"role": "assistant", "content": "Go"}]},
+    "HH-RLHF": {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: Go"},
+    "UltraFeedback": {
+        "prompt": "Hi",
+        "prompt_id": "1",
+        "chosen": _chat(),
+        "rejected": _chat(),
+        "messages": _chat(),
+        "score_chosen": 8.0,
+        "score_rejected": 2.0,
+    },
+    "form of UltraFeedback": {
+        "instruction": "Hi",
+        "completions": [
+            {"response": "Go", "overall_score": 2.0},
+            {"response": "Hello", "overall_score": 9.0},
+        ],
+    },
+    "LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": "Hi"}],
+        "chosen": {"from": "gpt", "value": "Hello"},
+        "rejected": {"from": "gpt", "value": "Go"},
+    },
+    "swift": {"messages": _chat(), "rejected_response": "Go"},
+    "ranked": {"question": "Hi", "response_j": "Hello", "response_k": "Go"},
+    "KTO": {"prompt": "Hi", "completion": "Hello", "label": True},
+    "marked": {"messages": _chat(), "kto_tag": True},
+    "swift's": {"messages": _chat(), "label": True},
+    "alpaca": {"instruction": "Hi", "input": "", "chosen": "Hello", "rejected": "Go"},
+}
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preferences_are_called_by_their_name_and_offer_the_chosen_side(name):
+    record = PREFERENCES[name]
+    with pytest.raises(DataError, match="preference_chosen") as refused:
+        load_rows([record] * 3)
+    assert any(word in str(refused.value) for word in ("preference pairs", "ranked", "rated", "KTO"))
+    (row,) = load_rows([record], format="preference_chosen").rows
+    assert [(m["role"], m["content"]) for m in row.messages] == [("user", "Hi"), ("assistant", "Hello")]
+
+
+@pytest.mark.parametrize(
+    "record", [{"prompt": "Hi", "completion": "Go", "label": False}, {"messages": _chat(), "kto_tag": False}]
+)
+def test_bad_answers_are_left_out_of_the_chosen_side(record):
+    good = {**record, **{key: True for key in ("label", "kto_tag") if key in record}}
+    found = load_rows([record, good], format="preference_chosen", on_bad="collect")
+    assert [row.origin.line for row in found.rows] == [2]
+    assert [(p.kind, p.severity) for p in found.problems] == [("rejected_answer", "note")]
+
+
+def test_a_rejected_answer_among_chats_is_an_error():
+    rows = [{"messages": _chat()} for _ in range(70)] + [{"messages": _chat(), "rejected_response": "Go"}]
+    assert _found(rows) == {("preference", "error")}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"text": "great", "label": 1}, {"text": "great", "label": "pos"}, {"text": "great", "sentiment": "pos"}],
+)
+def test_labels_are_not_dropped(record):
+    with pytest.raises(DataError, match="classification"):
+        load_rows([record])
+    (row,) = load_rows([record], format="classification").rows
+    label = str(record.get("label", record.get("sentiment")))
+    assert [m["content"] for m in row.messages] == ["great", label]
+    (row,) = load_rows([{**record, "label_text": "positive"}], format="classification").rows
+    assert row.messages[1]["content"] == "positive"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"type": "message", "user": "U1", "text": "lunch?", "ts": "1.2"},
+        {"message_id": "a", "parent_id": "b", "text": "Hi", "role": "prompter"},
+    ],
+)
+def test_single_messages_are_not_trained_as_texts(record):
+    with pytest.raises(DataError):
+        load_rows([record])
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"images": ["a.png"]}, {("media", "error")}),
+        ({"images": []}, set()),
+        ({"split": "test"}, {("held_out_split", "warning")}),
+        ({"split": "train"}, set()),
+        ({"choices": ["a", "b"]}, {("unused_column", "warning")}),
+        ({"score": 3}, {("unused_column", "warning")}),
+        ({"label": "x"}, {("unused_column", "warning")}),
+        ({"source": "web"}, {("ignored_columns", "note")}),
+    ],
+    ids=str,
+)
+def test_columns_beside_a_chat(columns, found):
+    assert _found([{"messages": _chat(), **columns}]) == found
+    report = check([{"messages": _chat(), **columns}])
+    assert report.exit_code(strict=True) == (
+        0 if found <= {("ignored_columns", "note")} else 2 if "error" in str(found) else 1
+    )
+
+
+def test_a_passage_stands_before_its_question():
+    (row,) = load_rows([{"context": "Paris is in France.", "question": "Where?", "answer": "France"}]).rows
+    assert row.messages[0]["content"] == "Paris is in France.\n\nWhere?"
+
+
+@pytest.mark.parametrize("name", ["system_prompt", "system_message"])
+def test_the_system_prompt_under_other_names(name):
+    (row,) = load_rows([{name: "Be kind.", "question": "Hi", "response": "x", "answer": "Hello"}]).rows
+    assert [m["role"] for m in row.messages] == ["system", "user", "assistant"]
+
+
+def test_unknown_message_keys_are_noted_once():
+    loaded = load_rows([{"messages": _chat(mood="good")}] * 3)
+    (note,) = loaded.problems
+    assert note.severity == "note" and "`mood`" in note.message
+
+
+def test_rows_without_known_keys_pay_nothing():
+    from phlora.data.known_keys import Findings, heed
+    from phlora.data.rows import Origin
+
+    record = {"messages": _chat()}
+    assert heed(record, "messages", Findings(), Origin("a", 1)).record is record
+
+
+def test_the_page_lists_the_table():
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert table(COLUMNS) in page and table(MESSAGE_KEYS) in page
