@@ -370,11 +370,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def append_event(path: Path, event: str, **values: Any) -> None:
+def append_event(path: Path, event: str, /, **values: Any) -> None:
     """Add one line to events.jsonl."""
-    line = json.dumps(
-        {"time": round(time.time(), 3), "event": event, **values}, ensure_ascii=False, default=str
-    )
+    own = {"time": round(time.time(), 3), "event": event}
+    # A metric may have any name.
+    line = json.dumps({**own, **values, **own}, ensure_ascii=False, default=str)
     with path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 

@@ -37,7 +37,7 @@ class EventLog(TrainerCallback):
         **_: Any,
     ) -> None:
         event = "evaluate" if logs and "eval_loss" in logs else "log"
-        append_event(self.path, event, step=state.global_step, **(logs or {}))
+        append_event(self.path, event, **{**(logs or {}), "step": state.global_step})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
