@@ -24,7 +24,12 @@ def chat(
         typer.Argument(metavar="RUN|MODEL", help="Run folder, adapter folder, or whatever --model takes."),
     ],
     system: Annotated[
-        str | None, typer.Option("--system", metavar="TEXT", help="System prompt  [default: none]")
+        str | None,
+        typer.Option(
+            "--system",
+            metavar="TEXT",
+            help='System prompt; "" for none  [default: that of the training rows]',
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Longest reply, in tokens.", show_default=True)
@@ -33,6 +38,16 @@ def chat(
         float,
         typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.", show_default=True),
     ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p",
+            min=0.0,
+            max=1.0,
+            help="Above temperature 0: draw among the likeliest tokens that sum up to this.",
+            show_default=True,
+        ),
+    ] = 1.0,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Makes replies repeatable above temperature 0.")
     ] = None,
@@ -40,8 +55,9 @@ def chat(
 ) -> None:
     """Chat with a tuned model, its base, or both.
 
-    /base, /tuned and /compare choose who answers; /help lists all commands. Ctrl-C stops a reply, Ctrl-D or
-    /exit leaves. When standard input is no terminal, each line is one user turn. Nothing is stored.
+    A run is opened with the system prompt that its training rows share. /base, /tuned and /compare choose who
+    answers; /help lists all commands. Ctrl-C stops a reply, Ctrl-D or /exit leaves. When standard input is no
+    terminal, each line is one user turn. Nothing is stored.
     """
     if offline:
         forbid_network()
@@ -55,6 +71,7 @@ def chat(
             system=system,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
+            top_p=top_p,
             seed=seed,
             display=display,
         )

@@ -240,7 +240,6 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """Yield a reply piece by piece; a character of several tokens comes when it is whole.
 
@@ -253,27 +252,22 @@ def stream(
         temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
         top_p: draw among the fewest tokens whose probabilities reach this sum.
         seed: of the draws; None draws anew each time.
-        should_stop: asked before every token.
 
     Raises:
         ConfigError: an empty prompt, a negative temperature, or `top_p` outside (0, 1].
     """
     _check([prompt_ids], "auto")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:
         raise ConfigError(
             f"temperature={temperature}, top_p={top_p}", expected="temperature >= 0 and 0 < top_p <= 1"
         )
     pick = _greedy if temperature == 0 else _sampler(temperature, top_p, seed)
     tokens = _tokens(model, prompt_ids, pick=pick, stops=frozenset(stop_token_ids))
-    return _text_pieces(_while_wanted(model, tokens, max_new_tokens, should_stop), tokenizer)
+    return _text_pieces(_first_tokens(model, tokens, max_new_tokens), tokenizer)
 
 
-def _while_wanted(
-    model: PreTrainedModel, tokens: Iterator[int], max_new_tokens: int, should_stop: Callable[[], bool]
-) -> Iterator[int]:
+def _first_tokens(model: PreTrainedModel, tokens: Iterator[int], max_new_tokens: int) -> Iterator[int]:
     for _ in range(max_new_tokens):
-        if should_stop():
-            return
         with evaluating(model):
             token = next(tokens, None)
         if token is None:

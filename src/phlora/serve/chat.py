@@ -1,13 +1,14 @@
 """A chat that can switch between the base and the tuned model.
 
-Both are one model in memory: the base answers with the adapter disabled. A chat keeps one history; when both
-answer, the tuned model's reply is the one that the next turn builds on. A reply that Ctrl-C stops stays in the
-history as far as it got, because the person has read it. Nothing is written anywhere.
+Both are one model in memory: the base answers with the adapter disabled. Each has a chat of its own: it sees the
+questions that it was asked and what it said itself, never a word of the other. Where both answer, an exchange counts
+once both have spoken. A reply that Ctrl-C stops stays as far as it got, because the person has read it. Nothing is
+written anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,16 +18,25 @@ from phlora.adapters.load import load_adapter
 from phlora.config import ModelConfig, build_config
 from phlora.data.chat_template import TemplateRefusal
 from phlora.data.prompts import encode_chat
-from phlora.display import Display
-from phlora.errors import InputError, ModelError, RunError
+from phlora.display import Display, printable
+from phlora.errors import ConfigError, InputError, ModelError, RunError
 from phlora.files import read_json
 from phlora.models.families import context_lengths
 from phlora.models.generate import stream
 from phlora.models.lean_layers import speed_pass
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.tokenizer import LoadedTokenizer, prepare_tokenizer
+from phlora.runs.system_prompt import system_prompts_of
 
 Speaker = Literal["base", "tuned"]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question, and what each model that was asked has said."""
+
+    question: str
+    replies: Mapping[Speaker, str]
 
 
 @dataclass(kw_only=True)
@@ -38,22 +48,26 @@ class ChatSession:
         tokenizer: with the chat template that the adapter was trained with.
         has_adapter: whether `tuned` differs from `base`.
         system: the system prompt, None for none.
+        trained_system: the one that the adapter's rows shared, None for none.
         max_new_tokens: longest reply, in tokens.
         temperature: 0 always takes the likeliest token.
+        top_p: above temperature 0, draw among the fewest tokens whose probabilities reach this sum.
         seed: of the first reply; each further one counts on, so that a whole chat can be repeated.
-        speakers: who answers, in order; the history keeps the reply of the last.
-        history: user and assistant turns in turn.
+        speakers: who answers, in order.
+        exchanges: all questions, in order, whoever was asked.
     """
 
     model: Any
     tokenizer: LoadedTokenizer
     has_adapter: bool
     system: str | None = None
+    trained_system: str | None = None
     max_new_tokens: int = 512
     temperature: float = 0.0
+    top_p: float = 1.0
     seed: int | None = None
     speakers: tuple[Speaker, ...] = ()
-    history: list[dict[str, str]] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
     _num_asked: int = 0
 
     def __post_init__(self) -> None:
@@ -67,27 +81,38 @@ class ChatSession:
     def ask(self, text: str) -> Generator[tuple[Speaker, str], None, None]:
         """Add a user turn and yield the reply piece by piece, with who is speaking.
 
-        When the generator is closed or interrupted early, the part of the reply that was yielded is kept; when
-        the last speaker has said nothing, the question is forgotten.
+        When the generator is closed or interrupted early, what was yielded is kept if every speaker has said
+        something; else the question is forgotten. A speaker that ends its reply without a word was not asked.
 
         Raises:
-            InputError: the chat does not fit into the model's context, or its template refuses it.
+            InputError: a chat does not fit into the model's context, or its template refuses it.
         """
-        prompt_ids = self._prompt_ids([*self._messages(), {"role": "user", "content": text}])
-        reply = ""
+        prompts = {speaker: self._prompt_ids(speaker, text) for speaker in self.speakers}
+        replies: dict[Speaker, str] = {}
+        is_complete = False
         try:
-            for speaker in self.speakers:
+            for speaker, prompt_ids in prompts.items():
                 for piece in self._stream(speaker, prompt_ids):
-                    if speaker == self.speakers[-1]:
-                        reply += piece
+                    replies[speaker] = replies.get(speaker, "") + piece
                     yield speaker, piece
+            is_complete = True
         finally:
-            if reply:
-                self.history += [
-                    {"role": "user", "content": text},
-                    {"role": "assistant", "content": reply},
-                ]
+            if replies and (is_complete or len(replies) == len(prompts)):
+                self.exchanges.append(Exchange(text, replies))
                 self._num_asked += 1
+
+    def messages(self, speaker: Speaker) -> list[dict[str, str]]:
+        """The chat as one model knows it: its system prompt, the questions it was asked, and its own replies."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for exchange in self.exchanges:
+            if speaker in exchange.replies:
+                messages.append({"role": "user", "content": exchange.question})
+                messages.append({"role": "assistant", "content": exchange.replies[speaker]})
+        return messages
+
+    def num_unseen(self, speaker: Speaker) -> int:
+        """How many questions of the chat this model was not asked."""
+        return sum(speaker not in exchange.replies for exchange in self.exchanges)
 
     def let_answer(self, *speakers: Speaker) -> None:
         """Choose who answers from now on.
@@ -102,28 +127,27 @@ class ChatSession:
         self.speakers = speakers
 
     def undo(self) -> bool:
-        """Forget the last question and its reply; False when there is none."""
-        had_any = bool(self.history)
-        del self.history[-2:]
-        return had_any
+        """Forget the last question and its replies, whoever gave them; False when there is none."""
+        if not self.exchanges:
+            return False
+        self.exchanges.pop()
+        return True
 
     def reset(self) -> None:
-        """Forget all turns."""
-        self.history.clear()
+        """Forget all turns of both models, but not the system prompt."""
+        self.exchanges.clear()
 
-    def _messages(self) -> list[dict[str, str]]:
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        return system + self.history
-
-    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+    def _prompt_ids(self, speaker: Speaker, text: str) -> list[int]:
+        messages = [*self.messages(speaker), {"role": "user", "content": text}]
         try:
             ids = encode_chat(messages, self.tokenizer.tokenizer)
         except TemplateRefusal as refusal:
             raise InputError(f"The model's chat template refuses the chat: {refusal}") from None
         most = self._max_tokens()
         if most is not None and len(ids) >= most:
+            whose = f" with the {speaker} model" if len(self.speakers) > 1 else ""
             raise InputError(
-                f"The chat has {len(ids)} tokens, the model holds {most}",
+                f"The chat{whose} has {len(ids)} tokens, the model holds {most}",
                 fix="/undo, /reset or a shorter text",
             )
         return ids
@@ -143,6 +167,7 @@ class ChatSession:
                 max_new_tokens=room,
                 stop_token_ids=self.tokenizer.stop_token_ids,
                 temperature=self.temperature,
+                top_p=self.top_p,
                 seed=None if self.seed is None else self.seed + self._num_asked,
             )
 
@@ -156,15 +181,26 @@ def open_chat(
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int | None = None,
     display: Display | None = None,
 ) -> ChatSession:
     """Load a run folder, an adapter folder or a model, and begin a chat with it.
 
+    Args:
+        source: what to open.
+        system: the system prompt; None takes the one that the adapter's training rows share, "" none.
+        max_new_tokens, temperature, top_p, seed: as in `ChatSession`.
+        display: where progress and notes go.
+
     Raises:
         RunError: a run without an adapter.
         ModelError: no such model, or an adapter that does not fit it.
     """
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"temperature={temperature}, top_p={top_p}", expected="temperature >= 0 and 0 < top_p <= 1"
+        )
     display = display or Display()
     base, adapter = _parts(source)
     display.stage(f"Loading {base.name}" + (f" with {adapter}" if adapter else ""))
@@ -177,16 +213,38 @@ def open_chat(
         notes += adapted.report.notes
     for note in notes:
         display.note(note)
+    trained_system = _trained_system(adapter, display, is_wanted=system is None) if adapter else None
     speed_pass(model.requires_grad_(False))
     return ChatSession(
         model=model,
         tokenizer=tokenizer,
         has_adapter=adapter is not None,
-        system=system,
+        system=trained_system if system is None else system or None,
+        trained_system=trained_system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
         seed=seed,
     )
+
+
+def _trained_system(adapter: Path, display: Display, *, is_wanted: bool) -> str | None:
+    """The system prompt that the adapter's rows share; where it is wanted, what is chosen is said."""
+    prompts = system_prompts_of(adapter)
+    if prompts is None:
+        return None
+    if is_wanted and (note := prompts.note()):
+        display.note(note)
+    if is_wanted and prompts.text:
+        display.note(f"System prompt of the training rows: {shortened(prompts.text)}")
+        display.note('/system shows it whole and changes it; --system "" begins without one')
+    return prompts.text
+
+
+def shortened(text: str, most: int = 160) -> str:
+    """The beginning of a text on one line, safe for a terminal."""
+    line = " ".join(text.split())
+    return printable(line if len(line) <= most else f"{line[: most - 2].rstrip()} …")
 
 
 def _parts(source: str) -> tuple[ModelConfig, Path | None]:

@@ -14,10 +14,11 @@ from phlora.serve.chat import ChatSession
 HELP = """\
 /base          the base model answers
 /tuned         the tuned model answers
-/compare       both answer; the chat goes on with the tuned model's reply (also /both)
-/system TEXT   set the system prompt; without TEXT remove it
-/undo          forget the last question and its reply
-/reset         forget the whole chat, but not the system prompt
+/compare       both answer, each knowing only its own replies (also /both)
+/system        show the system prompt
+/system TEXT   set it; /system "" removes it, /system reset takes that of the training rows again
+/undo          forget the last question and its replies
+/reset         forget the whole chat of both models, but not the system prompt
 /help          this list
 /exit          leave (also /quit and Ctrl-D)
 //TEXT         say something that begins with a slash
@@ -42,7 +43,7 @@ def converse(
         _converse_on_terminal(session, display, stdout)
         return
     for line in _lines(stdin):
-        if not _take(session, line, display, lambda text: _say(session, text, stdout)):
+        if not _take(session, line, display, lambda text: _say(session, text, stdout, display)):
             return
 
 
@@ -87,15 +88,17 @@ def _enable_line_editing() -> None:
 
 
 def _say_stoppably(session: ChatSession, text: str, stdout: TextIO, display: Display) -> None:
-    before = len(session.history)
+    before = len(session.exchanges)
     try:
-        _say(session, text, stdout)
+        _say(session, text, stdout, display)
     except KeyboardInterrupt:
         stdout.write("\n")
-        kept = len(session.history) > before
-        display.note(
-            "Stopped; the reply stays as it is, /undo removes it" if kept else "Stopped; nothing was said"
-        )
+        if len(session.exchanges) > before:
+            display.note("Stopped; the reply stays as it is, /undo removes it")
+        elif len(session.speakers) > 1:
+            display.note("Stopped before both had answered; the question is forgotten")
+        else:
+            display.note("Stopped; nothing was said")
 
 
 def _take(session: ChatSession, line: str, display: Display, say: Callable[[str], None]) -> bool:
@@ -109,13 +112,16 @@ def _take(session: ChatSession, line: str, display: Display, say: Callable[[str]
     return True
 
 
-def _say(session: ChatSession, text: str, stdout: TextIO) -> None:
+def _say(session: ChatSession, text: str, stdout: TextIO, display: Display) -> None:
     """Write a reply as it comes; when both models answer, each under its name."""
+    silent = list(session.speakers)
     is_comparison, speaking = len(session.speakers) > 1, None
     clean = printable if stdout.isatty() else str
     # Closed also on Ctrl-C: that puts the part of the reply that was said into the history.
     with closing(session.ask(text)) as replies:
         for speaker, piece in replies:
+            if speaker in silent:
+                silent.remove(speaker)
             if is_comparison and speaker != speaking:
                 stdout.write(f"[{speaker}] " if speaking is None else f"\n[{speaker}] ")
                 speaking = speaker
@@ -123,6 +129,8 @@ def _say(session: ChatSession, text: str, stdout: TextIO) -> None:
             stdout.flush()
     stdout.write("\n")
     stdout.flush()
+    for speaker in silent:
+        display.note(f"The {speaker} model ended its reply without a word; it does not remember the question")
 
 
 def _obey(session: ChatSession, command: str, display: Display) -> bool:
@@ -133,12 +141,13 @@ def _obey(session: ChatSession, command: str, display: Display) -> bool:
     if name in ("base", "tuned"):
         session.let_answer("base" if name == "base" else "tuned")
         display.note(f"The {name} model answers")
+        _tell_unseen(session, display)
     elif name in ("compare", "both"):
         session.let_answer("base", "tuned")
-        display.note("Both models answer; the chat goes on with the tuned model's reply")
+        display.note("Both models answer, each knowing only its own replies")
+        _tell_unseen(session, display)
     elif name == "system":
-        session.system = text.strip() or None
-        display.note("The system prompt is set" if session.system else "There is no system prompt any more")
+        _system(session, text.strip(), display)
     elif name == "undo":
         display.note("The last exchange is forgotten" if session.undo() else "There is nothing to forget")
     elif name == "reset":
@@ -153,3 +162,34 @@ def _obey(session: ChatSession, command: str, display: Display) -> bool:
             fix=did_you_mean(f"/{name}", [f"/{known}" for known in COMMANDS]),
         )
     return True
+
+
+def _tell_unseen(session: ChatSession, display: Display) -> None:
+    """A model that was not asked before does not know what was talked about."""
+    for speaker in session.speakers:
+        if count := session.num_unseen(speaker):
+            questions = "question" if count == 1 else "questions"
+            display.note(
+                f"The {speaker} model has not seen {count} {questions} of this chat; /reset starts both anew"
+            )
+
+
+def _system(session: ChatSession, text: str, display: Display) -> None:
+    """Show, set, remove or restore the system prompt; the turns so far stay."""
+    if not text:
+        shown = printable(session.system) if session.system else "(none)"
+        display.show(f"{shown}\n")
+        display.note('/system TEXT sets another, /system "" none, /system reset that of the training rows')
+    elif text == "reset":
+        session.system = session.trained_system
+        display.note(
+            "The system prompt is that of the training rows"
+            if session.system
+            else "The training rows had no system prompt in common; there is none now"
+        )
+    elif text in ('""', "''"):
+        session.system = None
+        display.note("There is no system prompt any more")
+    else:
+        session.system = text
+        display.note("The system prompt is set")

@@ -24,7 +24,7 @@ RUNS = [
     "train run.yaml --resume",
     "evaluate runs/file --data train.jsonl --metric rouge_l --max-answers 1 --max-new-tokens 2 --offline",
     "evaluate runs/file --quiet --json",
-    "chat runs/file --system Brief. --max-new-tokens 2 --temperature 0.5 --seed 3 --offline",
+    "chat runs/file --system Brief. --max-new-tokens 2 --temperature 0.5 --top-p 0.9 --seed 3 --offline",
     "merge runs/file -o m --base full --model base --dtype float16 --rows train.jsonl --max-rows 2 --device cpu",
     "merge runs/file --output m --offline --quiet --json",
     "convert runs/file --to loralib -o adapter.pt --offline --json",

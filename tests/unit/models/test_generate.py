@@ -117,18 +117,6 @@ def test_stream_says_what_generate_says(variant):
         assert text == tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
 
 
-def test_stream_stops_when_it_is_told_to(tiny):
-    model, tokenizer = tiny
-    asked = []
-
-    def should_stop():
-        asked.append(None)
-        return len(asked) > 3
-
-    list(stream(model, [60, 61], tokenizer, max_new_tokens=50, stop_token_ids=(), should_stop=should_stop))
-    assert len(asked) == 4
-
-
 def test_seed_repeats_a_draw_and_small_nuclei_are_greedy(tiny):
     model, tokenizer = tiny
 

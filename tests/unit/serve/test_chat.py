@@ -100,11 +100,11 @@ def test_without_a_system_prompt_none_is_sent(fake: ChatSession) -> None:
 def test_undo_and_reset(fake: ChatSession) -> None:
     said(fake, "one")
     said(fake, "two")
-    assert fake.undo() and [turn["content"] for turn in fake.history][::2] == ["one"]
+    assert fake.undo() and [exchange.question for exchange in fake.exchanges] == ["one"]
     assert fake.undo() and not fake.undo()
     said(fake, "three")
     fake.reset()
-    assert fake.history == []
+    assert fake.exchanges == []
 
 
 def test_a_stopped_reply_is_kept_as_far_as_it_got(fake: ChatSession) -> None:
@@ -112,7 +112,7 @@ def test_a_stopped_reply_is_kept_as_far_as_it_got(fake: ChatSession) -> None:
     next(reply)
     next(reply)
     reply.close()
-    assert [turn["content"] for turn in fake.history] == ["one", "tuned says سلام"]
+    assert [turn["content"] for turn in fake.messages("tuned")] == ["one", "tuned says سلام"]
 
 
 def test_a_reply_stopped_before_its_first_word_forgets_the_question(
@@ -125,15 +125,66 @@ def test_a_reply_stopped_before_its_first_word_forgets_the_question(
     monkeypatch.setattr(module, "stream", stream)
     with pytest.raises(KeyboardInterrupt):
         said(fake, "one")
-    assert fake.history == []
+    assert fake.exchanges == []
 
 
-def test_both_answer_the_same_history_and_the_tuned_reply_is_kept(fake: ChatSession) -> None:
+def test_each_model_sees_its_own_replies(fake: ChatSession) -> None:
     fake.let_answer("base", "tuned")
     pieces = list(fake.ask("one"))
     assert [speaker for speaker, _ in pieces] == ["base"] * 3 + ["tuned"] * 3
     assert fake.model.asked[0] == fake.model.asked[1]
-    assert fake.history[-1]["content"] == "tuned says سلام 2"
+    said(fake, "two")
+    base, tuned = fake.model.asked[2:]
+    assert "base says سلام 1" in base and "tuned says" not in base
+    assert "tuned says سلام 2" in tuned and "base says" not in tuned
+    assert "one" in base and "one" in tuned
+
+
+def test_a_model_that_was_not_asked_does_not_know_the_question(fake: ChatSession) -> None:
+    said(fake, "one")
+    fake.let_answer("base", "tuned")
+    assert fake.num_unseen("base") == 1 and fake.num_unseen("tuned") == 0
+    said(fake, "two")
+    base, tuned = fake.model.asked[1:]
+    assert "one" not in base and "tuned says" not in base
+    assert "one" in tuned and "tuned says سلام 1" in tuned
+    fake.let_answer("base")
+    said(fake, "three")
+    assert "two" in fake.model.asked[3] and "base says سلام 2" in fake.model.asked[3]
+    assert [turn["content"] for turn in fake.messages("tuned")][::2] == ["one", "two"]
+
+
+def test_undo_forgets_the_last_question_whoever_was_asked(fake: ChatSession) -> None:
+    said(fake, "one")
+    fake.let_answer("base", "tuned")
+    said(fake, "two")
+    fake.let_answer("base")
+    assert fake.undo()
+    assert fake.messages("base") == []
+    assert [turn["content"] for turn in fake.messages("tuned")][::2] == ["one"]
+
+
+def test_a_comparison_stopped_in_the_last_reply_keeps_both_as_far_as_they_got(fake: ChatSession) -> None:
+    fake.let_answer("base", "tuned")
+    reply = fake.ask("one")
+    for _ in range(4):
+        next(reply)
+    reply.close()
+    assert fake.messages("base")[-1]["content"] == "base says سلام 1"
+    assert fake.messages("tuned")[-1]["content"] == "tuned says"
+
+
+def test_a_model_that_says_nothing_keeps_no_empty_turn(
+    fake: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(model: FakeModel, *_: Any, **__: Any) -> Iterator[str]:
+        if model.speaker == "tuned":
+            yield "yes"
+
+    monkeypatch.setattr(module, "stream", stream)
+    out, err = piped(fake, "/compare\none\n")
+    assert out == "[tuned] yes\n" and "The base model ended its reply without a word" in err
+    assert fake.messages("base") == [] and len(fake.messages("tuned")) == 2
 
 
 def test_a_comparison_stopped_in_the_base_model_s_reply_is_forgotten(fake: ChatSession) -> None:
@@ -141,13 +192,13 @@ def test_a_comparison_stopped_in_the_base_model_s_reply_is_forgotten(fake: ChatS
     reply = fake.ask("one")
     next(reply)
     reply.close()
-    assert fake.history == [] and fake.model.speaker == "tuned"
+    assert fake.exchanges == [] and fake.model.speaker == "tuned"
 
 
 def test_a_chat_that_outgrows_the_model_is_refused_and_unchanged(fake: ChatSession) -> None:
     with pytest.raises(InputError, match="the model holds 512"):
         said(fake, "x" * 600)
-    assert fake.history == []
+    assert fake.exchanges == []
 
 
 def test_a_reply_never_passes_the_model_s_context(fake: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,10 +293,31 @@ def test_exit_ends_the_chat(fake: ChatSession, word: str) -> None:
 
 
 def test_commands_change_the_chat(fake: ChatSession) -> None:
-    _, err = piped(fake, "/undo\none\n/system sé breve \n/undo\ntwo\n/reset\n/system\n/help\n/both\n/tuned\n")
-    assert fake.history == [] and fake.system is None and fake.speakers == ("tuned",)
+    _, err = piped(
+        fake, '/undo\none\n/system sé breve \n/undo\ntwo\n/reset\n/system ""\n/help\n/both\n/tuned\n'
+    )
+    assert fake.exchanges == [] and fake.system is None and fake.speakers == ("tuned",)
     assert "sé breve" in fake.model.asked[1] and "one" not in fake.model.asked[1]
     assert "nothing to forget" in err and "/compare" in err
+
+
+def test_the_system_prompt_is_shown_changed_removed_and_restored(fake: ChatSession) -> None:
+    fake.system = fake.trained_system = "پاسخ کوتاه\x1b[2J"
+    _, err = piped(fake, "/system\n")
+    assert "پاسخ کوتاه\\x1b[2J" in err and fake.system == fake.trained_system
+    piped(fake, "/system Be brief.\n")
+    assert fake.system == "Be brief."
+    piped(fake, '/system ""\n')
+    assert fake.system is None
+    assert "(none)" in piped(fake, "/system\n")[1]
+    piped(fake, "/system reset\n")
+    assert fake.system == fake.trained_system
+
+
+def test_who_was_not_asked_is_said(fake: ChatSession) -> None:
+    _, err = piped(fake, "one\n/base\ntwo\n/compare\n")
+    assert "The base model has not seen 1 question of this chat" in err
+    assert "The tuned model has not seen 1 question of this chat" in err
 
 
 def test_an_unknown_command_names_the_nearest(fake: ChatSession) -> None:
@@ -255,7 +327,7 @@ def test_an_unknown_command_names_the_nearest(fake: ChatSession) -> None:
 
 def test_two_slashes_say_one(fake: ChatSession) -> None:
     piped(fake, "//etc/hosts?\n")
-    assert fake.history[0]["content"] == "/etc/hosts?"
+    assert fake.exchanges[0].question == "/etc/hosts?"
 
 
 def test_other_encodings_are_refused(fake: ChatSession) -> None:
@@ -322,7 +394,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
     monkeypatch.setattr(module, "stream", stream)
     out, err = typed(fake, "one", "two")
     assert "so far and on" in out and "/undo removes it" in err
-    assert [turn["content"] for turn in fake.history] == ["one", "so far", "two", "so far and on"]
+    assert [turn["content"] for turn in fake.messages("tuned")] == ["one", "so far", "two", "so far and on"]
 
 
 def test_a_mistake_is_explained_and_the_chat_goes_on(
@@ -382,6 +454,81 @@ def test_a_run_opens_with_its_base_its_adapter_and_its_template(
     assert session.has_adapter and session.speakers == ("tuned",)
     assert "Well:" in session.tokenizer.tokenizer.chat_template
     assert said(session, "سلام") == said(adapted, "سلام") != ""
+
+
+HOME = "You run a smart home.\nAnswer in JSON."
+
+
+def write_prompts(file: Path, prompts: dict[str, Any]) -> None:
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**facts, "system_prompts": prompts}), encoding="utf-8")
+
+
+def shared(text: str | None, num_same: int = 4, num_different: int = 1) -> dict[str, Any]:
+    return {"text": text, "num_rows": 4, "num_same": num_same, "num_different": num_different}
+
+
+@pytest.mark.parametrize("file", ["run.json", "adapter/best/phlora.json"])
+@pytest.mark.parametrize("source", [".", "adapter/best"])
+def test_a_run_opens_with_the_system_prompt_of_its_rows_and_shows_it(
+    run_folder: Path, file: str, source: str
+) -> None:
+    write_prompts(run_folder / file, shared(HOME))
+    err = io.StringIO()
+    session = open_chat(str(run_folder / source), display=Display(err))
+    assert session.system == session.trained_system == HOME
+    assert "You run a smart home. Answer in JSON." in err.getvalue()
+
+
+def test_an_old_run_is_asked_by_its_held_out_rows(run_folder: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": HOME},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ]
+        }
+    ] * 2
+    (run_folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    assert opened(run_folder).system == HOME
+    (run_folder / "heldout.jsonl").write_text("broken\n", "utf-8")
+    assert opened(run_folder).system is None
+
+
+@pytest.mark.parametrize(("wanted", "system"), [("", None), ("Be brief.", "Be brief.")])
+def test_the_option_comes_before_the_rows(run_folder: Path, wanted: str, system: str | None) -> None:
+    write_prompts(run_folder / "run.json", shared(HOME))
+    err = io.StringIO()
+    session = open_chat(str(run_folder), system=wanted, display=Display(err))
+    assert session.system == system and session.trained_system == HOME and "smart home" not in err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "says"),
+    [
+        (shared(HOME, 3, 2), "2 different system prompts; the chat begins with the most frequent one (75 %)"),
+        (shared(HOME, 3, 1), "a system prompt in 3 of 4; the chat begins with the most frequent one (75 %)"),
+        (shared(None, 2, 3), "3 different system prompts, none in more than half of them"),
+    ],
+)
+def test_several_system_prompts_are_said(run_folder: Path, prompts: dict[str, Any], says: str) -> None:
+    write_prompts(run_folder / "run.json", prompts)
+    err = io.StringIO()
+    assert open_chat(str(run_folder), display=Display(err)).system == prompts["text"]
+    assert says in err.getvalue()
+
+
+@pytest.mark.parametrize("prompts", [None, [], {"text": 5, "num_rows": 1}, {"text": "x", "num_rows": "y"}])
+def test_a_damaged_record_of_system_prompts_is_no_record(run_folder: Path, prompts: Any) -> None:
+    write_prompts(run_folder / "run.json", prompts)
+    assert opened(run_folder).system is None
+
+
+@pytest.mark.parametrize("how", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}])
+def test_impossible_sampling_is_refused_before_anything_is_loaded(how: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="temperature="):
+        open_chat("no/such/model", **how)
 
 
 @pytest.mark.parametrize("has_run", [True, False])
