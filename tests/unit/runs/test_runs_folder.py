@@ -19,7 +19,9 @@ from phlora.runs.folder import RunFolder, begin_run, claim_folder, continue_run
 def run(tmp_path: Path) -> RunFolder:
     folder = claim_folder(tmp_path / "run", resume=False, overwrite=False)
     begin_run(
-        folder, {"identity": {"data": "a", "r": 16}}, {"config.yaml": lambda path: write_text(path, "model: tiny\n")}
+        folder,
+        {"identity": {"data": "a", "r": 16}},
+        {"config.yaml": lambda path: write_text(path, "model: tiny\n")},
     )
     return folder
 

@@ -108,7 +108,9 @@ def test_an_overwrite_that_was_killed_leaves_the_old_run_or_one_to_open_anew(
         folder = RunFolder(path)
         old_is_whole = folder.has_facts and folder.facts()["run"] == "old"
         if old_is_whole:
-            assert (path / "checkpoints/checkpoint-2/file").is_file() and (path / "adapter/best/file").is_file()
+            assert (path / "checkpoints/checkpoint-2/file").is_file() and (
+                path / "adapter/best/file"
+            ).is_file()
         open_run(path, **flags)
         require_whole(path)
         if not (old_is_whole and "resume" in flags):
