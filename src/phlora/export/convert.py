@@ -27,7 +27,8 @@ from phlora.export.merge import MergeReport, merge_run
 from phlora.export.output import require_new, require_room
 from phlora.files import replaced_file, replaced_folder
 from phlora.models.families import fused_row_blocks
-from phlora.runs.resolve import config_of, find_adapter
+from phlora.models.tokenizer import find_files
+from phlora.runs.resolve import resolve_adapter
 
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin")
 # Configuration, tokenizer, chat template and card of an adapter; no optimizer states.
@@ -98,12 +99,12 @@ def convert(
     if to == "loralib" and output.is_dir():
         raise RunError("A folder stands where the file should be", where=str(output), fix="name a file")
     if blocks is None and model is not None:
-        blocks = fused_row_blocks(config_of(ModelConfig(name=model, offline=offline)))
+        blocks = fused_row_blocks(find_files(ModelConfig(name=model, offline=offline)).config)
     if _is_loralib(source):
         adapter = _read_loralib(source, lora_alpha, enable, blocks, kernels)
     else:
         _refuse_options(lora_alpha, () if to == "loralib" else enable, kernels)
-        source = find_adapter(source, model=model, offline=offline, needs_base=False).adapter
+        source = resolve_adapter(source, model=model, offline=offline, needs_base=False).adapter
         if to == "peft":
             return _copy_peft(source, output)
         adapter = read_peft(source, enable=enable, blocks=blocks)

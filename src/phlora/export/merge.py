@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -36,16 +36,15 @@ from phlora.files import replaced_folder, write_json
 from phlora.models.device import DTYPES
 from phlora.models.families import context_lengths
 from phlora.models.lm_head import IGNORED, trunk_and_head
-from phlora.models.load import LoadedModel
+from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import dequantize
-from phlora.models.tokenizer import LoadedTokenizer
+from phlora.models.tokenizer import LoadedTokenizer, find_files
 from phlora.runs.resolve import (
-    AdapterSource,
-    config_of,
-    find_adapter,
+    ResolvedAdapter,
     load_as_trained,
     load_base,
-    tokenizer_of,
+    load_tokenizer_of,
+    resolve_adapter,
 )
 
 MERGE_FILE = "merge.json"
@@ -186,23 +185,23 @@ def merge_run(
     display = display or Display()
     output = Path(output).expanduser()
     require_new(output)
-    found = find_adapter(Path(source).expanduser(), model=model, offline=offline)
+    found = resolve_adapter(source, model=model, offline=offline)
     _require_base(base, found)
     saved_dtype = _saved_dtype(found.base, dtype)
     chosen = _load_rows(found, rows)[:max_rows]
 
     display.stage(f"Loading {found.base.name} in float32, and its adapter")
-    loaded = load_base(found.base, device)
+    tokenizer = load_tokenizer_of(found)
+    loaded = load_base(found, tokenizer=tokenizer, device=device)
     _tell(loaded, display)
     require_room(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
-    tokenizer = tokenizer_of(found.adapter, loaded)
     compared = _tokenize(chosen, found, tokenizer, loaded.model)
 
     how = _How(rows=compared, dtype=DTYPES[saved_dtype], choosing=bool(found.storage), display=display)
     merged = {"full": _merge(loaded, found.adapter, how)}
     if found.storage:
         display.stage(f"Loading {found.base.name} in {found.storage}, as it was trained")
-        loaded = load_as_trained(found, device)
+        loaded = load_as_trained(found, tokenizer=tokenizer, device=device)
         merged["dequantized"] = _merge(loaded, found.adapter, how)
     as_trained = merged.get("dequantized", merged["full"])
     losses = {"adapter": _loss(compared, as_trained.reference)}
@@ -219,7 +218,7 @@ def merge_run(
         gc.collect()
 
         display.stage("Loading what was saved, and comparing")
-        again = load_base(replace(found.base, name=str(part), revision=None, offline=True), device)
+        again = load_model(str(part), dtype="float32", device=device, offline=True)
         logits = list(_answer_logits(again.model, compared, display))
         losses[into] = _loss(compared, logits)
         differences = LogitDifferences()
@@ -291,7 +290,7 @@ def _merge(loaded: LoadedModel, adapter: Path, how: _How) -> _Merged:
     return _Merged(model=model.to(how.dtype), num_modules=num_modules, reference=reference, loss=loss)
 
 
-def _require_base(base: str, found: AdapterSource) -> None:
+def _require_base(base: str, found: ResolvedAdapter) -> None:
     if base not in MERGE_BASES:
         raise ConfigError(f"There is no base `{base}`", where="--base", fix=did_you_mean(base, MERGE_BASES))
     if base == "dequantized" and not found.storage:
@@ -329,14 +328,14 @@ def _saved_dtype(base: ModelConfig, requested: str) -> str:
             where="--dtype",
             fix=did_you_mean(requested, ["auto", *DTYPES]),
         )
-    stored = str(config_of(base).dtype).removeprefix("torch.")
+    stored = str(find_files(base).config.dtype).removeprefix("torch.")
     return stored if stored in DTYPES else "float32"
 
 
 # ---------------------------------------------------------------------------------------------- the proof
 
 
-def _load_rows(found: AdapterSource, rows: Any) -> list[Row]:
+def _load_rows(found: ResolvedAdapter, rows: Any) -> list[Row]:
     if rows is not None:
         return load_rows(rows).rows
     if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
@@ -350,7 +349,7 @@ def _load_rows(found: AdapterSource, rows: Any) -> list[Row]:
 
 
 def _tokenize(
-    rows: Sequence[Row], found: AdapterSource, tokenizer: LoadedTokenizer, model: Any
+    rows: Sequence[Row], found: ResolvedAdapter, tokenizer: LoadedTokenizer, model: Any
 ) -> list[TokenizedRow]:
     """The rows as tokens, as many as there is room for the logits of."""
     tokenized = tokenize_rows(

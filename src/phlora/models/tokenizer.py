@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
 from phlora.config import ModelConfig, QuantizationConfig, quantization_config
 from phlora.errors import ConfigError, ModelError, did_you_mean
 from phlora.models import families
-from phlora.models.locate import Location, locate, reading, resolve_source
+from phlora.models.locate import Location, ModelSource, locate, reading, resolve_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +145,29 @@ def find_files(model: ModelConfig) -> ModelFiles:
     )
 
 
-def read_tokenizer(files: ModelFiles) -> LoadedTokenizer:
-    """The tokenizer among the files of a model."""
-    location = files.location
-    with reading(location, "The tokenizer"):
+def read_tokenizer(files: ModelFiles, *, folder: Path | None = None) -> LoadedTokenizer:
+    """The tokenizer among the files of a model, or that of an adapter folder on this model.
+
+    Raises:
+        ModelError: its files cannot be read.
+    """
+    location = files.location if folder is None else _folder_location(folder)
+    with reading(location, "The tokenizer" if folder is None else "The adapter's tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             location.path, trust_remote_code=files.runs_code, **location.kwargs
         )
     prepared = prepare_tokenizer(
-        tokenizer, config=files.config, generation_config=_generation_config(location), notes=files.notes
+        tokenizer,
+        config=files.config,
+        generation_config=_generation_config(files.location),
+        notes=files.notes,
     )
     return replace(prepared, files=files)
+
+
+def _folder_location(folder: Path) -> Location:
+    source = ModelSource(name=str(folder), kind="folder", location=str(folder))
+    return locate(source, offline=True)
 
 
 def _generation_config(location: Location) -> GenerationConfig | None:

@@ -1,146 +1,322 @@
-"""Where an adapter comes from: a run or a folder, the base model that it belongs to, and the rows that prove it."""
+"""From what a command is given to base, adapter and tokenizer: the one place that decides, for every command.
+
+    runs/a                              the run's best adapter, or its last one where nothing was held out
+    runs/a/adapter                      the same
+    runs/a/adapter/best, last           that one
+    runs/a/checkpoints                  the newest complete checkpoint
+    runs/a/checkpoints/checkpoint-40    that one
+    a folder with adapter_config.json   that adapter; inside of a run with the run's base, settings and rows
+    anything else                       a model without an adapter: folder, .gguf file, embedded name or hub id
+
+The tokenizer is the one saved with the adapter, whose chat template is the one that was trained; the base's where an
+adapter brings none.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-
-from phlora.config import ModelConfig, QuantizationConfig, TrainOn, build_config
-from phlora.errors import ModelError, RunError
+from phlora.config import ModelConfig, QuantizationConfig, RunConfig, TrainOn, build_config
+from phlora.errors import EnvironmentProblem, ModelError, RunError
 from phlora.files import ADAPTER_FACTS, read_json
+from phlora.models.device import choose_device
 from phlora.models.fingerprint import split_fingerprint
 from phlora.models.load import LoadedModel, load_model
-from phlora.models.locate import locate, reading, resolve_source
 from phlora.models.quantization import quantization_of
-from phlora.models.tokenizer import LoadedTokenizer, prepare_tokenizer
-from phlora.runs.folder import HELD_OUT_FILE, RUN_FILE, RunFolder
+from phlora.models.tokenizer import LoadedTokenizer, find_files, read_tokenizer
+from phlora.runs.folder import COMPLETE_FILE, HELD_OUT_FILE, RUN_FILE, RunFolder
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_CHECKPOINT = "checkpoint-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSource:
-    """An adapter and its base model; of a run also the rows that it held out, and how they are tokenised.
+class Resolved:
+    """A base model, the adapter on it, and the run that both are of.
 
-    `quantization` is that of the base while the adapter was trained, and `trained_dtype` what it was rounded from.
+    Attributes:
+        source: as it was given.
+        base: how the base is loaded, as the run asked for it; a device that this machine lacks became `auto`.
+        adapter: its folder; None for a plain model.
+        run: the run around the adapter; None where there is none.
+        quantization: of the base while the adapter was trained, which its fingerprint tells.
+        trained_dtype: what the quantised base was rounded from.
     """
 
-    adapter: Path
+    source: Path
     base: ModelConfig
-    rows: Path | None = None
-    train_on: TrainOn = "assistant"
-    max_length: int | None = None
+    adapter: Path | None = None
+    run: RunFolder | None = None
     quantization: QuantizationConfig | None = None
-    trained_dtype: str = "float32"
+    facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The run's configuration."""
+        return _config_of(self.run, self.facts) if self.run else None
+
+    @property
+    def rows(self) -> Path | None:
+        """The rows that the run held out."""
+        return self.run.path / HELD_OUT_FILE if self.run else None
+
+    @property
+    def train_on(self) -> TrainOn:
+        """Which tokens the run trained."""
+        config = self.config
+        return config.data.train_on if config else "assistant"
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest row of the run, in tokens."""
+        found: int | None = self.facts.get("max_length")
+        return found
+
+    @property
+    def trained_dtype(self) -> str:
+        return str(self.facts.get("model", {}).get("dtype", "float32"))
 
     @property
     def storage(self) -> str:
+        """What the base was quantised to while the adapter was trained; empty: it was not."""
         return self.quantization.type if self.quantization else ""
 
 
-def find_adapter(source: Path, *, model: str | None, offline: bool, needs_base: bool = True) -> AdapterSource:
-    """The adapter of a run, or of a folder, with the base that it belongs to.
+@dataclass(frozen=True, kw_only=True)
+class ResolvedAdapter(Resolved):
+    """What is certain to have an adapter."""
+
+    adapter: Path
+
+
+def resolve(source: str | os.PathLike[str], *, model: str | None = None, offline: bool = False) -> Resolved:
+    """The base, the adapter and the run that a source means; see the module.
 
     Args:
-        source: a run folder (its best adapter is taken), or an adapter folder.
         model: the base, in the place of the one that the run or the adapter names.
+        offline: never ask a hub, whatever the run says.
+
+    Raises:
+        RunError: a run, or its folder of checkpoints, has no adapter yet; a checkpoint is incomplete.
+        ModelError, RunError: files that say where to find things cannot be read.
+    """
+    path = Path(source).expanduser()
+    adapter, run = _adapter_of(path)
+    if adapter is None:
+        return Resolved(source=path, base=ModelConfig(name=os.fspath(source), offline=offline))
+    facts = run.facts() if run else {}
+    base = _base_of(run, facts) if run else _named_base(adapter)
+    if model is not None and model != base.name:
+        base = ModelConfig(name=model)
+    return Resolved(
+        source=path,
+        base=replace(base, offline=offline or base.offline),
+        adapter=adapter,
+        run=run,
+        quantization=quantization_of(split_fingerprint(_fingerprint_of(adapter, facts))[1]),
+        facts=facts,
+    )
+
+
+def resolve_adapter(
+    source: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    offline: bool = False,
+    needs_base: bool = True,
+) -> ResolvedAdapter:
+    """`resolve` for a command that needs an adapter.
+
+    Args:
         needs_base: refuse an adapter that does not say what its base is.
 
     Raises:
-        RunError: there is neither a run nor an adapter, or the run has no adapter yet.
-        ModelError: the adapter does not say what its base is, or its files cannot be read.
+        RunError: there is neither a run nor an adapter.
+        ModelError: the adapter does not say what its base is.
     """
-    found = _of_run(source) if (source / RUN_FILE).is_file() else _of_adapter(source)
-    base = found.base
-    if model is not None and model != base.name:
-        base = ModelConfig(name=model)
-    file = found.adapter / ADAPTER_FACTS
-    fingerprint = (read_json(file, ModelError).get("base_fingerprint") or "") if file.is_file() else ""
-    if needs_base and not base.name:
+    found = resolve(source, model=model, offline=offline)
+    if found.adapter is None:
+        raise RunError(
+            "The folder holds neither a run nor an adapter"
+            if found.source.is_dir()
+            else "The folder does not exist",
+            where=str(source),
+            expected="a run or an adapter folder",
+        )
+    if needs_base:
+        require_base(found)
+    return ResolvedAdapter(**{name: getattr(found, name) for name in Resolved.__dataclass_fields__})
+
+
+def require_base(found: Resolved) -> None:
+    """Refuse an adapter that does not say what its base is.
+
+    Raises:
+        ModelError: see above.
+    """
+    if not found.base.name:
         raise ModelError(
             "The adapter does not say what its base model is",
-            where=str(source / "adapter_config.json"),
-            fix="name it: --model BASE",
+            where=str((found.adapter or found.source) / _ADAPTER_CONFIG),
+            expected="`base_model_name_or_path`",
+            fix="write it there, or where there is such an option name it: --model BASE",
         )
-    return replace(
-        found,
-        base=replace(base, offline=offline or base.offline),
-        quantization=quantization_of(split_fingerprint(fingerprint)[1]),
-    )
 
 
-def _of_run(run: Path) -> AdapterSource:
-    folder = RunFolder(run)
-    facts = folder.facts()
-    adapter = next((path for path in (folder.best_adapter, folder.last_adapter) if path.is_dir()), None)
-    if adapter is None:
-        raise RunError(
-            f"The run has no adapter yet ({facts.get('status')})", where=str(run), fix="train it first"
-        )
-    config = build_config(facts["config"], facts["origins"])
-    return AdapterSource(
-        adapter=adapter,
-        base=config.model,
-        rows=folder.path / HELD_OUT_FILE,
-        train_on=config.data.train_on,
-        max_length=facts["max_length"],
-        trained_dtype=facts["model"]["dtype"],
-    )
+def load_tokenizer_of(found: Resolved) -> LoadedTokenizer:
+    """The tokenizer saved with the adapter, or the base's where there is none.
 
-
-def _of_adapter(folder: Path) -> AdapterSource:
-    """An adapter folder; one that lies in a run folder has that run's base and rows."""
-    run = folder.resolve().parent.parent
-    if folder.resolve().parent.name == "adapter" and (run / RUN_FILE).is_file():
-        return replace(_of_run(run), adapter=folder)
-    if not folder.is_dir():
-        raise RunError("The folder does not exist", where=str(folder), expected="a run or an adapter folder")
-    if not (folder / "adapter_config.json").is_file():
-        raise RunError("The folder holds neither a run nor an adapter", where=str(folder))
-    facts = read_json(folder / "adapter_config.json", ModelError)
-    base = facts.get("base_model_name_or_path") or ""
-    return AdapterSource(adapter=folder, base=ModelConfig(name=base, revision=facts.get("revision")))
+    Raises:
+        ModelError: its files, or the base's configuration, cannot be read.
+        NetworkError: the base is not on this machine and no hub may or can be asked.
+    """
+    require_base(found)
+    files = find_files(found.base)
+    own = found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file()
+    return read_tokenizer(files, folder=found.adapter if own else None)
 
 
 def load_base(
-    base: ModelConfig,
-    device: str,
+    found: Resolved,
     *,
+    tokenizer: LoadedTokenizer | None = None,
+    device: str,
     dtype: str = "float32",
     quantization: QuantizationConfig | None = None,
 ) -> LoadedModel:
-    """The base of an adapter; by default in fp32."""
-    # use_cache stands in the configuration that is saved, and chatting wants it.
-    return load_model(base, dtype=dtype, quantization=quantization, use_cache=True, device=device)
+    """The base of an adapter; by default in fp32 and not quantised."""
+    return load_model(
+        found.base,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        quantization=quantization,
+        attn_implementation="auto",
+        # It stands in the configuration that is saved, and chatting wants it.
+        use_cache=True,
+        device=device,
+    )
 
 
-def load_as_trained(found: AdapterSource, device: str) -> LoadedModel:
+def load_as_trained(found: Resolved, *, tokenizer: LoadedTokenizer, device: str) -> LoadedModel:
     """The quantised base, with the weights of the training; its products and all the rest in fp32."""
     assert found.quantization is not None
     exact = replace(found.quantization, compute_dtype="auto")
-    loaded = load_base(found.base, device, dtype=found.trained_dtype, quantization=exact)
+    loaded = load_base(
+        found, tokenizer=tokenizer, device=device, dtype=found.trained_dtype, quantization=exact
+    )
     loaded.model.float()
     return loaded
 
 
-def tokenizer_of(adapter: Path, base: LoadedModel) -> LoadedTokenizer:
-    """The tokenizer saved with the adapter, whose chat template is the one that was trained; or the base's."""
-    if not (adapter / "tokenizer_config.json").is_file():
-        return base.tokenizer
-    location = locate(
-        replace(base.source, name=str(adapter), kind="folder", location=str(adapter)), offline=True
-    )
-    with reading(location, "The adapter's tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(location.path, **location.kwargs)
-    return prepare_tokenizer(
-        tokenizer, config=base.model.config, generation_config=base.model.generation_config
+# ----------------------------------------------------------------------------------------- folders to adapters
+
+
+def _adapter_of(path: Path) -> tuple[Path | None, RunFolder | None]:
+    """The folder of the adapter that a path means, and the run around it."""
+    if (path / RUN_FILE).is_file():
+        run = RunFolder(path)
+        return _kept_adapter(run.path / "adapter", run), run
+    if _is_adapter(path):
+        if path.name.startswith(_CHECKPOINT) and (run_of := _run_around(path, "checkpoints")):
+            _require_complete(path)
+            return path, run_of
+        return path, _run_around(path, "adapter")
+    if path.name.startswith(_CHECKPOINT) and path.is_dir() and _run_around(path, "checkpoints"):
+        _require_complete(path)
+    inside = RunFolder(path.resolve().parent)
+    if path.is_dir() and (inside.path / RUN_FILE).is_file():
+        run = RunFolder(path.parent) if (path.parent / RUN_FILE).is_file() else inside
+        if path.resolve().name == "adapter":
+            return _kept_adapter(path, run), run
+        if path.resolve().name == "checkpoints":
+            return _latest_checkpoint(run), run
+    for kept in (path / "best", path / "last"):
+        if _is_adapter(kept):
+            return kept, None
+    return None, None
+
+
+def _is_adapter(folder: Path) -> bool:
+    """An adapter, and not a whole model that has one beside it."""
+    if not (folder / _ADAPTER_CONFIG).is_file():
+        return False
+    has_weights = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return not ((folder / "config.json").is_file() and has_weights)
+
+
+def _kept_adapter(folder: Path, run: RunFolder) -> Path:
+    for kept in (folder / "best", folder / "last", folder):
+        if (kept / _ADAPTER_CONFIG).is_file():
+            return kept
+    raise _no_adapter(run)
+
+
+def _latest_checkpoint(run: RunFolder) -> Path:
+    latest = run.latest_checkpoint()
+    if latest is None:
+        raise _no_adapter(run)
+    return latest
+
+
+def _no_adapter(run: RunFolder) -> RunError:
+    return RunError(
+        f"The run has no adapter yet ({run.facts().get('status', 'unknown')})",
+        where=str(run.path),
+        fix="finish it: phlora train … --resume",
     )
 
 
-def config_of(base: ModelConfig) -> PreTrainedConfig:
-    """The configuration of a base model, without its weights."""
-    location = locate(resolve_source(base.name, revision=base.revision), offline=base.offline)
-    with reading(location, "The configuration"):
-        return AutoConfig.from_pretrained(
-            location.path, trust_remote_code=base.trust_remote_code, **location.kwargs
+def _require_complete(checkpoint: Path) -> None:
+    if not (checkpoint / COMPLETE_FILE).is_file():
+        raise RunError(
+            "The checkpoint is incomplete: the run was stopped while it was written",
+            where=str(checkpoint),
+            fix="take an earlier one, or continue the run: phlora train … --resume",
         )
+
+
+def _run_around(folder: Path, place: str) -> RunFolder | None:
+    """The run that a folder lies in, at `run/place/folder`; links in the path do not hide it."""
+    real = folder.resolve()
+    run = real.parent.parent
+    return RunFolder(run) if real.parent.name == place and (run / RUN_FILE).is_file() else None
+
+
+# --------------------------------------------------------------------------------------------------- the base
+
+
+def _base_of(run: RunFolder, facts: Mapping[str, Any]) -> ModelConfig:
+    """The base model of a run as its configuration asked for it; the device may be another one today."""
+    base = _config_of(run, facts).model
+    try:
+        choose_device(base.device)
+    except EnvironmentProblem:
+        return replace(base, device="auto", attn_implementation="auto")
+    return replace(base, attn_implementation="auto")
+
+
+def _config_of(run: RunFolder, facts: Mapping[str, Any]) -> RunConfig:
+    config = facts.get("config")
+    if not isinstance(config, dict):
+        raise RunError("The run does not say what its base model is", where=str(run.path / RUN_FILE))
+    return build_config(config, facts.get("origins") or {})
+
+
+def _named_base(adapter: Path) -> ModelConfig:
+    facts = read_json(adapter / _ADAPTER_CONFIG, ModelError)
+    base, revision = facts.get("base_model_name_or_path"), facts.get("revision")
+    return ModelConfig(
+        name=base if isinstance(base, str) else "", revision=revision if isinstance(revision, str) else None
+    )
+
+
+def _fingerprint_of(adapter: Path, facts: Mapping[str, Any]) -> str:
+    """Of the base's weights, as the adapter says it, or the run that a checkpoint is of."""
+    file = adapter / ADAPTER_FACTS
+    said = read_json(file, ModelError).get("base_fingerprint") if file.is_file() else None
+    said = said or facts.get("model", {}).get("fingerprint")
+    return said if isinstance(said, str) else ""
