@@ -20,6 +20,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from phlora.adapters.load import load_adapter
 from phlora.config import ModelConfig, QuantizationConfig, RunConfig, TrainOn, build_config
 from phlora.errors import EnvironmentProblem, ModelError, RunError
 from phlora.files import ADAPTER_FACTS, read_json
@@ -178,6 +182,39 @@ def load_tokenizer_of(found: Resolved) -> LoadedTokenizer:
     files = find_files(found.base)
     own = found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file()
     return read_tokenizer(files, folder=found.adapter if own else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedPair:
+    """A base with an adapter on it as they are used: to chat, to evaluate.
+
+    Attributes:
+        model: a `peft.PeftModel` where there is an adapter.
+        tokenizer: the adapter's, or the base's where there is none.
+        notes: what the user should hear.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: LoadedTokenizer
+    notes: tuple[str, ...] = ()
+
+
+def load_pair(found: Resolved, *, use_cache: bool | None = None) -> LoadedPair:
+    """The base as the run asked for it, the adapter on it, and the tokenizer of both.
+
+    Args:
+        use_cache: in the place of the run's own setting.
+
+    Raises:
+        ModelError: one of them cannot be read, or the adapter is of another base.
+    """
+    tokenizer = load_tokenizer_of(found)
+    base = found.base if use_cache is None else replace(found.base, use_cache=use_cache)
+    loaded = load_model(base, tokenizer=tokenizer)
+    if found.adapter is None:
+        return LoadedPair(model=loaded.model, tokenizer=tokenizer, notes=loaded.notes)
+    adapted = load_adapter(loaded.model, found.adapter)
+    return LoadedPair(model=adapted.model, tokenizer=tokenizer, notes=loaded.notes + adapted.report.notes)
 
 
 def load_base(

@@ -10,22 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from phlora.adapters.load import load_adapter
-from phlora.config import ModelConfig, build_config
 from phlora.data.chat_template import TemplateRefusal
 from phlora.data.prompts import encode_chat
 from phlora.display import Display, printable
-from phlora.errors import ConfigError, InputError, ModelError, RunError
-from phlora.files import read_json
+from phlora.errors import ConfigError, InputError, ModelError
 from phlora.models.families import context_lengths
 from phlora.models.generate import stream
 from phlora.models.lean_layers import speed_pass
-from phlora.models.load import LoadedModel, load_model
-from phlora.models.tokenizer import LoadedTokenizer, prepare_tokenizer
+from phlora.models.tokenizer import LoadedTokenizer
+from phlora.runs.resolve import Resolved, load_pair, resolve
 from phlora.runs.system_prompt import system_prompts_of
 
 Speaker = Literal["base", "tuned"]
@@ -202,23 +198,17 @@ def open_chat(
             f"temperature={temperature}, top_p={top_p}", expected="temperature >= 0 and 0 < top_p <= 1"
         )
     display = display or Display()
-    base, adapter = _parts(source)
-    display.stage(f"Loading {base.name}" + (f" with {adapter}" if adapter else ""))
-    loaded = load_model(base, use_cache=True)
-    model: Any = loaded.model
-    tokenizer, notes = loaded.tokenizer, loaded.notes
-    if adapter:
-        adapted = load_adapter(loaded.model, adapter)
-        model, tokenizer = adapted.model, _tokenizer_of(adapter, loaded)
-        notes += adapted.report.notes
-    for note in notes:
+    found = resolve(source)
+    display.stage(f"Loading {found.base.name}" + (f" with {found.adapter}" if found.adapter else ""))
+    pair = load_pair(found, use_cache=True)
+    for note in pair.notes:
         display.note(note)
-    trained_system = _trained_system(adapter, display, is_wanted=system is None) if adapter else None
-    speed_pass(model.requires_grad_(False))
+    trained_system = _trained_system(found, display, is_wanted=system is None)
+    speed_pass(pair.model.requires_grad_(False))
     return ChatSession(
-        model=model,
-        tokenizer=tokenizer,
-        has_adapter=adapter is not None,
+        model=pair.model,
+        tokenizer=pair.tokenizer,
+        has_adapter=found.adapter is not None,
         system=trained_system if system is None else system or None,
         trained_system=trained_system,
         max_new_tokens=max_new_tokens,
@@ -228,9 +218,9 @@ def open_chat(
     )
 
 
-def _trained_system(adapter: Path, display: Display, *, is_wanted: bool) -> str | None:
+def _trained_system(found: Resolved, display: Display, *, is_wanted: bool) -> str | None:
     """The system prompt that the adapter's rows share; where it is wanted, what is chosen is said."""
-    prompts = system_prompts_of(adapter)
+    prompts = system_prompts_of(found)
     if prompts is None:
         return None
     if is_wanted and (note := prompts.note()):
@@ -245,65 +235,3 @@ def shortened(text: str, most: int = 160) -> str:
     """The beginning of a text on one line, safe for a terminal."""
     line = " ".join(text.split())
     return printable(line if len(line) <= most else f"{line[: most - 2].rstrip()} …")
-
-
-def _parts(source: str) -> tuple[ModelConfig, Path | None]:
-    """The base model, and the folder of the adapter on it."""
-    folder = Path(source).expanduser()
-    if (folder / "run.json").is_file():
-        adapter = _adapter_in(folder)
-        return _base_of(folder), adapter
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        run = folder.resolve().parent.parent
-        is_of_run = folder.resolve().parent.name == "adapter" and (run / "run.json").is_file()
-        return (_base_of(run) if is_of_run else _named_base(folder)), folder
-    return ModelConfig(name=source), None
-
-
-def _adapter_in(run: Path) -> Path:
-    for folder in (run / "adapter" / "best", run / "adapter" / "last", run / "adapter"):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    status = read_json(run / "run.json", RunError).get("status", "unknown")
-    raise RunError(
-        f"The run has no adapter yet ({status})", where=str(run), fix="finish it: phlora train … --resume"
-    )
-
-
-def _base_of(run: Path) -> ModelConfig:
-    """The base model of a run as its configuration asked for it; the device may be another one today."""
-    config = read_json(run / "run.json", RunError).get("config")
-    if not isinstance(config, dict):
-        raise RunError("The run does not say what its base model is", where=str(run / "run.json"))
-    return replace(build_config(config).model, device="auto", attn_implementation="auto")
-
-
-def _named_base(adapter: Path) -> ModelConfig:
-    facts = read_json(adapter / "adapter_config.json", ModelError)
-    base = facts.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            "The adapter does not say what its base model is",
-            where=str(adapter / "adapter_config.json"),
-            expected="`base_model_name_or_path`",
-        )
-    return ModelConfig(name=base, revision=facts.get("revision"))
-
-
-def _tokenizer_of(adapter: Path, base: LoadedModel) -> LoadedTokenizer:
-    """The tokenizer saved with the adapter, because its chat template is the one that was trained; or the base's."""
-    if not (adapter / "tokenizer_config.json").is_file():
-        return base.tokenizer
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"The adapter's tokenizer cannot be read ({str(error).splitlines()[0]})",
-            where=str(adapter),
-            fix="copy the folder again, or remove its tokenizer files to use the base model's",
-        ) from error
-    return prepare_tokenizer(
-        tokenizer, config=base.model.config, generation_config=base.model.generation_config
-    )

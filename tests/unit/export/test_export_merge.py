@@ -294,7 +294,8 @@ def test_no_more_than_two_models_are_in_memory(
         counts.append(sum(model() is not None for model in alive))
         return loaded
 
-    monkeypatch.setattr(resolve, "load_model", counting)
+    for module in (resolve, merge):
+        monkeypatch.setattr(module, "load_model", counting)
     merge_run(quantized_run, tmp_path / "model", display=QUIET)
     assert counts == [1, 2, 1]
 
