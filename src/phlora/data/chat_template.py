@@ -31,6 +31,7 @@ import jinja2
 
 from phlora.data.rows import Message
 from phlora.data.template_analysis import writes_contents_only
+from phlora.data.tools_text import tools_as_text
 from phlora.errors import ModelError
 
 Tokenizer: TypeAlias = Any
@@ -56,8 +57,9 @@ class Rendering:
         spans: per message the characters `[start, end)` of its content, None when it is empty and left out.
         ends: per message the character after its end-of-turn token (its content's end when there is none).
         notes: kinds of things a person should know: `system_folded, content_altered, missing_end_token,
-            tools_not_rendered, default_system`.
+            tools_as_text, default_system`.
         frame: what the contents were put into, where the rendering was joined rather than rendered.
+        tools: what the template was given as tools; None where they are in the messages, as text.
     """
 
     text: str
@@ -66,6 +68,7 @@ class Rendering:
     ends: Sequence[int]
     notes: frozenset[str]
     frame: Frame | None = field(default=None, compare=False)
+    tools: list[Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +143,37 @@ class ChatTemplate:
         Args:
             generation: end with the header of an assistant turn, as for generating an answer.
 
+        Tools, calls and results of tools for which the template has no place are written as text.
+
         Raises:
             TemplateRefusal: the template raises, or leaves out a message other than the system prompt.
         """
+        if not _speaks_of_tools(messages, tools):
+            return self._render_chat(messages, None, generation)
+        if not self.writes_tools_as_text(messages, tools):
+            try:
+                return replace(self._render_chat(messages, tools, generation), tools=tools)
+            except TemplateRefusal as refusal:
+                try:
+                    return self._render_tools_as_text(messages, tools, generation)
+                except TemplateRefusal:
+                    raise refusal from None
+        return self._render_tools_as_text(messages, tools, generation)
+
+    def writes_tools_as_text(self, messages: Sequence[Message], tools: list[Any] | None) -> bool:
+        """Whether the template has no place for some of what a chat has of tools."""
+        needed = _speaks_of_tools(messages, tools)
+        return bool(needed) and not needed <= self._tool_places
+
+    def _render_tools_as_text(
+        self, messages: Sequence[Message], tools: list[Any] | None, generation: bool
+    ) -> Rendering:
+        rendering = self._render_chat(tools_as_text(messages, tools), None, generation)
+        return replace(rendering, notes=rendering.notes | {"tools_as_text"})
+
+    def _render_chat(
+        self, messages: Sequence[Message], tools: list[Any] | None, generation: bool
+    ) -> Rendering:
         if self._folds_system and messages[0]["role"] == "system":
             return self._render_folded(messages, tools, generation)
         try:
@@ -230,8 +261,6 @@ class ChatTemplate:
         for message, span, end in zip(messages, spans, ends, strict=True):
             if message["role"] == "assistant" and span is not None and end == span[1]:
                 notes.add("missing_end_token")
-        if tools and not self._reads_tools(tools):
-            notes.add("tools_not_rendered")
         if messages[0]["role"] != "system" and self.default_system:
             notes.add("default_system")
         return Rendering(text, messages, spans, ends, frozenset(notes))
@@ -426,12 +455,51 @@ class ChatTemplate:
         injected = head[len(before) : len(head) - len(after)]
         return injected if before + injected + after == head else ""
 
-    def _reads_tools(self, tools: list[Any]) -> bool:
-        """Whether the template writes the tools anywhere; found out with the first tools it meets."""
-        if "reads_tools" not in self.__dict__:
-            chat = [{"role": "user", "content": "x"}]
-            self.__dict__["reads_tools"] = self._apply(chat, tools, True) != self._apply(chat, None, True)
-        return bool(self.__dict__["reads_tools"])
+    @cached_property
+    def _tool_places(self) -> frozenset[str]:
+        """What the template writes of tools: `tools`, `calls` with their arguments, `results`."""
+        user = {"role": "user", "content": "x"}
+        inner = {"name": "probed_call", "arguments": {"probed_key": "probed value"}}
+        call = {"role": "assistant", "content": "", "tool_calls": [{**_CALL, "function": inner}]}
+        result = {
+            "role": "tool",
+            "name": "probed_call",
+            "tool_call_id": _CALL["id"],
+            "content": "probed result",
+        }
+        tool = {
+            "type": "function",
+            "function": {"name": "probed_tool", "description": "x", "parameters": _SCHEMA},
+        }
+        probes: dict[str, tuple[list[Message], list[Any] | None, tuple[str, ...]]] = {
+            "tools": ([user], [tool], ("probed_tool",)),
+            "calls": ([user, call], None, ("probed_call", "probed_key", "probed value")),
+            "results": ([user, call, result], None, ("probed result",)),
+        }
+        places = set()
+        for name, (messages, tools, written) in probes.items():
+            try:
+                text = self._apply(messages, tools, False)
+            except TemplateRefusal:
+                continue
+            if all(part in text for part in written):
+                places.add(name)
+        return frozenset(places)
+
+
+_CALL = {"id": "probed123", "type": "function"}
+_SCHEMA = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+
+
+def _speaks_of_tools(messages: Sequence[Message], tools: list[Any] | None) -> frozenset[str]:
+    """What a chat has of `tools`, `calls` and `results`."""
+    found = {"tools"} if tools else set()
+    for message in messages:
+        if message["role"] == "tool":
+            found.add("results")
+        elif "tool_calls" in message:
+            found.add("calls")
+    return frozenset(found)
 
 
 _templates: weakref.WeakKeyDictionary[Tokenizer, dict[Any, ChatTemplate]] = weakref.WeakKeyDictionary()

@@ -19,6 +19,13 @@ from phlora.data.similarity import row_keys
 from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
 
+# Endings of files that hold rows as they were written, without the keys that only other rows have.
+_WRITTEN = tuple(
+    f".{kind}{packed}"
+    for kind in ("jsonl", "ndjson", "json", "csv", "tsv", "txt")
+    for packed in ("", ".gz", ".zst", ".bz2", ".xz")
+)
+
 Source: TypeAlias = str | Path | DataFile | Mapping[str, Any] | Iterable[Mapping[str, Any]]
 
 
@@ -277,9 +284,18 @@ def _open_source(source: Source, format: str, weight: float) -> Iterator[tuple[S
             num_found += 1
             schema, example_line = detect(first, format, item.name)
             found = itertools.chain(first, records)
-            yield Shape(item.name, weight, schema, example_line), replace(item, records=found)
+            shape = Shape(item.name, weight, schema, example_line)
+            shape.fills_nulls = not item.name.lower().endswith(_WRITTEN) if is_path else _is_table(source)
+            yield shape, replace(item, records=found)
     if not num_found:
         raise DataError("The file is empty" if is_path else "No rows", where=names[0] if names else "")
+
+
+def _is_table(source: Any) -> bool:
+    """Whether rows in memory come from columns, in which every row has every key."""
+    if isinstance(source, Mapping):
+        return any(map(_is_table, source.values()))
+    return hasattr(source, "features") or frame_records(source) is not None
 
 
 def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Opened:

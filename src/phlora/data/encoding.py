@@ -12,7 +12,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 from phlora.data.chat_template import ChatTemplate, Rendering, Span, Tokenizer
 from phlora.errors import ModelError
@@ -86,7 +85,6 @@ class Encoder:
         rendering: Rendering,
         template: ChatTemplate,
         *,
-        tools: list[Any] | None = None,
         generation: bool = False,
     ) -> tuple[Rendering, list[int], list[Span]]:
         """Encode one rendered chat, with control tokens inside the contents as plain text."""
@@ -105,7 +103,7 @@ class Encoder:
             }
             for message in rendering.messages
         ]
-        broken = template.render(messages, tools, generation=generation)
+        broken = template.render(messages, rendering.tools, generation=generation)
         notes = rendering.notes | broken.notes | {"control_tokens_broken"}
         return replace(broken, notes=notes), *self.texts([broken.text])[0]
 

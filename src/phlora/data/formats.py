@@ -14,7 +14,7 @@ from typing import Any
 from phlora.data.columns import category_of, required_value
 from phlora.data.dialects import foreign_export, from_chatgpt, from_claude, from_gemini, from_xlam
 from phlora.data.known_keys import LABELS, Findings, heed
-from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system
+from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system, without_none
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of
 from phlora.errors import ConfigError, DataError, did_you_mean
@@ -53,6 +53,7 @@ class Shape:
     example_line: int  # of a row that has the schema; 0: none of the first ones has
     group_by: str | None = None
     stratify_by: str | None = None
+    fills_nulls: bool = False  # whether keys that a row lacks are null in it, as in Arrow's tables
     ignored: set[str] = field(default_factory=set)
     findings: Findings = field(default_factory=Findings)
 
@@ -166,6 +167,8 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         raise record
     if not isinstance(record, Mapping):
         raise BadRow("wrong_type", f"the row is {kind_of(record)}", "an object with named columns")
+    if shape.fills_nulls:
+        record = {key: without_none(value) for key, value in record.items()}
     schema = shape.schema
     heeded = heed(record, schema.name, shape.findings, origin)
     record = heeded.record

@@ -85,7 +85,7 @@ class Labeller:
         """Which tokens of a chat are trained, and their weights; `stripped`: as without white space before answers."""
         # The control token that swallowed it would pass for the first token of the answer.
         messages = [_stripped(m) for m in rendering.messages] if stripped else rendering.messages
-        mask = self._generation_mask(messages, ids, row.tools) if self._heeds_markers else None
+        mask = self._generation_mask(messages, ids, rendering.tools) if self._heeds_markers else None
 
         def tokens_of(index: int) -> Span:
             return self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)

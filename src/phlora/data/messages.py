@@ -52,6 +52,7 @@ PAIRS = (
 _ROLE_KEYS = ("role", "from", "sender")
 _CONTENT_KEYS = ("content", "value", "parts", "text")
 _MAX_LITERAL = 1 << 20
+_MAX_LAYERS = 5
 
 
 def exchange(question: str, answer: str) -> list[Message]:
@@ -248,18 +249,44 @@ def _calls_in_text(value: Any, turn: int) -> list[Any]:
 def _tool_call(call: Any, turn: int) -> Any:
     if not isinstance(call, Mapping):
         raise BadRow("wrong_type", f"turn {turn} has {kind_of(call)} among its `tool_calls`", "an object")
-    call = without_none(call)
+    # What is null beside the arguments says nothing; a null among them is a value.
+    call = _without_null(call)
+    if isinstance(call.get("function"), Mapping):
+        call["function"] = _without_null(call["function"])
     target = call["function"] if isinstance(call.get("function"), dict) else call
     if not isinstance(target.get("name"), str) or not target["name"].strip():
         found = kind_of(target.get("name"))
         raise BadRow("wrong_type", f"turn {turn} has a tool call whose name is {found}", "the tool's name")
-    if isinstance(target.get("arguments"), str):
-        # Chat templates write the arguments with `tojson`, which would quote a JSON string a second time.
+    if "arguments" in target:
+        target["arguments"] = _arguments(target["arguments"], turn)
+    return call
+
+
+def _arguments(value: Any, turn: int) -> Any:
+    """The arguments of a call as an object, out of as many layers of JSON as they were put into.
+
+    Chat templates write them with `tojson`, which would quote a JSON string once more.
+    """
+    for _ in range(_MAX_LAYERS):
+        if not isinstance(value, str):
+            break
+        if not value.strip():
+            return {}
         try:
-            target["arguments"] = json.loads(target["arguments"])
+            value = json.loads(value)
         except (ValueError, RecursionError):
             raise BadRow("broken_json", f"turn {turn} has tool call arguments that are no JSON") from None
-    return call
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadRow(
+            "wrong_type", f"turn {turn} has tool call arguments that are {kind_of(value)[:60]}", "an object"
+        )
+    return value
+
+
+def _without_null(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def tools_of(value: Any) -> list[Any] | None:
@@ -285,8 +312,7 @@ def tools_of(value: Any) -> list[Any] | None:
         name = inner.get("name") if isinstance(inner, Mapping) else inner
         if name is not None and not isinstance(name, str):
             raise BadRow("wrong_type", f"the name of a tool is {kind_of(name)}", "text")
-    tools = without_none(value)
-    return tools if isinstance(tools, list) else None
+    return list(value)
 
 
 def without_none(value: Any) -> Any:

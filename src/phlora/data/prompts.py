@@ -11,6 +11,7 @@ from phlora.data.chat_template import TemplateRefusal, Tokenizer, chat_template
 from phlora.data.encoding import Encoder
 from phlora.data.labels import last_assistant
 from phlora.data.rows import Message, Origin, Row
+from phlora.data.tools_text import tools_as_text
 from phlora.errors import DataError
 
 
@@ -37,13 +38,21 @@ def encode_prompt(row: Row, tokenizer: Tokenizer) -> PromptItem | None:
     last = last_assistant(row.messages or ())
     if row.messages is None or last < 1:
         return None
-    messages, answer = row.messages[:last], row.messages[last]
+    messages = row.messages[:last]
     try:
         ids = encode_chat(messages, tokenizer, tools=row.tools)
     except TemplateRefusal as refusal:
         raise DataError(str(refusal)[:1].upper() + str(refusal)[1:], where=str(row.origin)) from None
-    reference = answer["content"] or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False)
-    return PromptItem(ids, reference, messages, row.tools, row.origin)
+    return PromptItem(ids, _reference(row, last, tokenizer), messages, row.tools, row.origin)
+
+
+def _reference(row: Row, last: int, tokenizer: Tokenizer) -> str:
+    """What the model is to answer, as the training row has it."""
+    messages = (row.messages or ())[: last + 1]
+    if chat_template(tokenizer).writes_tools_as_text(messages, row.tools):
+        return str(tools_as_text(messages, row.tools)[-1]["content"])
+    answer = messages[last]
+    return answer["content"] or json.dumps(answer.get("tool_calls", ""), ensure_ascii=False)
 
 
 def encode_chat(
@@ -56,4 +65,4 @@ def encode_chat(
     """
     encoder = Encoder(tokenizer)
     rendering = chat_template(tokenizer).render(messages, tools, generation=True)
-    return encoder.rendering(rendering, chat_template(tokenizer), tools=tools, generation=True)[1]
+    return encoder.rendering(rendering, chat_template(tokenizer), generation=True)[1]

@@ -47,7 +47,11 @@ NOTES: dict[str, tuple[Severity, str]] = {
         "the chat template has no system message, so it was put at the head of the first user turn",
     ),
     "default_system": ("note", "the chat has no system message and the chat template writes its own"),
-    "tools_not_rendered": ("warning", "the chat template ignores the `tools` column"),
+    "tools_as_text": (
+        "note",
+        "the chat template has no place for tools: tools, calls and results are written as text "
+        "(`<tool_call>` blocks)",
+    ),
     "content_altered": ("warning", "the chat template changes the content of a message"),
     "missing_end_token": ("warning", "the chat template writes no end token after the assistant's turn"),
     "leading_whitespace": (
@@ -325,9 +329,7 @@ class _RowTokenizer:
                 return self._chat_between(draft, draft.rendering, encoded[0], draft.positions, ranges)
         elif encoded:
             return self._chat(draft, draft.rendering, *encoded)
-        return self._chat(
-            draft, *self.encoder.rendering(draft.rendering, self.template, tools=draft.row.tools)
-        )
+        return self._chat(draft, *self.encoder.rendering(draft.rendering, self.template))
 
     # ---------------------------------------------------------------------------------------- plain rows
 

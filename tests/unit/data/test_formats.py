@@ -69,7 +69,7 @@ def test_system_and_tools_columns_join_the_chat():
     tools = [{"type": "function", "function": {"name": "lamp", "strict": None}}]
     (row,) = load_rows([{"conversations": CHAT, "system": "Be brief", "tools": json.dumps(tools)}]).rows
     assert row.messages[0] == {"role": "system", "content": "Be brief"}
-    assert row.tools == [{"type": "function", "function": {"name": "lamp"}}]
+    assert row.tools == tools
 
 
 def test_developer_is_system_and_tool_arguments_are_parsed():

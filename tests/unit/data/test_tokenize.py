@@ -525,12 +525,13 @@ def test_a_system_prompt_of_the_template_itself_is_told():
 
 
 def test_a_turn_the_template_leaves_out_is_an_error():
-    chat = [user("a"), assistant("b"), {"role": "tool", "content": "42"}, assistant("c")]
-    (skip,) = _run(_tokenizer("phi3"), *chat).skipped
-    assert (skip.kind, skip.reason) == ("not_rendered", "the chat template leaves out turn 3 (tool)")
-    with pytest.raises(DataError, match="rows:1: The chat template leaves out turn 3"):
-        tokenize_rows([_row(*chat)], _tokenizer("phi3"))
-    (skip,) = _run(_tokenizer("llama2"), *chat).skipped
+    tokenizer = phi3_tokenizer(PHI3.replace("message['role'] == 'assistant'", "false"))
+    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
+    (skip,) = _run(tokenizer, *chat).skipped
+    assert (skip.kind, skip.reason) == ("not_rendered", "the chat template leaves out turn 2 (assistant)")
+    with pytest.raises(DataError, match="rows:1: The chat template leaves out turn 2"):
+        tokenize_rows([_row(*chat)], tokenizer)
+    (skip,) = _run(_tokenizer("llama2"), user("a"), system("b"), assistant("c")).skipped
     assert "Only user and assistant roles" in skip.reason
 
 
@@ -562,13 +563,15 @@ def test_tool_calls_are_trained_where_the_template_writes_them():
     assert _trained(tokenizer, both.rows[0]) == "Yes" + called
 
 
-def test_tools_and_tool_calls_the_template_ignores_are_told():
+@pytest.mark.parametrize("family", ["phi3", "chatml", "llama2"])
+def test_tools_and_calls_that_the_template_has_no_place_for_are_text(family):
     call = {"type": "function", "function": {"name": "lamp", "arguments": {}}}
-    assert _kinds(_run(_tokenizer("phi3"), user("on"), assistant("ok"), tools=TOOLS)) == {
-        "tools_not_rendered"
-    }
-    (skip,) = _run(_tokenizer("phi3"), user("on"), assistant("", tool_calls=[call])).skipped
-    assert "leaves out the tool call of turn 2" in skip.reason
+    tokenizer = _tokenizer(family)
+    result = _run(tokenizer, user("on"), assistant("", tool_calls=[call]), tools=TOOLS)
+    assert "tools_as_text" in _kinds(result)
+    assert '<tool_call>\n{"name": "lamp", "arguments": {}}\n</tool_call>' in _trained(
+        tokenizer, result.rows[0]
+    )
 
 
 def test_a_template_without_end_token_is_told():
