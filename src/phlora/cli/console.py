@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,11 @@ def make_display(quiet: bool) -> Display:
     if quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return Display(quiet=quiet)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that results go to; None for a file or a pipe, which takes lines of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_result(result: str | Mapping[str, Any]) -> None:

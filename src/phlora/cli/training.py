@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from phlora.cli.console import forbid_network, make_display, print_result, standard_output_kept
+from phlora.cli.console import (
+    forbid_network,
+    make_display,
+    print_result,
+    standard_output_kept,
+    terminal_width,
+)
 from phlora.cli.options import Json, Offline, Quiet
 
 if TYPE_CHECKING:
@@ -158,7 +164,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             display=display,
         )
-    print_result(report.to_json() if as_json else report.summary())
+    print_result(report.to_json() if as_json else report.summary(width=terminal_width()))
     display.note(f"Report: {Path(run) / 'report.html'}")
 
 
@@ -226,7 +232,7 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
         print_result(run.config_text)
         return
     if report:
-        print_result(report.summary())
+        print_result(report.summary(width=terminal_width()))
     display = make_display(quiet)
     if report:
         display.note(f"Report: {Path(config.output) / 'report.html'}")

@@ -18,6 +18,7 @@ Point = tuple[float, float]
 _MAX_POINTS = 500
 # Labels closer than this would touch.
 _LABEL_HEIGHT = 8.0
+_LOWEST_LABEL = 97.0
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ def _apart(first: Mark, second: Mark) -> list[Mark]:
     if overlap <= 0:
         return [first, second]
     shift = overlap / 2 if first.y > second.y else -overlap / 2
-    return [
-        Mark(first.x, _round(first.y + shift), first.label),
-        Mark(second.x, _round(second.y - shift), second.label),
-    ]
+    moved = [first.y + shift, second.y - shift]
+    # Below the plot stand the steps.
+    up = max(0.0, max(moved) - _LOWEST_LABEL)
+    return [Mark(mark.x, _round(y - up), mark.label) for mark, y in zip((first, second), moved, strict=True)]
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

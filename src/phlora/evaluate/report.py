@@ -20,6 +20,7 @@ from typing import Any
 
 import jinja2
 
+from phlora.display import printable
 from phlora.errors import NoRoomError, RunError
 from phlora.evaluate.charts import Bar, loss_curve, sparkline
 from phlora.evaluate.compare import AnsweredItem, Change, Comparison, ModelScores
@@ -35,6 +36,7 @@ from phlora.evaluate.findings import (
     verdict,
 )
 from phlora.evaluate.metrics import is_word_part
+from phlora.evaluate.summary import table, wrapped
 from phlora.files import replaced_file
 
 JSON_FILE = "report.json"
@@ -47,6 +49,8 @@ _CHANGES: tuple[Change, ...] = ("improved", "worsened")
 # Aligning longer texts word by word takes seconds and helps nobody.
 _MAX_DIFF_PIECES = 1500
 _NOT_SHOWN = "(not shown)"
+_PATH = re.compile(r"[^\n]*[/\\][^\n]*|[^\n]*\.\w{1,7}(:\d+)?")
+_ORIGIN = re.compile(r"[^\n]{1,1000}?:\d+(?=: |$)")
 # `eos_token` and the like are no secrets.
 _SECRET_KEY = re.compile(
     r"^((use_)?auth_|access_|(push_to_)?hub_|hf_)?token$|secret|passw(or)?d|credential|api_?key",
@@ -92,21 +96,11 @@ class Report:
         """One sentence: what changed, on how many rows, and how sure that is."""
         return verdict(self.comparison)
 
-    def summary(self) -> str:
-        """The verdict and the before/after table as plain text."""
-        head = ("", "base", "tuned", "change", "95 % interval")
-        rows = [head, *map(_text_cells, lines_of(self.comparison))]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        table = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        ]
-        table.insert(1, "-" * len(table[0]))
-        return "\n".join(
-            [self.verdict, "", *(line.rstrip() for line in table), "", *self._footnotes()]
-        ).rstrip()
+    def summary(self, *, width: int | None = None) -> str:
+        """The verdict and the before/after table as plain text, for so many columns; None: as wide as it comes."""
+        footnotes = [wrapped(printable(note), width) for note in self._footnotes()]
+        figures = table(lines_of(self.comparison), width=width)
+        return "\n".join([wrapped(printable(self.verdict), width), "", *figures, "", *footnotes]).rstrip()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a strict JSON parser: no NaN, no secrets, shares from 0 to 1."""
@@ -191,7 +185,8 @@ class Report:
             "decided_by": label_of(self.comparison.decided_by) if self.comparison.decided_by else None,
             "facts": self._fact_tables(),
             "config": _config_rows(self.config, self.origins),
-            "notes": list(self.notes),
+            "notes": [split_origin(note) for note in self.notes],
+            "is_path": is_path,
         }
 
     def _answer_lists(self) -> list[AnswerList]:
@@ -204,7 +199,7 @@ class Report:
             lists.append(AnswerList.of("worsened", "Right before, wrong now", worsened))
             lists.append(AnswerList.of("improved", "Wrong before, right now", improved))
         if unchanged:
-            title = "Unchanged in that" if comparison.decided_by else "Side by side"
+            title = "Unchanged" if comparison.decided_by else "Side by side"
             lists.append(AnswerList.of("unchanged", title, unchanged))
         return lists
 
@@ -240,6 +235,17 @@ class AnswerList:
         return cls(
             kind=kind, title=title, count=len(items), shown=[_shown_item(i) for i in items[:_SHOWN_ANSWERS]]
         )
+
+
+def is_path(text: str) -> bool:
+    """Whether a text looks like a file: its parts then stand in their order, whatever script they are in."""
+    return len(text) <= 1000 and bool(_PATH.fullmatch(text))
+
+
+def split_origin(note: str) -> tuple[str, str]:
+    """`file:line` at the beginning of a note, and the rest of it; the first may be empty."""
+    found = _ORIGIN.match(note)
+    return (found[0], note[found.end() :]) if found else ("", note)
 
 
 def marked_words(answer: str, reference: str) -> list[tuple[str, str]]:
@@ -291,10 +297,6 @@ def _kind_of(character: str) -> str:
     if is_word_part(character):
         return "word"
     return "space" if character.isspace() else "other"
-
-
-def _text_cells(line: Line) -> tuple[str, ...]:
-    return (line.label, line.base_text, line.tuned_text, line.change_text, line.interval_text)
 
 
 def _side_json(side: ModelScores) -> dict[str, Any]:

@@ -35,6 +35,10 @@ def test_end_labels_do_not_touch() -> None:
     curve = loss_curve([(0, 4.0), (100, 0.50)], [(100, 0.51)])
     assert abs(curve.training_end.y - curve.evaluation_end.y) >= 8
     assert curve.training_end.y > curve.evaluation_end.y
+    # Nor do they touch the steps below the plot.
+    curve = loss_curve([(0, 4.0), (100, 0.01)], [(100, 0.0)])
+    assert abs(curve.training_end.y - curve.evaluation_end.y) >= 8
+    assert max(curve.training_end.y, curve.evaluation_end.y) <= 97
 
 
 @pytest.mark.parametrize("points", [[], [(1, 2.0)], [(1, 2.0), (2, math.nan), (3, math.inf)]])

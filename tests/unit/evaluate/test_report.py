@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from phlora.errors import NoRoomError, RunError
 from phlora.evaluate.compare import Comparison, EvaluationItem, LossScores, ModelScores, compare
 from phlora.evaluate.findings import Line, duration, verdict
 from phlora.evaluate.metrics import resolve_metrics
-from phlora.evaluate.report import Report, marked_words
+from phlora.evaluate.report import Report, is_path, marked_words, split_origin
 
 LANGUAGES = {
     "persian": "چراغ آشپزخانه را روشن کن",
@@ -24,7 +25,7 @@ LANGUAGES = {
     "turkish": "Mutfak ışığını aç, şimdi",
     "vietnamese": "Bật đèn nhà bếp giùm tôi",
 }
-VOID = {"meta"}
+VOID = {"meta", "wbr"}
 
 
 def side(answers: list[str], references: list[str], *names: str, losses: list[float]) -> ModelScores:
@@ -199,6 +200,28 @@ class TestSummary:
         assert "train 4 min 12 s, evaluate 4.0 s." in text
         assert "Peak memory 1.50 GiB." in text
 
+    @pytest.mark.parametrize("width", [40, 60, 80, 120])
+    def test_it_fits_a_terminal_of_any_width(self, width: int) -> None:
+        wide = "東京の台所の明かりをつけてください、お願いします"
+        comparison = comparison_of(
+            ["no"] * 20, ["yes"] * 20, ["yes"] * 20, "exact_match", f"contains:{wide}", f"regex:{'a' * 90}"
+        )
+        text = report_of(comparison, notes=["chats.jsonl:3: the row was cut at 1024 tokens " * 3]).summary(
+            width=width
+        )
+        assert all(cell_len(line) <= width for line in text.splitlines())
+        assert re.search(r"Exact match +0\.0 % +100\.0 % +\+100\.0", text)
+        assert re.search(r"\+\d\d\.\d to \+100\.0", text)
+        # Columns stand below each other, also behind wide characters.
+        rows = [line for line in text.splitlines() if re.search(r" %  [ +-]", line)]
+        assert len({cell_len(line[: line.index(" %")]) for line in rows}) == 1
+
+    def test_a_name_cannot_command_the_terminal(self) -> None:
+        text = report_of(
+            comparison_of(["a"], ["b"], ["b"], "contains:\x1b[2J\nx"), notes=["\x1b]0;x"]
+        ).summary()
+        assert "\x1b" not in text and "\\x1b[2J x" in text
+
     def test_notes_are_said(self) -> None:
         assert report_of(improved(), notes=["Two rows were cut."]).summary().endswith("Two rows were cut.")
 
@@ -343,13 +366,45 @@ class TestPage:
         # The one place without a direction is <title>, which holds plain text only.
         assert len(places) >= 10 and len(outside_title) == 1
 
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("داده‌ها/گفتگو.jsonl:3", True),
+            ("chats.jsonl", True),
+            (r"C:\\chats", True),
+            ("runs/گفتگو", True),
+            ("سلام دنیا", False),
+            ("0.001", True),
+            ("first line\nsecond/line", False),
+        ],
+    )
+    def test_what_looks_like_a_file_keeps_the_order_of_its_parts(self, text: str, expected: bool) -> None:
+        assert is_path(text) == expected
+
+    def test_right_to_left_file_names_stand_in_left_to_right_lines(self) -> None:
+        name = "داده‌ها/گفتگو.jsonl"
+        text = report_of(improved(), title=name, notes=[f"{name}:3: cut"], data={"files": [name]}).to_html()
+        assert '<bdi dir="ltr">داده‌ها</bdi>/<wbr><bdi dir="ltr">گفتگو.jsonl:3</bdi></bdi>: cut</li>' in text
+        assert text.count('<bdi dir="ltr">داده‌ها</bdi>') == 3
+
+    @pytest.mark.parametrize(
+        ("note", "parts"),
+        [
+            ("a b.jsonl:12: cut", ("a b.jsonl:12", ": cut")),
+            ("chats.jsonl:7", ("chats.jsonl:7", "")),
+            ("Two rows were cut.", ("", "Two rows were cut.")),
+        ],
+    )
+    def test_a_note_begins_with_where_it_is_about(self, note: str, parts: tuple[str, str]) -> None:
+        assert split_origin(note) == parts
+
     def test_both_schemes_and_print_are_styled(self) -> None:
         text = report_of(improved()).to_html()
         assert "prefers-color-scheme: dark" in text and "@media print" in text and "viewport" in text
 
     def test_a_report_without_changed_answers_shows_them_side_by_side(self) -> None:
         text = report_of(comparison_of(["sama"] * 4, ["vari"] * 4, ["maré"] * 4)).to_html()
-        assert "Unchanged in that" in text and text.count("sama") >= 4 and text.count("maré") >= 4
+        assert ">Unchanged <" in text.replace("\n", "") and text.count("sama") >= 4 and text.count("maré") >= 4
         essay = "The parcel left our store on Monday and will reach you within three working days. " * 3
         text = report_of(comparison_of(["sama"] * 4, ["vari"] * 4, [essay] * 4)).to_html()
         assert "Side by side" in text and text.count("vari") >= 4 and "Judged by" not in text
@@ -365,7 +420,7 @@ class TestPage:
             config={"model": {"name": "m", "dtype": "auto"}, "data": {"files": [{"path": "a.jsonl"}]}},
             origins={"model.name": "demo.yaml", "data": "--data"},
         )
-        rows = re.findall(r"<tr[^>]*><td>(.*?)</td><td>.*?</td><td><bdi[^>]*>(.*?)</bdi>", report.to_html())
+        rows = re.findall(r"<tr[^>]*><td>(.*?)</td><td>.*?</td><td>(?:<bdi[^>]*>)+(.*?)</bdi>", report.to_html())
         assert rows == [("model.name", "demo.yaml"), ("model.dtype", "default"), ("data.files", "--data")]
 
     def test_loss_only(self) -> None:
