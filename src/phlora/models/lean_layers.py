@@ -20,6 +20,7 @@ All compute with torch's own operations on any device, in the same precision as 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.models.phi3.modeling_phi3 import (
     ALL_ATTENTION_FUNCTIONS,
     Phi3Attention,
@@ -35,10 +35,12 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3MLP,
     Phi3Model,
     Phi3RMSNorm,
+    apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
 from phlora.lora import matmul
+from phlora.lora.autograd import is_recorded_backward, recorded_gradients, sees_through
 from phlora.lora.frozen import FrozenLinear
 from phlora.lora.recompute import Recompute, attach_recompute
 from phlora.models.allocator import keep_freed_memory
@@ -110,7 +112,9 @@ class LeanRMSNorm(Phi3RMSNorm):
         if not _is_recorded(x) or self.weight.requires_grad:
             return super().forward(x)
         y, rstd = _RMSNorm.apply(x, self.weight, self.variance_epsilon)
-        return attach_recompute(y, Recompute(_normalize, (x.detach(), rstd, self.weight)))
+        again = functools.partial(_normalize_again, eps=self.variance_epsilon)
+        # Not detached: a second derivative goes through what was computed again.
+        return attach_recompute(y, Recompute(again, (x, rstd, self.weight)))
 
 
 class LeanMLP(Phi3MLP):
@@ -123,11 +127,13 @@ class LeanMLP(Phi3MLP):
         return module.config.hidden_act in ("silu", "swish")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        if sees_through():
+            return super().forward(hidden_states)
         gate_up = self.gate_up_proj(hidden_states)
         if not _is_recorded(gate_up):
             return self.down_proj(_gate(gate_up))
         product = _Gate.apply(gate_up)
-        return self.down_proj(attach_recompute(product, Recompute(_gate, (gate_up.detach(),))))
+        return self.down_proj(attach_recompute(product, Recompute(_gate, (gate_up,))))
 
 
 class LeanAttention(Phi3Attention):
@@ -149,7 +155,7 @@ class LeanAttention(Phi3Attention):
         wanted: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        recorded = torch.is_grad_enabled() and not sees_through()
         if (past_key_values is not None or not recorded) and wanted is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
@@ -187,7 +193,8 @@ class LastLayer(Phi3DecoderLayer):
     def forward(
         self, hidden_states: Tensor, *args: Any, asked: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        if asked is None or args or not isinstance(self.self_attn, LeanAttention) or _drops(self):
+        plain = args or not isinstance(self.self_attn, LeanAttention) or _drops(self) or sees_through()
+        if asked is None or plain:
             return super().forward(hidden_states, *args, **kwargs)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), wanted=asked, **kwargs)
         x = _at(hidden_states, asked) + self.resid_attn_dropout(attended)
@@ -212,11 +219,21 @@ def _at(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def _is_recorded(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and x.requires_grad and not sees_through()
 
 
 def _normalize(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
     return weight * (x.float() * rstd).to(x.dtype)
+
+
+def _normalize_again(x: Tensor, rstd: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """`_normalize`, of which `rstd` is a part where the derivative counts."""
+    return _normalize(x, _rstd(x, eps) if torch.is_grad_enabled() else rstd, weight)
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    """`1 / rms (..., 1)` in fp32."""
+    return x.float().square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -227,16 +244,18 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        wide = x.float()
-        rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        rstd = _rstd(x, eps)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.eps = eps
         ctx.mark_non_differentiable(rstd)
         return _normalize(x, rstd, weight), rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        if is_recorded_backward():
+            (dx,) = recorded_gradients(lambda x: _normalize(x, _rstd(x, ctx.eps), weight), [x], dy)
+            return dx, None, None
         c, n = dy.float() * weight.float(), x.float() * rstd
         mean = (c * n).mean(-1, keepdim=True)
         return c.addcmul_(n, mean, value=-1).mul_(rstd).to(x.dtype), None, None
@@ -256,9 +275,10 @@ class _Gate(torch.autograd.Function):
         return _gate(gate_up)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    def backward(ctx: Any, dy: Tensor) -> Tensor | None:
         (gate_up,) = ctx.saved_tensors
+        if is_recorded_backward():
+            return recorded_gradients(_gate, [gate_up], dy)[0]
         gate, up = gate_up.chunk(2, dim=-1)
         gradient = torch.empty_like(gate_up)
         d_gate, d_up = gradient.chunk(2, dim=-1)
@@ -285,9 +305,10 @@ class _SplitAndRotate(torch.autograd.Function):
         return tuple(x.transpose(1, 2) for x in (*rotated, v.contiguous()))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        if is_recorded_backward():
+            return _recorded_join(gradients, cos, sin, ctx.num_kv_heads), None, None, None, None
         dq, dk, dv = (x.transpose(1, 2) for x in gradients)
         num_heads = dq.shape[2] + 2 * ctx.num_kv_heads
         d_qkv = dq.new_empty(*dq.shape[:2], num_heads * dq.shape[3])
@@ -296,6 +317,20 @@ class _SplitAndRotate(torch.autograd.Function):
         _rotate(dk, cos, sin, direction=-1, out=k)
         v.copy_(dv)
         return d_qkv, None, None, None, None
+
+
+def _recorded_join(
+    gradients: tuple[Tensor, ...], cos: Tensor, sin: Tensor, num_kv_heads: int
+) -> Tensor | None:
+    """The gradient of qkv by transformers' own rotation; linear, so that qkv itself does not count."""
+    rows, num_heads, tokens, head_dim = gradients[0].shape
+    qkv = gradients[0].new_zeros(rows, tokens, (num_heads + 2 * num_kv_heads) * head_dim).requires_grad_()
+
+    def formula(qkv: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (x.transpose(1, 2) for x in _heads(qkv, num_kv_heads, head_dim))
+        return (*apply_rotary_pos_emb(q, k, cos, sin), v)
+
+    return recorded_gradients(formula, [qkv], gradients)[0]
 
 
 def _heads(qkv: Tensor, num_kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from phlora.errors import ModelError
 from phlora.lora import matmul
+from phlora.lora.autograd import first_derivatives_only, sees_through
 from phlora.lora.frozen import is_plain_linear
 from phlora.models.prefix_attention import segment_inputs
 from phlora.models.rotary import rotated_by_row
@@ -140,6 +140,8 @@ def _head_losses(
 ) -> tuple[Tensor, Tensor]:
     """Losses and hits (S,) of hidden states (S, D) and their targets (S,)."""
     frozen = is_plain_linear(head) and not any(p.requires_grad for p in head.parameters())
+    if sees_through():
+        return _chunk_losses(head, hidden, targets, terms)
     if frozen or not torch.is_grad_enabled():
         return _HeadLosses.apply(hidden, targets, head, chunk, terms)
     parts = [
@@ -199,7 +201,7 @@ class _HeadLosses(torch.autograd.Function):
         return losses, correct
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("The loss of trained tokens")
     def backward(ctx: Any, loss_grads: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return (slopes * loss_grads.unsqueeze(-1)).to(slopes.dtype), None, None, None, None

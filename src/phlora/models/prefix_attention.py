@@ -29,13 +29,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from phlora.data.prefixes import Group, Segments
 from phlora.errors import ModelError
+from phlora.lora.autograd import first_derivatives_only, sees_through
 
 SEGMENTS = "phlora_segments"
 # Tails of one padded batch are at most this many times as long as its shortest one.
@@ -135,7 +135,8 @@ def segment_attention(
         window = None
     # Under autocast q and k can be wider than v; torch's public attention casts them, the merge does not.
     alike = query.dtype == key.dtype == value.dtype
-    if query.device.type == "cpu" and window is None and alike and _flash and _flash_backward:
+    mergeable = query.device.type == "cpu" and window is None and alike and not sees_through()
+    if mergeable and _flash and _flash_backward:
         output = attend_merged(query, key, value, segments, scaling=scaling)
     else:
         output = attend_padded(query, key, value, segments, scaling=scaling, window=window)
@@ -229,7 +230,7 @@ class _MergedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("Attention over shared prefixes")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved: tuple[Tensor, ...] = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in saved[:3]]

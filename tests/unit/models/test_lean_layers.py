@@ -14,10 +14,12 @@ from transformers.models.phi3.modeling_phi3 import (
     apply_rotary_pos_emb,
 )
 
+from phlora.adapters import peft_layer
 from phlora.adapters.attach import attach
 from phlora.adapters.speed import at_speed
 from phlora.data.collate import SharedPrefixCollator
 from phlora.lora.frozen import FrozenLinear
+from phlora.lora.recompute import recompute_of
 from phlora.models import allocator, lean_layers
 from phlora.models.lm_head import token_losses
 
@@ -291,6 +293,86 @@ def test_norm_equals_the_library_s_and_its_gradient_is_no_less_exact(dtype):
     y, lean_error = output_and_error()
     assert torch.equal(y, expected)
     assert lean_error <= 1.2 * error
+
+
+@pytest.mark.parametrize("rotary", [4, 8])
+def test_rotation_has_its_own_second_derivative(rotary):
+    qkv = torch.randn(1, 2, 8 * 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = torch.randn(1, 2, rotary, dtype=torch.float64), torch.randn(1, 2, rotary, dtype=torch.float64)
+    # The transformers' rotation, whose gradient is recorded, knows halves of cos and sin that are alike.
+    cos[..., rotary // 2 :], sin[..., rotary // 2 :] = cos[..., : rotary // 2], sin[..., : rotary // 2]
+
+    def rotate(qkv):
+        return [x.sin() for x in lean_layers._SplitAndRotate.apply(qkv, cos, sin, 2, 8)]
+
+    assert torch.autograd.gradgradcheck(rotate, (qkv,))
+
+
+def test_gated_product_has_its_own_second_derivative():
+    gate_up = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lean_layers._Gate.apply, (gate_up,))
+
+
+def test_norm_has_its_own_second_derivative():
+    norm = Phi3RMSNorm(16).requires_grad_(False)
+    x = torch.randn(4, 16, requires_grad=True)
+
+    def second(module):
+        y = module(x)
+        # What a layer behind it computes again from the norm's input counts as well.
+        found = recompute_of(y)
+        y = y if found is None else found.function(*found.inputs)
+        (dx,) = torch.autograd.grad((module(x) * y).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    expected = second(norm)
+    norm.__class__ = lean_layers.LeanRMSNorm
+    torch.testing.assert_close(second(norm), expected, rtol=1e-4, atol=1e-4)
+
+
+def second_derivatives(model: nn.Module) -> list[torch.Tensor]:
+    """Of the length of the gradient, as a gradient penalty has them."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    logits = model(input_ids=padded()["input_ids"]).logits
+    # Linear in the logits: the gradient that comes in depends on nothing.
+    first = torch.autograd.grad(logits.sum() / logits.numel(), parameters, create_graph=True)
+    torch.stack([g.square().sum() for g in first]).sum().backward()
+    found = [p.grad.clone() for p in parameters]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"target_modules": ["q_proj", "v_proj", "up_proj", "o_proj"]}], ids=str
+)
+def test_second_derivatives_of_a_whole_model(settings):
+    model = adapted(phi3(), **settings)
+    model.set_attn_implementation("eager")
+    with at_speed(model, "reference"):
+        expected = second_derivatives(model)
+    lean_layers.speed_pass(peft_layer.speed_up(model))
+    for ours, theirs in zip(second_derivatives(model), expected, strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_transforms_of_torch_func_on_a_whole_model():
+    model = adapted(phi3(), target_modules=["q_proj", "v_proj", "up_proj", "o_proj"])
+    model.set_attn_implementation("eager")
+    parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    ids = padded()["input_ids"]
+
+    def loss(parameters, ids):
+        y = torch.func.functional_call(model, parameters, (), {"input_ids": ids[None], "use_cache": False})
+        return y.logits.square().mean()
+
+    def per_row():
+        return [torch.func.grad(loss)(parameters, row) for row in ids]
+
+    with at_speed(model, "reference"):
+        expected = per_row()
+    lean_layers.speed_pass(peft_layer.speed_up(model))
+    torch.testing.assert_close(per_row(), expected, rtol=1e-3, atol=1e-7)
 
 
 def test_other_kinds_of_layers_are_never_touched():

@@ -8,7 +8,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phlora.errors import ModelError
-from phlora.models.lm_head import IGNORED, LossTerms, token_losses, trunk_and_head
+from phlora.models.lm_head import IGNORED, LossTerms, _head_losses, token_losses, trunk_and_head
 
 VOCABULARY = 97
 # float32 sums of a few dozen terms in another order.
@@ -197,3 +197,27 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
     model.config.logits_scaling = 8.0
     with pytest.raises(ModelError, match="logits_scaling = 8.0"):
         trunk_and_head(model)
+
+
+def test_second_derivatives_of_the_fused_loss_are_an_error_and_first_ones_stay() -> None:
+    model, batch = tiny_peft_model(), padded_batch()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(token_losses(model, batch)[0].sum(), parameters)
+    first = torch.autograd.grad(token_losses(model, batch)[0].sum(), parameters, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    with pytest.raises(RuntimeError, match="The loss of trained tokens cannot be differentiated twice"):
+        first[-1].sum().backward()
+
+
+def test_forward_mode_follows_the_formula() -> None:
+    model = tiny_model().requires_grad_(False)
+    hidden = torch.randn(5, 32)
+    targets = torch.arange(5)
+
+    def losses(hidden: torch.Tensor) -> torch.Tensor:
+        return _head_losses(model.lm_head, hidden, targets, 2, LossTerms())[0]
+
+    _, tangents = torch.func.jvp(losses, (hidden,), (hidden,))
+    leaf = hidden.clone().requires_grad_()
+    (slopes,) = torch.autograd.grad(losses(leaf).sum(), leaf)
+    torch.testing.assert_close(tangents, (slopes * hidden).sum(-1), rtol=1e-4, atol=1e-4)
