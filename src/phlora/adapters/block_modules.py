@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from peft.tuners.lora import layer as peft_lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from phlora.adapters.blockform import (
     block_factors,
@@ -33,6 +34,7 @@ from phlora.adapters.blockform import (
 )
 from phlora.errors import ConfigError, ModelError
 from phlora.lora.blocks import RowBlock, rank_slices
+from phlora.lora.functional import in_rows
 
 # PEFT's initialisations for row blocks. PiSSA and OLoRA take what they start with out of the base weight, which PEFT
 # rebuilds at every load, for a whole weight only; see `changes_base`.
@@ -50,9 +52,19 @@ def changes_base(init: Any) -> bool:
     )
 
 
+# What fills a tensor without looking at its places: done to each block as to a tensor of its own.
+_FILLS = frozenset(
+    f"{name}_"
+    for name in ("normal uniform fill zero random exponential bernoulli cauchy log_normal geometric".split())
+)
+
+
 class _Plain(Tensor):
-    """The plain `lora_B (N, R)` of a `BlockUp` or `lora_A (R, K)` of a `StartedDown`, put together when asked for; what
-    is written into it, hot swapping for one, goes on into the blocks."""
+    """The plain `lora_B (N, R)` of a `BlockUp` or `lora_A (R, K)` of a `StartedDown`, put together when asked for.
+
+    What is written into it, or into a view of it, goes on into the blocks. What fills all of it, `nn.init` for one,
+    fills each block and leaves the zeros between them.
+    """
 
     _up: BlockUp | StartedDown
     _whole: Tensor
@@ -68,18 +80,76 @@ class _Plain(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self, name = args[0] if args else None, func.__name__
+        kwargs, name = kwargs or {}, func.__name__
+        plains = [x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)]
+        self, owner = (args[0] if args else None), plains[0]._up
         with torch._C.DisableTorchFunctionSubclass():
             if isinstance(self, cls) and func == Tensor.data.__set__:
-                return self._up.take(args[1])
-            result = func(*args, **(kwargs or {}))
-            if not isinstance(self, cls):
-                return result
-            if func in (Tensor.data.__get__, Tensor.detach, Tensor.__getitem__):
-                return cls.of(self._up, result, self._whole)
-            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-                self._up.take(self._whole)
+                return owner.take(args[1])
+            if func in (Tensor.requires_grad.__set__, Tensor.requires_grad_):
+                owner.requires_grad_(*args[1:], **kwargs)
+                return self
+            whole = plains[0]._whole.shape == plains[0].shape
+            if whole and (
+                getattr(func, "__module__", None) == "torch.nn.init"
+                or (isinstance(self, cls) and name in _FILLS)
+            ):
+                return plains[0]._fill(func, args, kwargs)
+            versions = [_version(plain) for plain in plains]
+            result = func(*args, **kwargs)
+            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+            for plain, version in zip(plains, versions, strict=True):
+                if _version(plain) != version or (in_place and plain is self):
+                    plain._up.take(plain._whole)
+            if isinstance(result, Tensor):
+                return plains[0]._followed(result)
+            if func in (Tensor.numpy, Tensor.__array__):
+                # Nobody would notice what is written into it.
+                result.setflags(write=False)
             return result
+
+    def _fill(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            for part in self._up.parts:
+                func(
+                    *tree_map_only(_Plain, lambda _, part=part: part, args),
+                    **tree_map_only(_Plain, lambda _, part=part: part, kwargs),
+                )
+            self.copy_(self._up.joined())
+        return self
+
+    def _followed(self, result: Tensor) -> Tensor:
+        """The result, whose writes are followed too where it is a view of the whole."""
+        if isinstance(result, _Plain) or result.device.type == "meta":
+            return result
+        shared = result.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
+        return _Plain.of(self._up, result, self._whole) if shared else result
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _PartsOf(Mapping[str, Any]):
+    """An offloaded `weights_map` of accelerate, which knows one plain `weight`, as that of the parts."""
+
+    def __init__(self, weights: Mapping[str, Any], module: _ByRows) -> None:
+        self._weights, self._module = weights, module
+
+    def __getitem__(self, name: str) -> Any:
+        names = [_name(block) for block in self._module.blocks]
+        try:
+            return self._weights[name]
+        except KeyError:
+            if name not in names:
+                raise
+        return self._module._receive(self._weights["weight"])[names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class _ByRows(nn.Module):
@@ -89,9 +159,22 @@ class _ByRows(nn.Module):
     blocks: tuple[RowBlock, ...]
 
     @property
-    def parts(self) -> list[nn.Parameter]:
-        """What is trained, in the order of `blocks`."""
-        return [self.get_parameter(_name(block)) for block in self.blocks]
+    def parts(self) -> list[Tensor]:
+        """What is trained, in the order of `blocks`: parameters, or what stands in their place for a while."""
+        return [getattr(self, _name(block)) for block in self.blocks]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise ModelError(
+                f"The weight of a {type(self).__name__} is put together from its row blocks, and cannot be exchanged",
+                where=", ".join(_name(block) for block in self.blocks),
+                fix="exchange these parameters, or write into `weight.data`",
+            )
+        if name == "_hf_hook":
+            for hook in getattr(value, "hooks", [value]):
+                if getattr(hook, "weights_map", None) is not None:
+                    hook.weights_map = _PartsOf(hook.weights_map, self)
+        super().__setattr__(name, value)
 
     def joined(self) -> Tensor:
         """The one `weight` for all rows, in a dtype that loses nothing."""
@@ -120,24 +203,52 @@ class _ByRows(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the blocks out of a plain `weight`.
+        """Take the blocks out of a plain `weight`, or out of a tensor for each, as `named_parameters` gives them.
 
         Raises:
-            ModelError: it is none of these blocks.
+            ModelError: the plain weight is none of these blocks.
         """
-        key = f"{prefix}weight"
-        if key not in state_dict:
+        key, names = f"{prefix}weight", [f"{prefix}{_name(block)}" for block in self.blocks]
+        known = [key]
+        if key in state_dict:
+            values = self._receive(state_dict[key])
+        elif any(name in state_dict for name in names):
+            known = names
+            values = self._receive_parts(state_dict, names, missing_keys, error_msgs)
+        else:
             missing_keys.append(key)
             return
-        values = self._receive(state_dict[key])
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
         if not local_metadata.get("assign_to_params_buffers", False):
             return self._put(values)
         for block, part, value in zip(self.blocks, self.parts, values, strict=True):
             setattr(self, _name(block), nn.Parameter(value.clone(), requires_grad=part.requires_grad))
 
+    def _receive_parts(
+        self,
+        state_dict: Mapping[str, Tensor],
+        names: Sequence[str],
+        missing_keys: list[str],
+        error_msgs: list[str],
+    ) -> list[Tensor]:
+        values = []
+        for name, part in zip(names, self.parts, strict=True):
+            value = state_dict.get(name)
+            if value is None:
+                missing_keys.append(name)
+            elif value.shape != part.shape:
+                error_msgs.append(
+                    f"size mismatch for {name}: copying a param with shape {tuple(value.shape)} from checkpoint, "
+                    f"the shape in current model is {tuple(part.shape)}."
+                )
+                value = None
+            values.append(part.detach() if value is None else value)
+        return values
+
     def extra_repr(self) -> str:
         return ", ".join(
-            f"{block.name}: {tuple(self.get_parameter(_name(block)).shape)}" for block in self.blocks
+            f"{block.name}: {tuple(part.shape)}" for block, part in zip(self.blocks, self.parts, strict=True)
         )
 
 
@@ -181,14 +292,12 @@ class BlockUp(_ByRows):
 
     def forward(self, u: Tensor) -> Tensor:
         """(..., ΣR_i) -> (..., N), zero where no block is."""
-        flat = u.reshape(-1, u.shape[-1])
-        y = u.new_zeros(len(flat), self.out_features)
         factors = block_factors(self.blocks)
-        for block, columns, factor, B in zip(
-            self.blocks, rank_slices(self.blocks), factors, self.values, strict=True
-        ):
-            y[:, block.rows].addmm_(flat[:, columns], B.to(u.dtype).t(), alpha=factor)
-        return y.view(*u.shape[:-1], self.out_features)
+        parts = [
+            nn.functional.linear(u[..., columns], B.to(u.dtype)) * factor
+            for columns, factor, B in zip(rank_slices(self.blocks), factors, self.values, strict=True)
+        ]
+        return in_rows(parts, self.blocks, dim=-1, size=self.out_features)
 
     def take(self, plain: Tensor) -> None:
         """Become another plain `lora_B (N, R)`, of any rank, as hot swapping asks.
@@ -225,7 +334,7 @@ class _Started(_ByRows):
     @property
     def starts(self) -> list[Tensor]:
         """What is not trained, in the order of `blocks`."""
-        return [self.get_buffer(f"start_{block.name}") for block in self.blocks]
+        return [getattr(self, f"start_{block.name}") for block in self.blocks]
 
     def _keep(self, halves: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
         values = []

@@ -51,7 +51,7 @@ def add_lora_blocks(
     parts = []
     for block, columns, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
         parts.append(F.linear(u[..., columns], B.to(wide)) * block.scaling)
-    return (y + _in_rows(parts, blocks, dim=-1, size=y.shape[-1])).to(y.dtype)
+    return (y + in_rows(parts, blocks, dim=-1, size=y.shape[-1])).to(y.dtype)
 
 
 def delta_weight(
@@ -61,7 +61,7 @@ def delta_weight(
     parts = []
     for block, rows, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
         parts.append(block.scaling * (B @ lora_A[rows]))
-    return _in_rows(parts, blocks, dim=0, size=out_features)
+    return in_rows(parts, blocks, dim=0, size=out_features)
 
 
 def merged_weight(
@@ -74,8 +74,11 @@ def merged_weight(
     return (weight.to(dtype) + delta).to(weight.dtype)
 
 
-def _in_rows(parts: Sequence[Tensor], blocks: Sequence[RowBlock], *, dim: int, size: int) -> Tensor:
-    """The parts in the places of their blocks along `dim`, with zeros between. Writes into nothing, for vmap's sake."""
+def in_rows(parts: Sequence[Tensor], blocks: Sequence[RowBlock], *, dim: int, size: int) -> Tensor:
+    """The parts in the places of their blocks along `dim`, and zeros between: `size` in all.
+
+    Writes into nothing, for vmap's sake.
+    """
     pieces, start = [], 0
     for part, block in zip(parts, blocks, strict=True):
         pieces += [_zeros(part, dim, block.start - start), part]
