@@ -23,6 +23,7 @@ import phlora
 from phlora.adapters.attach import attach, split_adapter
 from phlora.adapters.block_modules import BlockUp
 from phlora.adapters.peft_layer import LoraLinear, slow_down
+from phlora.errors import ModelError
 from phlora.models.embedded import tiny_phi3
 
 # fp32 products of at most 112 terms in another order.
@@ -630,3 +631,90 @@ def test_swapped_in_blocks_of_other_ranks_stay_blocks(tmp_path: Path) -> None:
         # A smaller adapter is padded with zeros, which fall to the last block.
         expected = shapes or {"weight_q_proj": (64, 9), "weight_v_proj": (32, 9)}
         assert {name: tuple(part.shape) for name, part in up.named_parameters()} == expected
+
+
+# Merging, as exact as the weight that was kept, and never over what was written since.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [stock, blocks], ids=["whole", "blocks"])
+def test_dora_unmerges_to_the_bit(make: Callable[..., PeftModel], dtype: torch.dtype) -> None:
+    model = phlora.speed_up(make(use_dora=True).to(dtype))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = logits(model)
+    for _ in range(3):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_other_values_for_a_merged_weight_are_refused_and_its_own_are_not() -> None:
+    model = phlora.speed_up(stock())
+    unmerged_state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.merge_adapter()
+    model.load_state_dict(model.state_dict())
+    adapter = {name: 2 * value for name, value in unmerged_state.items() if "lora_B" in name}
+    for state in (unmerged_state, {**model.state_dict(), **adapter}):
+        with pytest.raises(ModelError, match="unmerge_adapter"):
+            model.load_state_dict(state)
+    model.unmerge_adapter()
+    model.load_state_dict(unmerged_state)
+    assert all(torch.equal(value, unmerged_state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_weight_written_while_merged_is_not_thrown_away() -> None:
+    ours, theirs = phlora.speed_up(stock()), stock()
+    for model in (ours, theirs):
+        model.merge_adapter()
+        for name, parameter in model.named_parameters():
+            if "base_layer" in name:
+                parameter.data.mul_(1.5)
+        model.unmerge_adapter()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+# Precision in 16 bits.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target_modules", ["all-linear", BLOCKS], ids=["whole", "blocks"])
+def test_a_16_bit_base_is_no_further_from_fp64_than_peft(target_modules: Any, dtype: torch.dtype) -> None:
+    """One layer after the other, as the model's own rounding would hide theirs: output, and each gradient."""
+    torch.manual_seed(0)
+    fields = {"r": 8, "lora_alpha": 32, "target_modules": target_modules}
+    model = attach(tiny_phi3()[0], fields).model
+    errors, gradients = torch.zeros(2), torch.zeros(2)
+    for layer in [module for module in model.modules() if isinstance(module, LoraLinear)]:
+        for parameter in layer.parameters():
+            parameter.data = torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
+        layer.base_layer.to(dtype)
+        stocks = copy.deepcopy(layer)
+        stocks.__class__ = peft_lora.Linear
+        x, dy = (
+            torch.randn(64, layer.in_features, dtype=dtype),
+            torch.randn(64, layer.out_features, dtype=dtype),
+        )
+        exact, exact_gradients = run_layer(copy.deepcopy(layer).double(), x.double(), dy.double())
+        for i, module in enumerate((layer, stocks)):
+            y, found = run_layer(module, x, dy)
+            errors[i] += float((y - exact).norm() / exact.norm())
+            gradients[i] += float((found - exact_gradients).norm() / exact_gradients.norm())
+    assert errors[0] <= 1.001 * errors[1], errors
+    # dx is rounded once here and twice there.
+    assert gradients[0] <= 0.8 * gradients[1], gradients
+
+
+def run_layer(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the gradients of the input and the adapter in one row; both in fp64."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    leaves = [x, *(p for name, p in module.named_parameters() if "lora_" in name)]
+    found = torch.autograd.grad(y, leaves, dy)
+    return y.detach().double(), torch.cat([g.flatten().double() for g in found])
+
+
+@pytest.mark.parametrize("make", [stock, blocks], ids=["whole", "blocks"])
+def test_print_shows_what_peft_shows(make: Callable[..., PeftModel]) -> None:
+    model = phlora.speed_up(make())
+    assert repr(model) == repr(slow_down(copy.deepcopy(model)))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from phlora.adapters.block_modules import BlockUp, StartedDown, StartedUp
 from phlora.errors import ModelError
 from phlora.lora import fused
+from phlora.lora.base import is_untouched
 from phlora.lora.blocks import RowBlock
 from phlora.lora.frozen import is_plain_linear
 from phlora.lora.operands import FrozenWeight
@@ -32,11 +33,13 @@ from phlora.models.operands import frozen_weight, is_quantized
 class LoraLinear(peft_lora.Linear):
     """`y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`, see the module; made by `speed_up`, never constructed.
 
-    Merging rounds once, from fp32, and keeps the weight as it was, so that unmerging restores every bit; until then
-    the layer holds both.
+    Merging rounds once, from fp32, and keeps the weight as it was, so that unmerging restores every bit, with DoRA and
+    other variants too; until then the layer holds both. A weight that was written to while merged is left to PEFT,
+    which subtracts.
     """
 
     _before_merge: dict[str, Tensor]
+    _after_merge: tuple[torch.dtype, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         special = args or any(value is not None for value in kwargs.values())
@@ -72,26 +75,75 @@ class LoraLinear(peft_lora.Linear):
                 fix="merge it into the base model in 16 or 32 bits",
             )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not all(self._is_plain(name) for name in names):
-            return super().merge(safe_merge, names)
         for name in names:
-            lora_A, lora_B, blocks = self._pair(name)
             weight = self.get_base_layer().weight
-            merged = fused.merged_weight(weight, lora_A, lora_B, blocks=blocks)
-            if safe_merge and not merged.isfinite().all():
-                raise ValueError(f"The weight merged with the adapter {name} is not finite")
-            self._before_merge[name] = weight.data
-            weight.data = merged
-            self.merged_adapters.append(name)
+            if self._is_plain(name):
+                before = weight.data
+                self._merge_plain(name, safe_merge)
+            else:
+                before = weight.data.clone()
+                super().merge(safe_merge, [name])
+            self._before_merge[name] = before
+        if names:
+            weight = self.get_base_layer().weight
+            self._after_merge = weight.dtype, _marks(weight)
+
+    def _merge_plain(self, name: str, safe_merge: bool) -> None:
+        lora_A, lora_B, blocks = self._pair(name)
+        weight = self.get_base_layer().weight
+        merged = fused.merged_weight(weight, lora_A, lora_B, blocks=blocks)
+        if safe_merge and not merged.isfinite().all():
+            raise ValueError(f"The weight merged with the adapter {name} is not finite")
+        weight.data = merged
+        self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again."""
-        if not self.merged or not all(name in self._before_merge for name in self.merged_adapters):
+        if not self.merged:
             return super().unmerge()
-        weight = self.get_base_layer().weight
-        weight.data = self._before_merge[self.merged_adapters[0]].to(weight)
+        weight, names = self.get_base_layer().weight, list(self.merged_adapters)
+        exact = all(name in self._before_merge for name in names) and self._is_as_merged(weight)
+        # What else a variant or a bias of its own has put somewhere, PEFT takes back.
+        if not exact or any(name in self.lora_variant or self.lora_bias[name] for name in names):
+            super().unmerge()
+        if exact:
+            weight.data = self._before_merge[names[0]].to(weight)
         self.merged_adapters.clear()
         self._before_merge.clear()
+        self._after_merge = None
+
+    def _is_as_merged(self, weight: Tensor) -> bool:
+        """Whether the weight is what merging made it; where its dtype was changed since, that cannot be told."""
+        dtype, marks = self._after_merge or (None, None)
+        if marks is None or dtype != weight.dtype or weight.is_meta:
+            return True
+        return torch.equal(_marks(weight), marks.to(weight.device))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As torch's.
+
+        Raises:
+            ModelError: other values for a merged weight, or for an adapter that is merged into it.
+        """
+        merged = set(self.merged_adapters)
+        for name, value in self.state_dict().items() if merged else ():
+            place, _, rest = name.partition(".")
+            concerned = place == "base_layer" or rest.partition(".")[0] in merged
+            new = state_dict.get(f"{prefix}{name}")
+            if concerned and new is not None and not torch.equal(new.to(value.device), value):
+                raise ModelError(
+                    f"The adapter {', '.join(self.merged_adapters)} is merged into the weight, so that loaded values "
+                    "would be added to it or taken out of it again",
+                    where=f"{prefix}{name}",
+                    fix="call unmerge_adapter() before loading",
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _get_name(self) -> str:
+        # `print(model)` shows what PEFT shows.
+        return "Linear"
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -118,13 +170,13 @@ class LoraLinear(peft_lora.Linear):
             and type(down) in (nn.Linear, StartedDown)
             and type(up) in (nn.Linear, BlockUp, StartedUp)
             and type(dropout) in (nn.Dropout, nn.Identity)
-            and all(_is_untouched(module) for module in (down, up, dropout))
+            and all(is_untouched(module) for module in (down, up, dropout))
         )
 
     def _weight_for(self, x: Tensor) -> Tensor | FrozenWeight | None:
         """The base weight, if all that the base layer does is to multiply x by it."""
         base = self.base_layer
-        if not _is_untouched(base):
+        if not is_untouched(base):
             return None
         if is_quantized(base):
             return frozen_weight(base)
@@ -137,8 +189,8 @@ class LoraLinear(peft_lora.Linear):
 def speed_up(model: nn.Module) -> nn.Module:
     """Let the plain LoRA layers that PEFT put on linear weights compute with the fused functions, in place.
 
-    Parameters, their names and what is saved stay as they are, also for an optimizer that holds them. Layers with
-    DoRA or another variant, and those on other kinds of weights, stay PEFT's.
+    Parameters, their names and what is saved stay as they are, also for an optimizer that holds them. Adapters with
+    DoRA or another variant, and layers on other kinds of weights, are computed by PEFT.
 
     Returns:
         The same model.
@@ -162,20 +214,17 @@ def slow_down(model: nn.Module) -> nn.Module:
                 module.unmerge()
             module.__class__ = peft_lora.Linear
             del module._before_merge
+            module.__dict__.pop("_after_merge", None)
     return model
 
 
 def _fits(layer: peft_lora.Linear) -> bool:
-    plain = not layer.lora_variant and not layer.fan_in_fan_out and not layer.merged
+    plain = not layer.fan_in_fan_out and not layer.merged
     return plain and (is_plain_linear(layer.base_layer) or is_quantized(layer.base_layer))
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """No hooks and no replaced forward, which computing without calling the module would pass over."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return not any(hooks) and "forward" not in module.__dict__
+def _marks(weight: Tensor) -> Tensor:
+    """Sums of the bits of every column and every row: what tells one weight from another, on its own device."""
+    codes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    bits = weight.detach().contiguous().view(codes)
+    return torch.cat([bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)])

@@ -104,3 +104,14 @@ def _checked_dropout(lora_dropout: float, *, where: str) -> float:
     raise ConfigError(
         f"lora_dropout is {lora_dropout!r}", where=where, expected="a number from 0 up to, but not, 1"
     )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """No hooks and no replaced forward, which computing without calling the module would pass over."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks) and "forward" not in module.__dict__

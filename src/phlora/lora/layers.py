@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from phlora.errors import ConfigError
 from phlora.lora import functional, fused
-from phlora.lora.base import LoRALayer
+from phlora.lora.base import LoRALayer, is_untouched
 from phlora.lora.blocks import RowBlock, row_blocks, split_rows
 
 
@@ -348,15 +348,15 @@ class ConvLoRA(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         conv: Callable[[Tensor, Tensor, Tensor | None], Tensor] = self.conv._conv_forward
-        bias = self.conv.bias
+        base: Callable[[Tensor], Tensor] = self.conv
         if not self.is_adapted():
-            return conv(x, self.conv.weight, bias)
+            return base(x)
         delta = self.delta_weight().to(self.conv.weight.dtype)
         # In 16 bits the sum of the weights would round small deltas away.
         narrow = delta.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)
-        if narrow or self._adapter_dropout():
-            return conv(x, self.conv.weight, bias) + conv(self.lora_dropout(x), delta, None)
-        return conv(x, self.conv.weight + delta, bias)
+        if narrow or self._adapter_dropout() or not is_untouched(self.conv):
+            return base(x) + conv(self.lora_dropout(x), delta, None)
+        return conv(x, self.conv.weight + delta, self.conv.bias)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}"

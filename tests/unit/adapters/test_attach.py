@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from phlora.adapters.attach import attach, recorded_blocks, split_adapter
 from phlora.adapters.block_modules import BlockUp
 from phlora.adapters.load import load_adapter
-from phlora.adapters.peft_layer import LoraLinear
+from phlora.adapters.peft_layer import LoraLinear, slow_down
 from phlora.errors import ConfigError, ModelError
 from phlora.models.embedded import tiny_phi3
 
@@ -182,9 +182,11 @@ def test_whole_weights_beside_row_blocks_leave_their_base_too() -> None:
     assert result.model.peft_config["default"].init_lora_weights is True
 
 
-def test_dora_on_a_whole_weight_stays_with_peft() -> None:
+def test_dora_on_a_whole_weight_is_computed_by_peft() -> None:
     model = attached(target_modules=["qkv_proj", "o_proj"], use_dora=True).model
-    assert type(layer_of(model)) is not LoraLinear
+    x = torch.randn(2, 3, layer_of(model).in_features)
+    ours = layer_of(model)(x)
+    assert torch.equal(ours, layer_of(slow_down(model))(x))
     assert "lora_magnitude_vector" in str(list(model.state_dict()))
 
 
