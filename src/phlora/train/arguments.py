@@ -8,19 +8,25 @@ reason), else TRL's.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from trl import SFTConfig
 
+from phlora.config import TrainOn
 from phlora.errors import ConfigError, did_you_mean
 from phlora.extras import require
+from phlora.train.fields import HONOURED, MAPPED, REFUSED
+from phlora.train.optimizer import check_optimizer
 
 _WHERE = "training_config"
 
@@ -82,14 +88,8 @@ REMOVED = {
     "group_by_length": 'use train_sampling_strategy: "group_by_length"',
 }
 
-# Fields that belong elsewhere, most because they would change model or tokenizer after the rows were made with them.
-ELSEWHERE = {
-    "loraplus_lr_ratio": "say it in `peft_config`, beside the adapter that it is about",
-    "model_init_kwargs": "say it in the `model` section: name, revision, dtype, attn_implementation",
-    "chat_template_path": "set the template on the model's tokenizer and save it with the model",
-    "eos_token": "stop tokens are known for each model family; set another one on the model's tokenizer",
-    "pad_token": "a pad token that ends no reply is chosen for each model",
-}
+# For the optimizer as well, but said beside the adapter that it is about.
+_LORAPLUS = "loraplus_lr_ratio"
 
 # Phlora's own, beside the fields of TRL's configuration.
 _Z_LOSS = "z_loss"
@@ -105,14 +105,35 @@ _TRACKERS = {
     "clearml": "clearml",
 }
 
-_AT_LEAST_ONE = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-)
+# Field -> smallest and largest value. What is larger is a slip of the keyboard, and a run that never ends.
+_RANGES: dict[str, tuple[float, float]] = {
+    "per_device_train_batch_size": (1, 1_000_000),
+    "per_device_eval_batch_size": (1, 1_000_000),
+    "gradient_accumulation_steps": (1, 1_000_000),
+    "max_length": (1, 10_000_000),
+    "num_train_epochs": (0, 1_000_000),
+    "save_total_limit": (1, 1_000_000),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "weight_decay": (0, 1000),
+    "max_grad_norm": (0, 1e12),
+    "warmup_steps": (0, 100_000_000),
+    "label_smoothing_factor": (0, 1),
+    "eval_delay": (0, 1e12),
+    "learning_rate": (0, 1000),
+    "logging_steps": (0, 1e12),
+    "eval_steps": (0, 1e12),
+    "save_steps": (0, 1e12),
+    "neftune_noise_alpha": (0, 1e6),
+    "torch_empty_cache_steps": (1, 1e9),
+    "eval_accumulation_steps": (1, 1e9),
+    "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, 1024),
+}
 _ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "warmup_steps", "label_smoothing_factor", "eval_delay")
+_MOST_STEPS = 100_000_000
+# What YAML 1.1 makes of the unquoted words.
+_WORDS = {False: ("no", "none", "off"), True: ("yes", "on")}
 
 
 @dataclass(frozen=True)
@@ -156,7 +177,7 @@ def training_arguments(
     notes: list[str] = []
     z_loss = _z_loss(training_config.get(_Z_LOSS), notes)
     values = _current_names({k: v for k, v in training_config.items() if k != _Z_LOSS}, notes)
-    values = {key: _typed(key, value, notes) for key, value in values.items()}
+    values = _for_the_trainer(values, notes, device)
     _check_ranges(values)
     _check_trackers(values.get("report_to"))
     _fit_device(values, device, notes)
@@ -170,9 +191,62 @@ def training_arguments(
     values |= {"output_dir": str(output_dir), "dataloader_pin_memory": device == "cuda"}
     try:
         args = SFTConfig(**values)
-    except (ValueError, ImportError) as error:
+    # Each of the many checks there has its own kind.
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        ImportError,
+        OSError,
+    ) as error:
         raise ConfigError(f"The settings contradict each other: {error}", where=_WHERE) from None
+    check_optimizer(args)
     return Arguments(args, tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}), z_loss)
+
+
+def train_on_of(training_config: Mapping[str, Any]) -> TrainOn | None:
+    """What TRL's two switches say about the tokens that train; None where they are not set.
+
+    As in TRL, an answers-only mask that is asked for holds whatever the other switch says.
+    """
+    named = [training_config.get(name) for name in ("assistant_only_loss", "completion_only_loss")]
+    if True in named:
+        return "assistant"
+    return "all" if False in named else None
+
+
+def _for_the_trainer(values: Mapping[str, Any], notes: list[str], device: str) -> dict[str, Any]:
+    """The fields that the trainer gets, each as its type; what is done otherwise is said, what is not done raises."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in REFUSED:
+            _refuse(key, value, device)
+            continue
+        value = _typed(key, value, notes)
+        if key in MAPPED:
+            if value is not None and value != _field(key).default:
+                notes.append(f"{_WHERE}.{key}: {MAPPED[key]}")
+        elif key not in HONOURED:
+            raise ConfigError(
+                f"`{key}` is new in this version of TRL or transformers, and Phlora does nothing with it yet",
+                where=_WHERE,
+                fix="leave it out, or use phlora.SFTTrainer in a script of your own",
+            )
+        # Nothing means the default, where it is not a value of its own.
+        elif value is not None or None in _kinds(key):
+            kept[key] = value
+    return kept
+
+
+def _refuse(key: str, value: Any, device: str) -> None:
+    refused = REFUSED[key]
+    asks_for_nothing = any(
+        type(value) is type(harmless) and value == harmless for harmless in refused.harmless
+    )
+    if not asks_for_nothing and not (key == "use_cpu" and value is True and device == "cpu"):
+        raise ConfigError(f"`{key}` cannot be set here (`{value}` was given)", where=_WHERE, fix=refused.fix)
 
 
 def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -186,8 +260,10 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
         elif key in RENAMED and key not in known:
             notes.append(f"{_WHERE}.{key} is now called {RENAMED[key]}")
             values.setdefault(RENAMED[key], value)
-        elif key in ELSEWHERE and value is not None:
-            raise ConfigError(f"`{key}` cannot be set here", where=_WHERE, fix=ELSEWHERE[key])
+        elif key == _LORAPLUS:
+            raise ConfigError(
+                f"`{key}` cannot be set here", where=_WHERE, fix="say it in `peft_config`, beside the adapter"
+            )
         elif key in known:
             values[key] = value
         else:
@@ -199,33 +275,96 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
     return values
 
 
+@cache
 def _field_types() -> dict[str, Any]:
     hints = typing.get_type_hints(SFTConfig)
     return {field.name: hints[field.name] for field in dataclasses.fields(SFTConfig) if field.init}
 
 
-def _typed(key: str, value: Any, notes: list[str]) -> Any:
-    """The value as a number or a truth value where the field wants one; YAML reads 2e-4 as text."""
+@cache
+def _field(key: str) -> Any:
+    return next(field for field in dataclasses.fields(SFTConfig) if field.name == key)
+
+
+@cache
+def _kinds(key: str) -> frozenset[Any]:
+    """The types that a field takes, with None for `NoneType`; `dict[str, Any]` is dict."""
     hint = _field_types()[key]
-    kinds = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
-    kinds |= {kind for inner in list(kinds) for kind in typing.get_args(inner)}
-    if value is None and type(None) in kinds:
-        return None
-    if bool in kinds and not kinds & {int, float, str}:
-        if not isinstance(value, bool):
-            raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected="true or false")
-        return value
-    if not kinds & {int, float} or isinstance(value, bool | dict | list):
-        if kinds & {int, float} and not (isinstance(value, bool) and bool in kinds):
-            raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected="a number")
-        return value
-    return _number(key, value, whole=float not in kinds, text=str in kinds, notes=notes)
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    plain = [typing.get_origin(part) or part for part in parts]
+    return frozenset(None if kind is type(None) else kind for kind in plain)
+
+
+def _choices(key: str) -> list[str]:
+    """The words that a field takes; empty where it takes any text."""
+    kinds = [kind for kind in _kinds(key) if isinstance(kind, type) and issubclass(kind, Enum)]
+    words = [str(member.value) for kind in kinds for member in kind]
+    return words or list(_field(key).metadata.get("choices", ()))
+
+
+def _typed(key: str, value: Any, notes: list[str]) -> Any:
+    """The value as the field wants it; YAML reads 2e-4 as text and an unquoted `no` as false."""
+    kinds, words = _kinds(key), _choices(key)
+    if value is None:
+        return "none" if key == "report_to" else None
+    if isinstance(value, bool):
+        return value if bool in kinds else _word(key, value, words)
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, Path):
+        value = str(value)
+    if kinds & {int, float} and not isinstance(value, dict | list | tuple):
+        return _number(key, value, whole=float not in kinds, text=str in kinds, notes=notes)
+    if isinstance(value, str) and dict in kinds:
+        value = _json_object(key, value)
+    if isinstance(value, str) and words and value not in words:
+        raise ConfigError(f"`{value}` is not known", where=f"{_WHERE}.{key}", fix=did_you_mean(value, words))
+    fits = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+    if not fits and not (list in kinds and isinstance(value, tuple | set)):
+        raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected=_expected(kinds, words))
+    return sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
+
+
+def _word(key: str, value: bool, words: list[str]) -> str:
+    """The word that YAML read as a truth value."""
+    known = [*words, "none"] if key == "report_to" else words
+    for word in _WORDS[value]:
+        if word in known:
+            return word
+    shown = str(value).lower()
+    raise ConfigError(
+        f"`{shown}` was given",
+        where=f"{_WHERE}.{key}",
+        expected=_expected(_kinds(key), words)
+        + ("; YAML reads an unquoted yes, no, on or off as a truth value" if str in _kinds(key) else ""),
+    )
+
+
+def _json_object(key: str, text: str) -> dict[str, Any]:
+    """A mapping as the command lines of other tools take it."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"`{text}` was given", where=f"{_WHERE}.{key}", expected="a mapping")
+    return value
+
+
+def _expected(kinds: frozenset[Any], words: list[str]) -> str:
+    if words:
+        return "one of " + ", ".join(words)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+    names[list] = "a list"
+    if float in kinds:
+        kinds -= {int}
+    return " or ".join(name for kind, name in names.items() if kind in kinds) or "another value"
 
 
 def _number(key: str, value: Any, *, whole: bool, text: bool, notes: list[str]) -> Any:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         if text and isinstance(value, str):
             return value
         expected = "a whole number" if whole else "a number"
@@ -239,21 +378,23 @@ def _number(key: str, value: Any, *, whole: bool, text: bool, notes: list[str]) 
 
 
 def _check_ranges(values: Mapping[str, Any]) -> None:
-    rules: list[tuple[tuple[str, ...], Callable[[float], bool], str]] = [
-        (_AT_LEAST_ONE, lambda number: number >= 1, "1 or more"),
-        (_ABOVE_ZERO, lambda number: number > 0, "a number above 0"),
-        (_NOT_NEGATIVE, lambda number: number >= 0, "0 or more"),
-        (
-            ("max_steps",),
-            lambda number: number >= 1 or number == -1,
-            "1 or more, or -1 to count epochs instead",
-        ),
-    ]
-    for keys, holds, expected in rules:
-        for key in keys:
-            value = values.get(key)
-            if isinstance(value, int | float) and not holds(value):
-                raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected=expected)
+    for key, (least, most) in _RANGES.items():
+        value = values.get(key)
+        if not isinstance(value, int | float):
+            continue
+        above = key in _ABOVE_ZERO
+        if not least <= value <= most or (above and not value > 0):
+            low = "above 0" if above else f"{least:,}"
+            raise ConfigError(
+                f"`{value}` was given", where=f"{_WHERE}.{key}", expected=f"a number from {low} to {most:,}"
+            )
+    steps = values.get("max_steps", -1)
+    if not (1 <= steps <= _MOST_STEPS or steps == -1):
+        raise ConfigError(
+            f"`{steps}` was given",
+            where=f"{_WHERE}.max_steps",
+            expected=f"1 to {_MOST_STEPS:,}, or -1 to count epochs instead",
+        )
 
 
 def _loraplus_lr_ratio(peft_config: Mapping[str, Any]) -> float | None:

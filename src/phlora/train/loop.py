@@ -144,15 +144,12 @@ def _trainer(
 ) -> SFTTrainer:
     args, packed = copy.copy(arguments.args), arguments.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
-    args.packing, args.padding_free, args.max_length = False, False, None
-    args.assistant_only_loss, args.completion_only_loss = False, None
+    args.packing, args.max_length = False, None
     # With several GPUs in sight transformers would wrap the model in DataParallel, which TRL refuses.
     args._n_gpu = min(args.n_gpu, 1)
-    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    args.dataset_kwargs, args.remove_unused_columns = {"skip_prepare_dataset": True}, False
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")
-    # Workers that outlive an epoch would keep its packs.
-    args.dataloader_persistent_workers = False
     held_out = TokenSequences(data.held_out)
     numbers = number_sequences([*data.train.lengths, *held_out.lengths])
     return SFTTrainer(

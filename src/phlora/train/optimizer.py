@@ -11,8 +11,10 @@ at a rate of 1e-6, and knows nothing of the trainer's weight decay.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from phlora.errors import ConfigError
 
@@ -41,3 +43,38 @@ def raise_rate_of_B(optimizer: Optimizer, model: nn.Module, ratio: float) -> Non
         if raised:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ups]
             optimizer.add_param_group({**group, "params": raised, "lr": ratio * group["lr"]})
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Make the optimizer and the schedule once for a single number, before anything heavy is loaded.
+
+    Raises:
+        ConfigError: their settings cannot be used.
+    """
+    weight = nn.Parameter(torch.zeros(1))
+    try:
+        kind, keywords = SGD, {}
+        # Those that project gradients look at a model.
+        if not args.optim_target_modules:
+            kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([weight], **keywords)
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(10),
+            num_training_steps=10,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        ImportError,
+    ) as error:
+        raise ConfigError(
+            f"The optimizer {args.optim} with the schedule {args.lr_scheduler_type} cannot be made: {error}",
+            where="training_config.optim, lr_scheduler_type",
+        ) from None

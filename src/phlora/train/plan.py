@@ -70,7 +70,8 @@ def make_plan(data: PreparedData, adapter: AdapterSummary, arguments: Arguments,
         model: with its adapters; only its configuration is looked at.
     """
     args = arguments.args
-    batches = math.ceil(len(data.train) / args.per_device_train_batch_size)
+    batches = len(data.train) / args.per_device_train_batch_size
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     per_epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     kept = (args.save_total_limit or 10) + 1

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
+import yaml
 
 from phlora.errors import ConfigError, MissingExtraError
-from phlora.train.arguments import DEFAULTS, training_arguments
+from phlora.train.arguments import DEFAULTS, train_on_of, training_arguments
+from phlora.train.fields import HONOURED, MAPPED, REFUSED
 
 # In the manner of the sample of Phi-3's model card, with names from several library versions.
 SAMPLE = {
@@ -69,12 +73,24 @@ def test_numbers_written_as_text_are_numbers(tmp_path: Path) -> None:
         ({"learning_rate": "fast"}, "learning_rate: `fast`"),
         ({"learning_rate": -1e-4}, "above 0"),
         ({"learning_rate": float("nan")}, "finite"),
-        ({"per_device_train_batch_size": 0}, "1 or more"),
+        ({"per_device_train_batch_size": 0}, "from 1 to"),
         ({"per_device_train_batch_size": 1.5}, "whole number"),
-        ({"gradient_accumulation_steps": True}, "a number"),
+        ({"gradient_accumulation_steps": True}, "a whole number"),
         ({"gradient_checkpointing": "yes"}, "true or false"),
-        ({"max_steps": 0}, "1 or more, or -1"),
-        ({"seed": [1]}, "a number"),
+        ({"max_steps": 0}, "or -1 to count epochs"),
+        ({"seed": [1]}, "a whole number"),
+        ({"max_steps": 10**18}, "1 to 100,000,000"),
+        ({"max_length": 10**18}, "a number from 1 to"),
+        ({"seed": -1}, "a number from 0 to"),
+        ({"learning_rate": 10**400}, "a number"),
+        ({"save_total_limit": 0}, "a number from 1 to"),
+        ({"eval_strategy": True}, "one of no, steps, epoch"),
+        ({"eval_strategy": "epochs"}, "did you mean `epoch`"),
+        ({"run_name": 5}, "expected: text"),
+        ({"lr_scheduler_kwargs": "abc"}, "a mapping"),
+        ({"lr_scheduler_kwargs": {"nonsense": 1}}, "cannot be made"),
+        ({"optim_args": "nonsense"}, "optim"),
+        ({"adam_beta1": 2}, "cannot be made"),
         ({"lr_scheduler_type": "cosinus"}, "cosinus"),
     ],
 )
@@ -83,7 +99,7 @@ def test_a_mistake_names_key_and_expectation(
 ) -> None:
     with pytest.raises(ConfigError, match="training_config") as error:
         training_arguments(training_config, output_dir=tmp_path)
-    assert message in str(error.value)
+    assert message.lower() in str(error.value).lower()
 
 
 @pytest.mark.parametrize("key", ["model_init_kwargs", "chat_template_path", "eos_token"])
@@ -114,3 +130,76 @@ def test_z_loss_is_phlora_s_own_setting(tmp_path):
             training_arguments({"z_loss": wrong}, output_dir=tmp_path)
     with pytest.raises(ConfigError, match="did you mean `z_loss`"):
         training_arguments({"zloss": 1e-4}, output_dir=tmp_path)
+
+
+def test_every_field_of_the_installed_trl_is_decided_about() -> None:
+    decided = [*HONOURED, *MAPPED, *REFUSED]
+    assert len(decided) == len(set(decided)), "one decision each"
+    installed = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+    assert not installed - set(decided), "honour it, map it or refuse it in train/fields.py"
+
+
+def test_every_field_that_is_left_to_the_trainer_reaches_it(tmp_path: Path) -> None:
+    fields = {field.name: field for field in dataclasses.fields(trl.SFTConfig)}
+    for name in HONOURED & fields.keys() - {"dataloader_pin_memory"}:
+        default = fields[name].default
+        if isinstance(default, int | float) and not isinstance(default, bool) and default > 0:
+            args = training_arguments({name: default}, output_dir=tmp_path).args
+            assert getattr(args, name) == default, name
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_a_refused_field_names_what_does_it_and_accepts_its_default(key: str, tmp_path: Path) -> None:
+    fields = {field.name: field for field in dataclasses.fields(trl.SFTConfig)}
+    training_arguments({key: fields[key].default}, output_dir=tmp_path)
+    with pytest.raises(ConfigError, match=f"`{key}` cannot be set here") as error:
+        training_arguments({key: "cuda" if key == "use_cpu" else True}, output_dir=tmp_path, device="cuda")
+    assert error.value.fix == REFUSED[key].fix
+
+
+@pytest.mark.parametrize("key", sorted(MAPPED))
+def test_a_mapped_field_says_what_does_it_and_does_not_reach_the_trainer(key: str, tmp_path: Path) -> None:
+    field = {field.name: field for field in dataclasses.fields(trl.SFTConfig)}[key]
+    values = {"ddp_timeout": 5, "ddp_bucket_cap_mb": 5, "dataset_num_proc": 2, "local_rank": 0}
+    words = {"ddp_backend": "gloo", "hub_strategy": "end", "truncation_mode": "keep_end"}
+    switches = isinstance(field.default, bool) or "bool" in str(field.type)
+    value = {**values, **words}.get(key, (not field.default) if switches else "x")
+    arguments = training_arguments({key: value}, output_dir=tmp_path)
+    assert any(key in note and MAPPED[key] in note for note in arguments.notes)
+    if key != "output_dir":
+        assert getattr(arguments.args, key) == getattr(training_arguments({}, output_dir=tmp_path).args, key)
+
+
+@pytest.mark.parametrize(
+    ("training_config", "train_on"),
+    [
+        ({}, None),
+        ({"assistant_only_loss": True}, "assistant"),
+        ({"assistant_only_loss": False}, "all"),
+        ({"completion_only_loss": True}, "assistant"),
+        ({"completion_only_loss": False}, "all"),
+        ({"completion_only_loss": None}, None),
+        ({"completion_only_loss": False, "assistant_only_loss": True}, "assistant"),
+        ({"completion_only_loss": True, "assistant_only_loss": False}, "assistant"),
+    ],
+)
+def test_the_switches_of_trl_say_what_trains(training_config: dict[str, Any], train_on: str | None) -> None:
+    assert train_on_of(training_config) == train_on
+
+
+WORDS = [
+    (key, text)
+    for key in ("eval_strategy", "logging_strategy", "save_strategy")
+    for text in ("no", "off", "null")
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "text"), [*WORDS, *(("report_to", text) for text in ("no", "off", "null", "none"))]
+)
+def test_what_yaml_makes_of_no_is_read_as_the_word(key: str, text: str, tmp_path: Path) -> None:
+    args = training_arguments({key: yaml.safe_load(text)}, output_dir=tmp_path).args
+    if text == "null" and key != "report_to":
+        assert getattr(args, key) == DEFAULTS.get(key, ("steps",))[0], "the default"
+    else:
+        assert getattr(args, key) == ([] if key == "report_to" else "no")
