@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phlora import evaluate_run, finetune
+from phlora.adapters.attach import lora_settings
 from phlora.config import build_config
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
@@ -70,7 +71,9 @@ def test_a_run_learns_and_leaves_everything_that_was_promised(finished: Any) -> 
     for side in ("base", "tuned"):
         assert {"exact_match", "json_valid", "loss", "perplexity", "token_accuracy"} <= report[side].keys()
     facts = checkpoints.RunFolder(finished.folder).facts()
-    assert facts["status"] == "finished" and facts["data"]["train_rows"] == 36
+    assert (
+        facts["status"] == "finished" and facts["data"]["train_rows"] + facts["data"]["held_out_rows"] == 40
+    )
     assert json.loads((finished.folder / "report.json").read_text(encoding="utf-8")) == report
     assert "<html" in (finished.folder / "report.html").read_text(encoding="utf-8")
     events = checkpoints.read_events(finished.folder / "events.jsonl")
@@ -165,7 +168,7 @@ def test_packing_trains_the_same_rows_in_fewer_sequences(
     settings = {"learning_rate": 2e-2, "num_train_epochs": 2, "packing": True, "max_length": 128}
     run = run_it(model_folder, chat_file, tmp_path / "run", training_config=settings)
     facts = checkpoints.RunFolder(run.folder).facts()["data"]
-    assert facts["train_rows"] == 36 and facts["sequences"] < 12
+    assert facts["train_rows"] + facts["held_out_rows"] == 40 and facts["sequences"] < 12
     assert run.report.to_json()["tuned"]["loss"] < run.report.to_json()["base"]["loss"]
 
 
@@ -188,7 +191,11 @@ def test_a_dry_run_writes_nothing(model_folder: Path, chat_file: Path, tmp_path:
     # What is shown is a configuration that can be run, with the origin of each value.
     assert "  r: 4  # argument" in run.config_text
     shown = build_config(yaml.safe_load(run.config_text))
-    assert shown.peft_config == {"r": 4} and shown.training_config["learning_rate"] == 2e-2
+    assert lora_settings(shown.peft_config).to_dict() == lora_settings({"r": 4}).to_dict()
+    assert "  lora_alpha: 8  # twice r" in run.config_text
+    assert "  target_modules: all-linear  # Phlora's default" in run.config_text
+    assert "  lora_dropout: 0.0  # PEFT's default" in run.config_text
+    assert shown.training_config["learning_rate"] == 2e-2
     again = run_it(model_folder, chat_file, tmp_path / "run", training_config={"z_loss": 1e-4}, dry_run=True)
     assert yaml.safe_load(again.config_text)["training_config"]["z_loss"] == 1e-4
     plan = run.plan.to_json()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
 from phlora.errors import RunError
 from phlora.evaluate.compare import Comparison, EvaluationItem, compare, score_model
-from phlora.evaluate.metrics import resolve_metrics
+from phlora.evaluate.metrics import Metric, resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.evaluate.task import task_of
 from phlora.measure import Clock, peak_bytes
@@ -45,15 +45,19 @@ def compare_on(
     display: Display,
     batch_size: int = BATCH_ROWS,
     speed: Speed = "auto",
+    own_metrics: Mapping[str, Metric] | None = None,
 ) -> Comparison:
     """Loss on all rows and generated answers to the first `max_answers` of them, without and with the adapter.
+
+    Args:
+        own_metrics: functions of (answer, reference), under their names, beside those that `evaluation` names.
 
     Raises:
         ConfigError: an unknown metric.
     """
     items = _items(rows, tokenizer, evaluation.max_answers)
     task = task_of([item.reference for item in items])
-    metrics = resolve_metrics(evaluation.metrics, auto=task.metrics)
+    metrics = {**resolve_metrics(evaluation.metrics, auto=task.metrics), **(own_metrics or {})}
     sharing = decide_sharing(model, [[row] for row in tokenized], speed=speed, batch_size=batch_size)
     shared = SharedPrefixCollator(longrope_limit(model.config))
     collate = shared if sharing.on else Collator(tokenizer.tokenizer.pad_token_id)
@@ -169,7 +173,9 @@ def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, cl
         origins=facts["origins"],
         environment=facts["environment"],
         model=facts["model"],
-        data={name: value for name, value in facts["data"].items() if name not in ("dropped", "cut")},
+        data={
+            name: value for name, value in facts["data"].items() if name not in ("dropped", "cut", "contents")
+        },
         adapter=facts["adapter"],
         timing={**facts.get("timing", {}), **clock.seconds},
         peak_bytes=peak_bytes(),

@@ -27,7 +27,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -39,12 +39,15 @@ from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
 from phlora.files import clear_leftovers, leftover_of, read_json, write_json
+from phlora.runs.identity import changes
 from phlora.runs.lock import LOCK_FILE, hold_lock, require_unlocked
 
 RUN_FILE = "run.json"
 COMPLETE_FILE = "complete.json"
 # The rows of the proof.
 HELD_OUT_FILE = "heldout.jsonl"
+# Rows that were handed over as objects, so that config.yaml can be run again.
+ROWS_FILE, EVAL_ROWS_FILE = "rows.jsonl", "eval_rows.jsonl"
 TRAINED_KEYS_FILE = "trained.keys"
 CONFIG_FILE = "config.yaml"
 EVALUATIONS = "evaluations"
@@ -55,6 +58,8 @@ _OWN = (
     CONFIG_FILE,
     "events.jsonl",
     HELD_OUT_FILE,
+    ROWS_FILE,
+    EVAL_ROWS_FILE,
     TRAINED_KEYS_FILE,
     "checkpoints",
     "adapter",
@@ -230,23 +235,23 @@ def begin_run(
 
 
 def continue_run(
-    folder: RunFolder, identity: Mapping[str, Any], files: Mapping[str, Callable[[Path], None]] | None = None
+    folder: RunFolder,
+    facts: Mapping[str, Any],
+    files: Mapping[str, Callable[[Path], None]] | None = None,
+    *,
+    ignored: Collection[str] = (),
 ) -> Path | None:
     """Check that the run in `folder` is the same as the one asked for; returns the checkpoint to continue from.
 
     Args:
+        facts: those of the run that was asked for.
         files: as in `begin_run`; those that are missing are written.
+        ignored: as in `identity.changes`.
 
     Raises:
         RunError: data, base model, tokenizer or settings differ; the message lists each difference.
     """
-    before = folder.facts().get("identity", {})
-    now = json.loads(json.dumps(identity))
-    changed = [
-        f"{key}: {before.get(key, 'nothing')} -> {now.get(key, 'nothing')}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
+    changed = changes(folder.facts(), facts, ignored=ignored)
     if changed:
         raise RunError(
             "The run cannot be continued, because it is not the same run any more:\n  "

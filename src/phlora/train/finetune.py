@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import LoraConfig
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from phlora.adapters.attach import attach, lora_settings
+from phlora.adapters.attach import Attached, attach, lora_settings
 from phlora.config import RunConfig
 from phlora.display import Display
 from phlora.evaluate import run as evaluation_run
@@ -17,17 +25,18 @@ from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.extras import require
 from phlora.measure import Clock
-from phlora.models.device import choose_device
-from phlora.models.load import load_model
 from phlora.models.requirements import needed_by_model
-from phlora.models.tokenizer import load_tokenizer
-from phlora.runs.folder import claim_folder, claimed, recorded_status, require_room
+from phlora.models.tokenizer import LoadedTokenizer
+from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status, require_room
 from phlora.train import record
-from phlora.train.arguments import needed_by_trackers, training_arguments
+from phlora.train.arguments import Arguments, needed_by_trackers, training_arguments
+from phlora.train.base import device_of, model_of, tokenizer_of
 from phlora.train.loop import fit
 from phlora.train.plan import Plan, make_plan
-from phlora.train.prepare import prepare_data
-from phlora.train.request import collect_config, require_one_process
+from phlora.train.prepare import PreparedData, prepare_data
+from phlora.train.request import Request, collect_request, require_one_process, require_rows_outside
+
+Rows = str | Path | Sequence[Any] | Mapping[str, Any] | Dataset | DatasetDict | IterableDataset
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,16 @@ class Run:
 def finetune(
     config: RunConfig | None = None,
     *,
-    model: str | Mapping[str, Any] | None = None,
-    data: Any = None,
-    eval_data: Any = None,
-    training_config: Mapping[str, Any] | None = None,
-    peft_config: Mapping[str, Any] | None = None,
+    model: str | Path | Mapping[str, Any] | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
+    training_config: Mapping[str, Any] | TrainingArguments | None = None,
+    peft_config: Mapping[str, Any] | LoraConfig | None = None,
     evaluation: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+    compute_metrics: Callable[..., Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -69,14 +81,24 @@ def finetune(
     """Fine-tune a chat model with LoRA and compare it with its base on held-out chats.
 
     Args:
-        config: the whole configuration; the next seven arguments are then left out.
-        model: hub id, local folder, .gguf file or embedded name, or a mapping of `ModelConfig` fields.
-        data: file(s), a `datasets.Dataset`, a list of rows, or a mapping of `DataConfig` fields.
+        config: the whole configuration, in the place of `model`, `data`, `eval_data`, `training_config`,
+            `peft_config`, `evaluation` and `output`.
+        model: hub id, local folder, .gguf file or embedded name, a mapping of `ModelConfig` fields, or a model of
+            transformers, also a quantised one. Such an object is trained as it is and carries the adapter
+            afterwards; nothing else of it changes.
+        tokenizer: in the place of the model's own.
+        data: file(s), a list of rows, a data set of the `datasets` library (of a dictionary of them `train`, and
+            `test` or `validation` as held-out rows), or a mapping of `DataConfig` fields. Rows in memory are
+            written into the run folder.
         eval_data: held-out rows in the same forms; by default a tenth is split off.
-        training_config: fields of TRL's `SFTConfig`.
-        peft_config: fields of PEFT's `LoraConfig`, and `loraplus_lr_ratio`.
-        evaluation: fields of `EvaluationConfig`.
+        training_config: fields of TRL's `SFTConfig`, or such an object, or `TrainingArguments`. Of an object the
+            fields count that differ from its defaults.
+        peft_config: fields of PEFT's `LoraConfig`, and `loraplus_lr_ratio`; or a `LoraConfig`, of which `r`,
+            `lora_alpha` and the fields count that differ from its defaults.
+        evaluation: fields of `EvaluationConfig`; among `metrics`, functions of (answer, reference) too.
         output: the run folder; by default `runs/` and the name of the data file.
+        callbacks: of transformers' trainer, beside Phlora's own.
+        compute_metrics: as for `trl.SFTTrainer`: called with the logits of the held-out rows at each evaluation.
         resume: continue the run in `output` from its last complete checkpoint.
         overwrite: replace the run in `output`.
         dry_run: stop after the plan has been shown; nothing is written.
@@ -85,52 +107,53 @@ def finetune(
     Raises:
         PhloraError: a mistake in the input, or something that this machine lacks; nothing is half-written.
     """
-    display = display or Display()
+    display, clock = display or Display(), Clock()
     require_one_process()
-    clock = Clock()
-    arguments = dict(model=model, data=data, eval_data=eval_data, training_config=training_config)
-    arguments |= dict(peft_config=peft_config, evaluation=evaluation, output=output and str(output))
-    config, objects = collect_config(config, arguments)
-    require(needed_by_model(config.model) | needed_by_trackers(config.training_config.get("report_to")))
-
-    folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
-    device = choose_device(config.model.device)
-    arguments = training_arguments(
-        config.training_config,
-        output_dir=folder.checkpoints,
-        device=device.type,
-        peft_config=config.peft_config,
+    request = collect_request(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        eval_data=eval_data,
+        training_config=training_config,
+        peft_config=peft_config,
+        evaluation=evaluation,
+        output=output,
+        callbacks=callbacks,
+        compute_metrics=compute_metrics,
     )
-    lora = lora_settings(config.peft_config)
-    resolve_metrics(config.evaluation.metrics)
+    config, objects = request.config, request.objects
+    require(needed_by_model(config.model) | needed_by_trackers(config.training_config.get("report_to")))
+    require_rows_outside(config, objects, overwrite=overwrite)
+    folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
+    device = device_of(config.model, objects)
+    arguments, lora = _settings(config, folder, device=device.type)
 
     display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
-    tokenizer = load_tokenizer(config.model)
+    words = tokenizer_of(config.model, objects)
     begun = folder.facts() if resume and folder.has_facts else None
-    prepared = prepare_data(config, objects, tokenizer, arguments, display, begun=begun)
+    prepared = prepare_data(config, objects, words, arguments, display, begun=begun)
     clock.lap("data")
 
     display.stage(f"Loading {config.model.name}")
-    loaded = load_model(replace(config.model, device=str(device)), tokenizer=tokenizer)
-    set_seed(
-        arguments.args.seed
-    )  # the adapter's first weights are drawn here, before the trainer seeds itself
+    loaded = model_of(config.model, objects, words, device=device)
+    # The adapter's first weights are drawn here, before the trainer seeds itself.
+    set_seed(arguments.args.seed)
     attached = attach(loaded.model, lora)
-    plan = make_plan(prepared, attached.summary, arguments, attached.model)
-    record.tell_choices(display, loaded, arguments, attached)
+    plan = make_plan(prepared, attached.summary, arguments, attached.model, objects)
+    record.tell_choices(display, loaded, arguments, attached, request.notes)
     display.show(plan.render())
     clock.lap("loading")
-    config_text = record.config_text(config, arguments)
+    config_text = record.config_text(config, arguments, lora)
     if dry_run:
-        return Run(None, None, attached.model, tokenizer.tokenizer, config_text, plan)
+        return Run(None, None, attached.model, words.tokenizer, config_text, plan)
 
     require_room(folder.path, plan.disk_bytes)
     with claimed(folder, resume=resume, overwrite=overwrite):
         facts = record.run_facts(config, prepared, loaded, arguments, lora, plan)
-        checkpoint = record.open_run(folder, facts, config_text, prepared, resume=resume)
-        display.stage(
-            f"Training {plan.num_optimizer_steps} steps" + (f", from {checkpoint.name}" if checkpoint else "")
-        )
+        checkpoint = record.open_run(folder, facts, config_text, prepared, objects, resume=resume)
+        start = f", from {checkpoint.name}" if checkpoint else ""
+        display.stage(f"Training {plan.num_optimizer_steps} steps{start}")
         with recorded_status(folder):
             fit(
                 attached.model,
@@ -140,26 +163,55 @@ def finetune(
                 folder,
                 checkpoint=checkpoint,
                 shared=plan.sharing.on,
+                objects=objects,
                 display=display,
             )
         clock.lap("training")
-
-        report = None
-        if config.evaluation.enabled and prepared.held_out:
-            display.stage(f"Comparing base and tuned model on {len(prepared.held_out)} held-out rows")
-            comparison = evaluation_run.compare_on(
-                attached.model,
-                tokenizer,
-                prepared.held_out_rows,
-                prepared.held_out,
-                config.evaluation,
-                display=display,
-                # What training had the memory for.
-                batch_size=min(evaluation_run.BATCH_ROWS, arguments.args.per_device_eval_batch_size),
-                speed=config.speed,
-            )
-            clock.lap("evaluation")
-            report = evaluation_run.make_report(folder, comparison, config, clock)
-            report.write(folder.path)
+        report = _proof(request, attached, words, prepared, arguments, folder, clock, display)
         folder.update_facts(status="finished", timing=clock.seconds)
-    return Run(folder.path, report, attached.model, tokenizer.tokenizer, config_text, plan)
+    return Run(folder.path, report, attached.model, words.tokenizer, config_text, plan)
+
+
+def _settings(config: RunConfig, folder: RunFolder, *, device: str) -> tuple[Arguments, LoraConfig]:
+    """What trainer, adapter and proof are made of, all checked before anything is read."""
+    arguments = training_arguments(
+        config.training_config,
+        output_dir=folder.checkpoints,
+        device=device,
+        peft_config=config.peft_config,
+    )
+    resolve_metrics(config.evaluation.metrics)
+    return arguments, lora_settings(config.peft_config)
+
+
+def _proof(
+    request: Request,
+    attached: Attached,
+    tokenizer: LoadedTokenizer,
+    data: PreparedData,
+    arguments: Arguments,
+    folder: RunFolder,
+    clock: Clock,
+    display: Display,
+) -> Report | None:
+    """Base against tuned model on the held-out rows, written into the run folder."""
+    config = request.config
+    if not config.evaluation.enabled or not data.held_out:
+        return None
+    display.stage(f"Comparing base and tuned model on {len(data.held_out)} held-out rows")
+    comparison = evaluation_run.compare_on(
+        attached.model,
+        tokenizer,
+        data.held_out_rows,
+        data.held_out,
+        config.evaluation,
+        display=display,
+        # What training had the memory for.
+        batch_size=min(evaluation_run.BATCH_ROWS, arguments.args.per_device_eval_batch_size),
+        speed=config.speed,
+        own_metrics=request.objects.metrics,
+    )
+    clock.lap("evaluation")
+    report = evaluation_run.make_report(folder, comparison, config, clock)
+    report.write(folder.path)
+    return report

@@ -11,9 +11,7 @@ from typing import Any
 
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import (
-    PrinterCallback,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback
 
 from phlora.adapters.attach import recorded_blocks
 from phlora.adapters.speed import at_speed
@@ -36,6 +34,7 @@ from phlora.train.callbacks import (
 )
 from phlora.train.card import model_card
 from phlora.train.prepare import PreparedData
+from phlora.train.request import Objects
 from phlora.train.trainer import SFTTrainer
 
 
@@ -48,12 +47,13 @@ def fit(
     *,
     checkpoint: Path | None,
     shared: bool,
+    objects: Objects,
     display: Display,
 ) -> None:
     """Train the adapter, or continue from a checkpoint; afterwards the model carries the best adapter.
 
     Writes `adapter/last`, and `adapter/best` by held-out loss (the last one where nothing is held out). With `shared`,
-    rows share the computation of their common starts.
+    rows share the computation of their common starts. Of `objects` the callbacks and the metrics count.
 
     Raises:
         NonFiniteError: the loss or a gradient became no number; nothing was saved with it.
@@ -72,7 +72,7 @@ def fit(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
-    trainer = _trainer(model, loaded, data, arguments, shared=shared)
+    trainer = _trainer(model, loaded, data, arguments, shared=shared, objects=objects)
     trainer.remove_callback(PrinterCallback)
     for callback in (
         NewPacks(data.train),
@@ -84,7 +84,7 @@ def fit(
     ):
         trainer.add_callback(callback)
     try:
-        with at_speed(model, data.speed) as chosen, _embeddings_left_out(model):
+        with at_speed(model, data.speed) as chosen, _for_training(model):
             display.note(chosen)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
@@ -108,12 +108,19 @@ def _merged(trainer: SFTTrainer) -> str:
 
 
 @contextmanager
-def _embeddings_left_out(model: PeftModel) -> Iterator[None]:
-    """PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; Phlora never resizes it."""
+def _for_training(model: PeftModel) -> Iterator[None]:
+    """What holds while the trainer works and is as before afterwards.
+
+    PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; Phlora never resizes it. The trainer
+    turns the cache of keys and values off in the model's configuration.
+    """
+    config = model.get_base_model().config
+    use_cache = config.use_cache
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     try:
         yield
     finally:
+        config.use_cache = use_cache
         del model.save_pretrained
 
 
@@ -140,7 +147,13 @@ def load_weights(model: PeftModel, path: Path) -> None:
 
 
 def _trainer(
-    model: PeftModel, loaded: LoadedModel, data: PreparedData, arguments: Arguments, *, shared: bool
+    model: PeftModel,
+    loaded: LoadedModel,
+    data: PreparedData,
+    arguments: Arguments,
+    *,
+    shared: bool,
+    objects: Objects,
 ) -> SFTTrainer:
     args, packed = copy.copy(arguments.args), arguments.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
@@ -148,12 +161,16 @@ def _trainer(
     # With several GPUs in sight transformers would wrap the model in DataParallel, which TRL refuses.
     args._n_gpu = min(args.n_gpu, 1)
     args.dataset_kwargs, args.remove_unused_columns = {"skip_prepare_dataset": True}, False
+    if any(_is_early_stopping(callback) for callback in objects.callbacks):
+        args.metric_for_best_model, args.greater_is_better = "eval_loss", False
     if not data.held_out:
         args.eval_strategy = type(args.eval_strategy)("no")
     held_out = TokenSequences(data.held_out)
     numbers = number_sequences([*data.train.lengths, *held_out.lengths])
     return SFTTrainer(
         model=model,
+        callbacks=list(objects.callbacks),
+        compute_metrics=objects.compute_metrics,
         args=args,
         loraplus_lr_ratio=arguments.loraplus_lr_ratio,
         z_loss=arguments.z_loss,
@@ -169,6 +186,11 @@ def _trainer(
             rope_limit=longrope_limit(model.config),
         ),
     )
+
+
+def _is_early_stopping(callback: Any) -> bool:
+    kind = callback if isinstance(callback, type) else type(callback)
+    return issubclass(kind, EarlyStoppingCallback)
 
 
 def _best_before(folder: RunFolder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from phlora.adapters.attach import AdapterSummary
 from phlora.models.prefix_sharing import Sharing, decide_sharing
 from phlora.train.arguments import Arguments
 from phlora.train.prepare import PreparedData
+from phlora.train.request import Objects
 
 # A checkpoint is the adapter and AdamW's two moments of it.
 _CHECKPOINT_COPIES = 3
@@ -63,7 +64,9 @@ class Plan:
         )
 
 
-def make_plan(data: PreparedData, adapter: AdapterSummary, arguments: Arguments, model: Any) -> Plan:
+def make_plan(
+    data: PreparedData, adapter: AdapterSummary, arguments: Arguments, model: Any, objects: Objects
+) -> Plan:
     """Count the steps and the room that a run takes, and decide what its rows share.
 
     Args:
@@ -82,7 +85,9 @@ def make_plan(data: PreparedData, adapter: AdapterSummary, arguments: Arguments,
         num_optimizer_steps=steps,
         disk_bytes=(kept * _CHECKPOINT_COPIES + 2) * adapter.adapter_bytes + _SMALL_FILES_BYTES,
         learning_rate=args.learning_rate,
-        sharing=decide_sharing(
+        sharing=Sharing(False, "compute_metrics needs the logits of whole rows")
+        if objects.compute_metrics is not None
+        else decide_sharing(
             model,
             data.train,
             speed=data.speed,

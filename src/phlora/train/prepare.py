@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -87,6 +89,7 @@ def prepare_data(
         facts={
             "files": [file.path for file in config.data.files],
             "formats": formats,
+            "contents": _contents(train_rows, held_out_rows),
             "split": "rows" if by_rows else "conversations",
             "train_rows": len(train.rows),
             "held_out_rows": len(held_out.rows),
@@ -101,6 +104,17 @@ def prepare_data(
         speed=config.speed,
         system_prompts=find_system_prompts(train_rows),
     )
+
+
+def _contents(*sides: RowSubset) -> dict[str, dict[str, Any]]:
+    """For each file that was read, how many rows came from it and a digest of them."""
+    digests: dict[str, Any] = {}
+    counts: Counter[str] = Counter()
+    for side in sides:
+        for origin, digest in zip(side.origins(), side.digests(), strict=True):
+            digests.setdefault(origin.file, hashlib.sha256()).update(digest)
+            counts[origin.file] += 1
+    return {file: {"rows": counts[file], "digest": found.hexdigest()[:16]} for file, found in digests.items()}
 
 
 def _both_sides(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from peft import LoraConfig
 
-from phlora.adapters.attach import Attached
+from phlora.adapters.attach import DEFAULTS, Attached
 from phlora.config import RunConfig, resolved
 from phlora.display import Display
 from phlora.files import write_text
 from phlora.models.load import LoadedModel
 from phlora.runs.folder import (
     CONFIG_FILE,
+    EVAL_ROWS_FILE,
     HELD_OUT_FILE,
+    ROWS_FILE,
     RunFolder,
     begin_run,
     continue_run,
@@ -25,8 +27,16 @@ from phlora.runs.folder import (
 )
 from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.train.arguments import Arguments
+from phlora.train.fields import MAPPED, REFUSED
 from phlora.train.plan import Plan
 from phlora.train.prepare import PreparedData, write_rows
+from phlora.train.request import (
+    IN_MEMORY,
+    Objects,
+    lora_fields,
+    plain_setting,
+    write_records,
+)
 
 # What changes nothing about the result may differ between a run and its continuation.
 _NOT_IDENTITY = (
@@ -44,12 +54,18 @@ _NOT_IDENTITY = (
 )
 
 
-def tell_choices(display: Display, loaded: LoadedModel, arguments: Arguments, attached: Attached) -> None:
+def tell_choices(
+    display: Display,
+    loaded: LoadedModel,
+    arguments: Arguments,
+    attached: Attached,
+    notes: Sequence[str] = (),
+) -> None:
     """Say what was chosen for this machine and why, and what was understood from the configuration."""
     name = str(loaded.dtype.value).removeprefix("torch.")
     display.note(f"{loaded.device.type}, {name}: {loaded.dtype.reason}")
     display.note(f"attention {loaded.attention.value}: {loaded.attention.reason}")
-    for note in (*loaded.notes, *arguments.notes, *attached.notes):
+    for note in (*loaded.notes, *notes, *arguments.notes, *attached.notes):
         display.note(note)
 
 
@@ -83,6 +99,7 @@ def run_facts(
     return {
         "config": resolved(config),
         "origins": dict(config.origins),
+        "lora": plain_lora(lora),
         "identity": identity,
         "max_length": values["max_length"],
         "seed": values["seed"],
@@ -115,36 +132,48 @@ def open_run(
     facts: Mapping[str, Any],
     config_text: str,
     data: PreparedData,
+    objects: Objects,
     *,
     resume: bool,
 ) -> Path | None:
     """Begin the run's folder, or check that it may be continued; returns the checkpoint to continue from."""
-    files = {
+    files: dict[str, Callable[[Path], None]] = {
         CONFIG_FILE: lambda path: write_text(path, config_text),
         HELD_OUT_FILE: lambda path: write_rows(data.held_out_rows, path),
     }
+    if objects.train is not None:
+        files[ROWS_FILE] = lambda path: write_records(objects.train, path)
+    if objects.held_out is not None:
+        files[EVAL_ROWS_FILE] = lambda path: write_records(objects.held_out, path)
     if resume and folder.has_facts:
-        return continue_run(folder, facts["identity"], files)
+        return continue_run(folder, facts, files, ignored={*MAPPED, *REFUSED})
     begin_run(folder, facts, files)
     return None
 
 
-def config_text(config: RunConfig, arguments: Arguments) -> str:
+def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> str:
     """The resolved configuration as YAML that can be run again; each line says where its value came from."""
-    values = resolved(config)
+    values, origins = resolved(config), dict(config.origins)
     chosen = arguments.args.to_dict()
     values["training_config"] = {
         name: value
         for name, value in sorted(chosen.items())
-        if name in arguments.origins and name not in ("output_dir", "hub_token")
+        if name in arguments.origins and name not in ("output_dir", "hub_token", "use_cpu")
     }
     if arguments.z_loss:
         values["training_config"]["z_loss"] = arguments.z_loss
-    origins = dict(config.origins)
     for name, origin in arguments.origins.items():
         if origin == "phlora":
             origins[f"training_config.{name}"] = "Phlora's default"
+    values["peft_config"] = plain_lora(lora)
+    for name in values["peft_config"]:
+        if name not in config.peft_config:
+            origins[f"peft_config.{name}"] = _lora_origin(name)
+    if arguments.loraplus_lr_ratio is not None:
+        values["peft_config"]["loraplus_lr_ratio"] = arguments.loraplus_lr_ratio
     lines = ["# Written by Phlora. Run again with: phlora train THIS_FILE --output NEW_FOLDER"]
+    if config.model.name == IN_MEMORY:
+        lines.append("# The model was an object in memory: name one in its place.")
     for section, value in values.items():
         if isinstance(value, Mapping) and value:
             lines.append(f"{section}:")
@@ -152,6 +181,18 @@ def config_text(config: RunConfig, arguments: Arguments) -> str:
         else:
             lines.append(_line(section, value, origins))
     return "\n".join(lines) + "\n"
+
+
+def plain_lora(lora: LoraConfig) -> dict[str, Any]:
+    """Every value of the adapter's configuration that is in force, as `peft_config` takes it."""
+    values = {name: plain_setting(getattr(lora, name)) for name in lora_fields()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _lora_origin(name: str) -> str:
+    if name == "lora_alpha":
+        return "twice r"
+    return "Phlora's default" if name in DEFAULTS else "PEFT's default"
 
 
 def _line(name: str, value: Any, origins: Mapping[str, str], section: str = "") -> str:

@@ -39,7 +39,9 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
-from transformers.trainer_utils import TrainOutput
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from phlora.data.collate import share_step
 from phlora.errors import ConfigError, NonFiniteError, RunError
@@ -222,10 +224,15 @@ class SFTTrainer(trl.SFTTrainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        if resume_from_checkpoint is True:
+            # None there is for the library to say.
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         finished = _finished_step(resume_from_checkpoint, self._num_planned_steps)
         if finished is not None:
             # transformers 5.23 takes one more optimizer step here when the last epoch was cut by max_steps.
             self._load_from_checkpoint(str(resume_from_checkpoint))
+            state = str(Path(str(resume_from_checkpoint)) / TRAINER_STATE_NAME)
+            self.state = TrainerState.load_from_json(state)
             return TrainOutput(finished, 0.0, {})
         with self._worn:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -328,7 +335,7 @@ def _finished_step(checkpoint: str | bool | None, planned: Any) -> int | None:
     """The step of a checkpoint that already is at the end of its run, else None."""
     if not isinstance(checkpoint, str | Path):
         return None
-    state_file = Path(checkpoint) / "trainer_state.json"
+    state_file = Path(checkpoint) / TRAINER_STATE_NAME
     if not state_file.is_file():
         return None
     step = int(read_json(state_file, RunError)["global_step"])

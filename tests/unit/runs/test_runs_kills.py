@@ -52,7 +52,7 @@ def open_run(path: Path, *, resume: bool = False, overwrite: bool = False) -> Ru
     folder = claim_folder(path, resume=resume, overwrite=overwrite)
     with claimed(folder, resume=resume, overwrite=overwrite):
         if resume and folder.has_facts:
-            continue_run(folder, IDENTITY, FILES)
+            continue_run(folder, {"identity": IDENTITY}, FILES)
         else:
             begin_run(folder, {"identity": IDENTITY, "run": "new"}, FILES)
     return folder

@@ -1,0 +1,98 @@
+"""The model that trains: loaded by its name, or handed over as an object."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from phlora.config import ModelConfig
+from phlora.errors import ModelError
+from phlora.models.device import Choice, choose_device
+from phlora.models.fingerprint import fingerprint
+from phlora.models.load import LoadedModel, load_model
+from phlora.models.locate import ModelSource, resolve_source
+from phlora.models.tokenizer import LoadedTokenizer, load_tokenizer, prepare_tokenizer
+from phlora.train.request import IN_MEMORY, Objects
+
+_OBJECT = "as it was handed over"
+
+
+def device_of(model: ModelConfig, objects: Objects) -> torch.device:
+    """Where the training computes: where the object is, or where the configuration says."""
+    if objects.model is None:
+        return choose_device(model.device)
+    return _checked(objects.model).device
+
+
+def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
+    """The tokenizer that was handed over, or the model's own.
+
+    Raises:
+        ModelError: the tokenizer of a model object is nowhere to be found.
+    """
+    if objects.tokenizer is None:
+        if objects.model is not None and model.name == IN_MEMORY:
+            raise ModelError(
+                "The model object does not say where it came from, so that its tokenizer cannot be loaded",
+                fix="give it too: finetune(model=model, tokenizer=tokenizer, ...)",
+            )
+        return load_tokenizer(model)
+    if objects.model is not None:
+        checked = _checked(objects.model)
+        return prepare_tokenizer(
+            objects.tokenizer, config=checked.config, generation_config=checked.generation_config
+        )
+    own = load_tokenizer(model)
+    prepared = prepare_tokenizer(objects.tokenizer, config=own.files.config)  # type: ignore[union-attr]
+    return replace(prepared, files=own.files)
+
+
+def model_of(
+    model: ModelConfig, objects: Objects, tokenizer: LoadedTokenizer, *, device: torch.device
+) -> LoadedModel:
+    """The model that was handed over, or the one that the configuration names.
+
+    Raises:
+        ModelError: the object is no causal language model of transformers, or carries an adapter already.
+    """
+    if objects.model is None:
+        return load_model(replace(model, device=str(device)), tokenizer=tokenizer)
+    given = _checked(objects.model)
+    return LoadedModel(
+        model=given,
+        tokenizer=tokenizer,
+        source=_source(model.name),
+        device=device,
+        dtype=Choice(given.dtype, _OBJECT),
+        attention=Choice(given.config._attn_implementation or "eager", _OBJECT),
+        fingerprint=fingerprint(given),
+        notes=tokenizer.notes,
+    )
+
+
+def _checked(model: nn.Module) -> PreTrainedModel:
+    """
+    Raises:
+        ModelError: no plain model of transformers.
+    """
+    if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
+        return model
+    found = f"The model is a `{type(model).__name__}`"
+    if hasattr(model, "peft_config"):
+        found += ", which carries an adapter already"
+    raise ModelError(
+        found,
+        expected="a causal language model of transformers, without an adapter",
+        fix="give the base model, as from AutoModelForCausalLM.from_pretrained; finetune attaches the adapter",
+    )
+
+
+def _source(name: str) -> ModelSource:
+    """Where a model object says that it came from; it need not be there any more."""
+    try:
+        return resolve_source(name)
+    except ModelError:
+        return ModelSource(name=name, kind="folder", location=name)
