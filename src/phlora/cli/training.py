@@ -123,7 +123,10 @@ def train(
     "  phlora evaluate runs/support --data other.jsonl --metric exact_match --metric rouge_l --json",
 )
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Folder written by `phlora train`.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run, or an adapter or checkpoint in it."),
+    ],
     data: Annotated[
         list[str] | None,
         typer.Option("--data", "-d", metavar="FILE", help="Other chats than the run's held-out ones."),
@@ -146,9 +149,9 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare the base and the tuned model of a run on the same held-out chats.
+    """Compare the base and the tuned model of a run on the same held-out chats, or on others.
 
-    Writes report.json and report.html into the run folder.
+    Writes report.json and report.html into a new folder under RUN/evaluations; the proof of the run stays as it is.
     """
     if offline:
         forbid_network()
@@ -164,8 +167,12 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             display=display,
         )
-    print_result(report.to_json() if as_json else report.summary(width=terminal_width()))
-    display.note(f"Report: {Path(run) / 'report.html'}")
+    assert report.folder is not None
+    folder = report.folder.as_posix()
+    print_result(
+        {**report.to_json(), "folder": folder} if as_json else report.summary(width=terminal_width())
+    )
+    display.note(f"Report: {folder}/report.html")
 
 
 # ------------------------------------------------------------------------------------- train: configuration

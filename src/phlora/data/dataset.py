@@ -113,6 +113,10 @@ class RowSubset:
         if number is not None:
             raise DataError("The data changed while it was read", where=str(self.survey.origin(number)))
 
+    def keys(self) -> Iterator[bytes]:
+        """`row_key` of each row, as bytes."""
+        return (self.survey.keys[number] for number in self.numbers)
+
     def digests(self) -> Iterator[bytes]:
         """`row_digest` of each row."""
         return map(self.survey.digest, self.numbers)

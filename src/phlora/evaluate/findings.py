@@ -123,8 +123,12 @@ def headline(comparison: Comparison) -> Line:
     return next(line for line in lines_of(comparison) if line.name == name)
 
 
-def verdict(comparison: Comparison) -> str:
-    """One honest sentence about the deciding figure: before, after, on how many rows, and how sure."""
+def verdict(comparison: Comparison, *, rows: str = "held-out") -> str:
+    """One honest sentence about the deciding figure: before, after, on how many rows, and how sure.
+
+    Args:
+        rows: what they are called; nothing where training may have seen some.
+    """
     if _changes_nothing(comparison):
         return (
             "The adapter changes nothing: answers and losses are those of the base model, to the last digit."
@@ -132,7 +136,7 @@ def verdict(comparison: Comparison) -> str:
     line = headline(comparison)
     if line.change is None:
         return f"{line.label} is no finite number, so the base and the tuned model cannot be compared."
-    where = f"on {line.num_rows} held-out {row_word(line.num_rows)}"
+    where = " ".join(filter(None, (f"on {line.num_rows}", rows, row_word(line.num_rows))))
     from_to = f"from {line.base_text} to {line.tuned_text}{_perplexities(comparison, line)} {where}"
     if line.direction == "unclear":
         went = f"stayed at {line.tuned_text} {where}" if line.change == 0 else f"went {from_to}"

@@ -65,7 +65,8 @@ class Report:
 
     Attributes:
         title: what the page is called, for instance the run's name.
-        comparison: both sides on the held-out rows.
+        comparison: both sides on the same rows.
+        num_trained_rows: rows of the comparison that were trained on too; None where that is not known.
         config: the resolved configuration.
         origins: dotted key -> where its value came from; a key without one, and its sections, kept the default.
         environment: versions and machine.
@@ -75,6 +76,7 @@ class Report:
         training_curve: (step, loss, learning rate) of each logged step.
         evaluation_curve: (step, loss) of each evaluation during training.
         notes: what a person should know.
+        folder: where it was written to.
     """
 
     title: str
@@ -90,11 +92,13 @@ class Report:
     training_curve: Sequence[tuple[int, float, float]] = ()
     evaluation_curve: Sequence[tuple[int, float]] = ()
     notes: Sequence[str] = ()
+    num_trained_rows: int | None = 0
+    folder: Path | None = None
 
     @property
     def verdict(self) -> str:
         """One sentence: what changed, on how many rows, and how sure that is."""
-        return verdict(self.comparison)
+        return verdict(self.comparison, rows="held-out" if self.num_trained_rows == 0 else "")
 
     def summary(self, *, width: int | None = None) -> str:
         """The verdict and the before/after table as plain text, for so many columns; None: as wide as it comes."""
@@ -124,6 +128,7 @@ class Report:
             "peak_bytes": self.peak_bytes,
             "training_curve": _points(("step", "loss", "learning_rate"), self.training_curve),
             "evaluation_curve": _points(("step", "loss"), self.evaluation_curve),
+            "num_trained_rows": self.num_trained_rows,
             "notes": list(self.notes),
         }
 
@@ -173,6 +178,7 @@ class Report:
             "title": self.title,
             "verdict": self.verdict,
             "head": head,
+            "which_rows": _which_rows(self.num_trained_rows),
             "lines": lines,
             "bars": [_bar(line) for line in lines if line.is_share and line.change is not None],
             "curve": loss_curve(
@@ -409,3 +415,12 @@ def _write_whole(path: Path, content: bytes) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoomError("The disk is full", where=str(path), fix="free some room and repeat") from None
         raise RunError(f"The report cannot be written: {error.strerror}", where=str(path)) from None
+
+
+def _which_rows(num_trained: int | None) -> str:
+    if num_trained == 0:
+        return "on rows that training did not see"
+    if num_trained is None:
+        return "on rows that training may have seen"
+    verb = "was" if num_trained == 1 else "were"
+    return f"on rows of which {num_trained} {verb} trained on"

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from phlora.adapters.load import load_adapter
 from phlora.adapters.speed import at_speed
-from phlora.config import EvaluationConfig, RunConfig, Speed, build_config, resolved
+from phlora.config import EvaluationConfig, RunConfig, Speed, resolved
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.data.dataset import load_rows
 from phlora.data.prompts import encode_prompt
 from phlora.data.rows import Row
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
-from phlora.errors import RunError
+from phlora.errors import DataError, RunError
 from phlora.evaluate.compare import Comparison, EvaluationItem, compare, score_model
 from phlora.evaluate.metrics import Metric, resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.evaluate.task import task_of
+from phlora.files import clear_leftovers, replaced_folder
 from phlora.measure import Clock, peak_bytes
 from phlora.models.generate import generate
-from phlora.models.load import load_model
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.rotary import longrope_limit
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.folder import HELD_OUT_FILE, RunFolder, read_events
+from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder, read_events
+from phlora.runs.resolve import ResolvedAdapter, load_pair, resolve_adapter
+from phlora.runs.trained_rows import count_trained
 
 # Rows whose loss is taken at once.
 BATCH_ROWS = 8
+# A record that nobody wrote to for so long was left by a process that was killed.
+_ABANDONED_SECONDS = 3600
 
 
 def compare_on(
@@ -102,54 +107,59 @@ def evaluate_run(
     max_new_tokens: int | None = None,
     display: Display | None = None,
 ) -> Report:
-    """Compare the best adapter of a run with its base again, and write the run's report anew.
+    """Compare an adapter of a run with its base again, on its held-out rows or on others.
+
+    The report goes into a folder of its own, `evaluations/<UTC time>` in the run folder, which its `folder` names;
+    nothing that the run or an earlier evaluation found is replaced. Rows that the run trained on are counted, said,
+    and never called held out.
 
     Args:
-        run: a run folder.
-        data: other held-out rows (file(s), data set or rows); by default those of the run.
+        run: a run folder (its best adapter is taken), or one of its adapters or checkpoints.
+        data: other rows (file(s), data set or rows); by default those that the run held out.
         metrics, max_answers, max_new_tokens: in the place of the run's own `evaluation` settings.
         display: where progress goes; standard error by default.
 
     Raises:
-        PhloraError: the folder holds no trained run, its base model cannot be loaded, or the rows cannot be used.
+        PhloraError: there is no trained run, its base model cannot be loaded, or the rows cannot be used.
     """
     display = display or Display()
     clock = Clock()
-    folder = RunFolder(Path(run))
-    facts = folder.facts()
-    if not folder.best_adapter.is_dir():
+    found = resolve_adapter(run)
+    config = found.config
+    if found.run is None or config is None:
         raise RunError(
-            f"The run has no adapter yet ({facts.get('status')})", where=str(run), fix="train it first"
+            "The adapter lies in no run, so there are no settings and no rows to evaluate it by",
+            where=str(run),
+            fix="name a folder that `phlora train` wrote",
         )
-    config = build_config(facts["config"], facts["origins"])
-    changes: dict[str, Any] = {
-        "metrics": metrics and tuple(metrics),
-        "max_answers": max_answers,
-        "max_new_tokens": max_new_tokens,
-    }
-    evaluation = dataclasses.replace(
-        config.evaluation, **{name: value for name, value in changes.items() if value is not None}
-    )
+    evaluation = _changed(config.evaluation, metrics, max_answers, max_new_tokens)
     resolve_metrics(evaluation.metrics)
-    rows = load_rows(data if data is not None else folder.path / HELD_OUT_FILE).rows
+    rows = _rows_of(found, data)
+    num_trained = count_trained(found.run, rows) if data is not None else 0
+    note = _about_trained(num_trained, len(rows))
+    if note:
+        display.warn(note)
 
-    display.stage(f"Loading {config.model.name} and its adapter")
-    loaded = load_model(config.model)
-    adapted = load_adapter(loaded.model, folder.best_adapter)
+    display.stage(f"Loading {found.base.name} and {found.adapter}")
+    pair = load_pair(found)
+    for said in pair.notes:
+        display.note(said)
     tokenized = tokenize_rows(
         rows,
-        loaded.tokenizer.tokenizer,
-        train_on=config.data.train_on,
-        max_length=facts["max_length"],
-        training_template=loaded.tokenizer.training_template,
+        pair.tokenizer.tokenizer,
+        train_on=found.train_on,
+        max_length=found.max_length,
+        training_template=pair.tokenizer.training_template,
     )
     kept = {row.origin for row in tokenized.rows}
     clock.lap("loading")
 
-    display.stage(f"Comparing base and tuned model on {len(kept)} held-out rows")
+    which = "held-out rows" if num_trained == 0 else "rows"
+    display.stage(f"Comparing base and tuned model on {len(kept)} {which}")
+    assert isinstance(pair.model, PeftModel)
     comparison = compare_on(
-        adapted.model,
-        loaded.tokenizer,
+        pair.model,
+        pair.tokenizer,
         [row for row in rows if row.origin in kept],
         tokenized.rows,
         evaluation,
@@ -157,9 +167,85 @@ def evaluate_run(
         speed=config.speed,
     )
     clock.lap("evaluation")
-    report = make_report(folder, comparison, dataclasses.replace(config, evaluation=evaluation), clock)
-    report.write(folder.path)
-    return report
+    report = make_report(found.run, comparison, replace(config, evaluation=evaluation), clock)
+    left_out = [f"{skip.origin}: {skip.reason}" for skip in tokenized.skipped]
+    report = replace(
+        report,
+        adapter={**report.adapter, "folder": _within(found.run, found.adapter)},
+        data={**report.data, "evaluated": _names_of(data)},
+        timing=clock.seconds,
+        notes=[*filter(None, [note]), *left_out] if data is not None else report.notes,
+        num_trained_rows=num_trained,
+    )
+    return replace(report, folder=_write_record(found.run, report))
+
+
+def _changed(
+    evaluation: EvaluationConfig,
+    metrics: Sequence[str] | None,
+    max_answers: int | None,
+    max_new_tokens: int | None,
+) -> EvaluationConfig:
+    return EvaluationConfig(
+        metrics=tuple(metrics) if metrics else evaluation.metrics,
+        max_answers=evaluation.max_answers if max_answers is None else max_answers,
+        max_new_tokens=evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        enabled=evaluation.enabled,
+    )
+
+
+def _rows_of(found: ResolvedAdapter, data: Any) -> list[Row]:
+    if data is not None:
+        return load_rows(data).rows
+    if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
+        raise DataError(
+            "The run held no rows out",
+            where=str(found.source),
+            fix="name a file with chats that training did not see: --data chats.jsonl",
+        )
+    return load_rows(found.rows).rows
+
+
+def _about_trained(num_trained: int | None, num_rows: int) -> str | None:
+    if num_trained is None:
+        return "The run does not say which rows it trained on, so these may be among them"
+    if num_trained == 0:
+        return None
+    return (
+        f"{num_trained} of {num_rows} rows were trained on: on those the tuned model repeats what it was shown, "
+        "so the figures do not say how it does on new ones"
+    )
+
+
+def _names_of(data: Any) -> str:
+    if data is None:
+        return HELD_OUT_FILE
+    names = [data] if isinstance(data, str | Path) else data
+    if isinstance(names, list | tuple) and all(isinstance(name, str | Path) for name in names):
+        return ", ".join(Path(name).name for name in names)
+    return "rows in memory"
+
+
+def _within(run: RunFolder, adapter: Path) -> str:
+    """`adapter/best`: where an adapter lies in its run."""
+    return adapter.resolve().relative_to(run.path.resolve()).as_posix()
+
+
+def _write_record(run: RunFolder, report: Report) -> Path:
+    """Write a report into a new folder under the run, which appears there whole."""
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
+    evaluations = run.path / EVALUATIONS
+    names = itertools.chain([stamp], (f"{stamp}-{number}" for number in itertools.count(2)))
+    folder = next(evaluations / name for name in names if not (evaluations / name).exists())
+    try:
+        clear_leftovers(evaluations, idle_seconds=_ABANDONED_SECONDS)
+        with replaced_folder(folder) as part:
+            report.write(part)
+    except PermissionError as error:
+        raise RunError(
+            "The evaluation cannot be written into the run", where=str(error.filename or folder)
+        ) from error
+    return folder
 
 
 def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, clock: Clock) -> Report:

@@ -45,6 +45,7 @@ class PreparedData:
         fingerprint: of all rows and their order.
         speed: whether rows may share the computation of their common starts.
         system_prompts: what the training rows begin with.
+        trained_keys: `row_key` of each row that is trained on.
     """
 
     train: TokenSequences
@@ -54,6 +55,7 @@ class PreparedData:
     fingerprint: str
     speed: Speed = "auto"
     system_prompts: SystemPrompts | None = None
+    trained_keys: frozenset[bytes] = frozenset()
 
 
 def prepare_data(
@@ -103,6 +105,7 @@ def prepare_data(
         fingerprint=fingerprint_of(chain(train_rows.digests(), held_out_rows.digests())),
         speed=config.speed,
         system_prompts=find_system_prompts(train_rows),
+        trained_keys=frozenset(train_rows.keys()),
     )
 
 

@@ -19,6 +19,7 @@ from phlora.runs.folder import (
     EVAL_ROWS_FILE,
     HELD_OUT_FILE,
     ROWS_FILE,
+    TRAINED_KEYS_FILE,
     RunFolder,
     begin_run,
     continue_run,
@@ -26,6 +27,7 @@ from phlora.runs.folder import (
     environment,
 )
 from phlora.runs.system_prompt import SYSTEM_PROMPTS
+from phlora.runs.trained_rows import write_trained_keys
 from phlora.train.arguments import Arguments
 from phlora.train.fields import MAPPED, REFUSED
 from phlora.train.plan import Plan
@@ -140,6 +142,7 @@ def open_run(
     files: dict[str, Callable[[Path], None]] = {
         CONFIG_FILE: lambda path: write_text(path, config_text),
         HELD_OUT_FILE: lambda path: write_rows(data.held_out_rows, path),
+        TRAINED_KEYS_FILE: lambda path: write_trained_keys(data.trained_keys, path),
     }
     if objects.train is not None:
         files[ROWS_FILE] = lambda path: write_records(objects.train, path)

@@ -404,7 +404,9 @@ class TestPage:
 
     def test_a_report_without_changed_answers_shows_them_side_by_side(self) -> None:
         text = report_of(comparison_of(["sama"] * 4, ["vari"] * 4, ["maré"] * 4)).to_html()
-        assert ">Unchanged <" in text.replace("\n", "") and text.count("sama") >= 4 and text.count("maré") >= 4
+        assert (
+            ">Unchanged <" in text.replace("\n", "") and text.count("sama") >= 4 and text.count("maré") >= 4
+        )
         essay = "The parcel left our store on Monday and will reach you within three working days. " * 3
         text = report_of(comparison_of(["sama"] * 4, ["vari"] * 4, [essay] * 4)).to_html()
         assert "Side by side" in text and text.count("vari") >= 4 and "Judged by" not in text
@@ -420,7 +422,9 @@ class TestPage:
             config={"model": {"name": "m", "dtype": "auto"}, "data": {"files": [{"path": "a.jsonl"}]}},
             origins={"model.name": "demo.yaml", "data": "--data"},
         )
-        rows = re.findall(r"<tr[^>]*><td>(.*?)</td><td>.*?</td><td>(?:<bdi[^>]*>)+(.*?)</bdi>", report.to_html())
+        rows = re.findall(
+            r"<tr[^>]*><td>(.*?)</td><td>.*?</td><td>(?:<bdi[^>]*>)+(.*?)</bdi>", report.to_html()
+        )
         assert rows == [("model.name", "demo.yaml"), ("model.dtype", "default"), ("data.files", "--data")]
 
     def test_loss_only(self) -> None:

@@ -1,0 +1,209 @@
+"""Every command takes the same base, adapter, tokenizer and run from every way to name them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_adapters import QUIET, ROWS
+
+from phlora.errors import ModelError, PhloraError, RunError
+from phlora.evaluate import run as evaluation
+from phlora.evaluate.run import evaluate_run
+from phlora.export import convert as conversion
+from phlora.export import merge as merging
+from phlora.runs import resolve as module
+from phlora.runs.folder import RunFolder
+from phlora.runs.resolve import Resolved, load_pair, load_tokenizer_of, resolve, resolve_adapter
+from phlora.serve import chat
+
+SOURCES = {
+    "": "adapter/best",
+    "adapter": "adapter/best",
+    "adapter/best": "adapter/best",
+    "adapter/last": "adapter/last",
+    "checkpoints": "checkpoints/checkpoint-2",
+    "checkpoints/checkpoint-2": "checkpoints/checkpoint-2",
+}
+
+
+class Stop(Exception):
+    """Raised where a command has resolved its source."""
+
+
+@pytest.fixture
+def mine(run: Path, tmp_path: Path) -> Path:
+    """A copy of the run whose adapters were trained with a chat template of their own."""
+    copy = Path(shutil.copytree(run, tmp_path / "runs" / "mine"))
+    for file in copy.rglob("chat_template.jinja"):
+        file.write_text(file.read_text().replace("<|assistant|>", "<|assistant|>Well:"))
+    return copy
+
+
+def command(name: str, source: Path, out: Path) -> None:
+    calls: dict[str, Any] = {
+        "chat": lambda: chat.open_chat(str(source), display=QUIET),
+        "merge": lambda: merging.merge_run(source, out, display=QUIET),
+        "convert": lambda: conversion.convert(source, out, to="peft"),
+        "evaluate": lambda: evaluate_run(source, display=QUIET),
+    }
+    calls[name]()
+
+
+def resolved_by(name: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Resolved:
+    """What a command takes a source for; the command goes no further."""
+    found: list[Resolved] = []
+    place, function = {
+        "chat": (chat, "resolve"),
+        "merge": (merging, "resolve_adapter"),
+        "convert": (conversion, "resolve_adapter"),
+        "evaluate": (evaluation, "resolve_adapter"),
+    }[name]
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        found.append(getattr(module, function)(*arguments, **options))
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, function, record)
+        with pytest.raises(Stop):
+            command(name, source, out)
+    return found[0]
+
+
+@pytest.mark.parametrize("name", ["chat", "merge", "convert", "evaluate"])
+@pytest.mark.parametrize(("given", "adapter"), SOURCES.items())
+def test_commands_agree(
+    mine: Path, model_folder: Path, tmp_path: Path, given: str, adapter: str, name: str, monkeypatch: Any
+) -> None:
+    found = resolved_by(name, mine / given, tmp_path / "out", monkeypatch)
+    assert found.adapter is not None and found.adapter.resolve() == (mine / adapter).resolve()
+    assert found.base.name == str(model_folder) and found.base.dtype == "float32"
+    assert found.run is not None and found.run.path.resolve() == mine.resolve()
+    assert "Well:" in load_tokenizer_of(found).tokenizer.chat_template
+
+
+@pytest.mark.parametrize("given", SOURCES)
+def test_chat_and_evaluation_load_base_adapter_and_its_tokenizer(mine: Path, given: str) -> None:
+    pair = load_pair(resolve(mine / given))
+    assert hasattr(pair.model, "disable_adapter") and "Well:" in pair.tokenizer.tokenizer.chat_template
+
+
+def test_an_adapter_outside_of_a_run_says_its_base_itself(
+    mine: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    alone = Path(shutil.copytree(mine / "adapter", tmp_path / "sent"))
+    for source in (alone, alone / "best"):
+        found = resolve(source)
+        assert found.adapter == alone / "best" and found.run is None and found.base.name == str(model_folder)
+    with pytest.raises(RunError, match="lies in no run"):
+        evaluate_run(alone, display=QUIET)
+
+
+def test_a_link_to_an_adapter_finds_its_run(mine: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(mine / "adapter" / "best")
+    found = resolve(tmp_path / "link")
+    assert found.run is not None and found.run.path.resolve() == mine.resolve()
+
+
+def test_a_moved_run_is_found_where_it_is(mine: Path, tmp_path: Path) -> None:
+    moved = mine.rename(tmp_path / "čudno ime #1 (kopija)")
+    assert resolve(moved / "adapter").adapter == moved / "adapter" / "best"
+
+
+def test_a_model_has_no_adapter(model_folder: Path) -> None:
+    found = resolve(model_folder)
+    assert found.adapter is None and found.base.name == str(model_folder)
+    with pytest.raises(RunError, match="neither a run nor an adapter"):
+        resolve_adapter(model_folder)
+    with pytest.raises(RunError, match="does not exist"):
+        resolve_adapter(model_folder / "gone")
+
+
+def test_what_cannot_be_used_says_why(mine: Path) -> None:
+    (mine / "checkpoints" / "checkpoint-2" / "complete.json").unlink()
+    with pytest.raises(RunError, match="incomplete"):
+        resolve(mine / "checkpoints" / "checkpoint-2")
+    for file in mine.glob("checkpoints/*/complete.json"):
+        file.unlink()
+    with pytest.raises(RunError, match="no adapter yet"):
+        resolve(mine / "checkpoints")
+    (mine / "adapter").rename(mine / "elsewhere")
+    with pytest.raises(RunError, match="no adapter yet"):
+        resolve(mine)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"base_model_name_or_path": 5}', '{"base_model_name_or_path": []}']
+)
+def test_an_adapter_that_does_not_say_its_base(tmp_path: Path, content: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ModelError):
+        resolve_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"config": []}', '{"config": {"model": 5}}'])
+@pytest.mark.parametrize("given", ["", "adapter/best"])
+def test_a_broken_run_file_is_one_message(mine: Path, content: str, given: str) -> None:
+    (mine / "run.json").write_text(content)
+    with pytest.raises(PhloraError):
+        resolve(mine / given)
+
+
+def test_the_device_of_the_run_where_it_is_and_any_other_elsewhere(mine: Path) -> None:
+    folder = RunFolder(mine)
+    assert resolve(mine).base.device == "cpu"
+    config = folder.facts()["config"]
+    folder.update_facts(config={**config, "model": {**config["model"], "device": "cuda:99"}})
+    assert resolve(mine).base.device == "auto"
+
+
+# ------------------------------------------------------------------------------------------- evaluating again
+
+
+@pytest.fixture
+def proven(mine: Path) -> Path:
+    (mine / "report.json").write_text("the proof")
+    (mine / "report.html").write_text("the page")
+    return mine
+
+
+def test_an_evaluation_is_a_record_of_its_own(proven: Path) -> None:
+    folders = [evaluate_run(proven, max_answers=0, display=QUIET).folder for _ in range(2)]
+    assert (proven / "report.json").read_text() == "the proof"
+    assert (proven / "report.html").read_text() == "the page"
+    assert sorted(p for p in (proven / "evaluations").iterdir()) == sorted(filter(None, folders))
+    assert len(set(folders)) == 2
+    for folder in folders:
+        assert folder is not None and {p.name for p in folder.iterdir()} == {"report.json", "report.html"}
+
+
+def test_held_out_rows_are_held_out(proven: Path) -> None:
+    report = evaluate_run(proven, max_answers=0, display=QUIET)
+    assert report.num_trained_rows == 0 and "held-out" in report.verdict
+    assert "training did not see" in report.to_html()
+
+
+@pytest.mark.parametrize(("rows", "trained"), [(ROWS[:14], 14), (ROWS[10:20], 4), (ROWS[14:], 0)])
+def test_trained_rows_are_counted_and_never_called_held_out(proven: Path, rows: Any, trained: int) -> None:
+    respaced = [
+        {"messages": [{**turn, "content": f" {turn['content']} "} for turn in row["messages"]]}
+        for row in rows
+    ]
+    report = evaluate_run(proven, data=respaced, max_answers=0, display=QUIET)
+    assert report.num_trained_rows == trained
+    assert ("held-out" in report.verdict) == (not trained)
+    assert ("training did not see" in report.to_html()) == (not trained)
+    assert any(f"{trained} of {len(rows)} rows were trained on" in note for note in report.notes) == bool(
+        trained
+    )
+
+
+def test_a_run_that_does_not_say_what_it_trained_on_calls_no_other_rows_held_out(proven: Path) -> None:
+    (proven / "trained.keys").unlink()
+    report = evaluate_run(proven, data=ROWS[14:], max_answers=0, display=QUIET)
+    assert report.num_trained_rows is None and "held-out" not in report.verdict
+    assert "may have seen" in report.to_html()
+    assert evaluate_run(proven, max_answers=0, display=QUIET).num_trained_rows == 0
