@@ -27,6 +27,8 @@ TooLong = Literal["truncate_history", "drop", "error"]
 Speed = Literal["auto", "reference"]
 QuantizationType = Literal["nf4", "int8"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+# The base that an adapter of a quantised one is merged into.
+MergeBase = Literal["auto", "full", "dequantized"]
 
 
 @dataclass(frozen=True, kw_only=True)

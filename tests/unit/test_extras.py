@@ -104,10 +104,10 @@ def test_all_missing_packages_are_named_at_once_with_one_command(bare: None) -> 
 def test_training_asks_for_all_before_it_touches_anything(bare: None, tmp_path: Path) -> None:
     from phlora import finetune
 
-    with pytest.raises(MissingExtraError, match="4 packages"):
+    with pytest.raises(MissingExtraError, match="5 packages"):
         finetune(
             model={"name": "smollm2-135m", "quantization": "nf4"},
-            data=[{"question": "a", "answer": "b"}],
+            data="chats.XLSX",
             training_config={"report_to": "tensorboard"},
             output=tmp_path / "run",
         )

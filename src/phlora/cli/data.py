@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +16,7 @@ from phlora.cli.console import (
     standard_output_kept,
 )
 from phlora.cli.options import Json, Offline, Quiet
+from phlora.config import TrainOn
 from phlora.display import Display, printable
 from phlora.errors import ConfigError
 
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
     from phlora.data.checks import PreviewRow
     from phlora.data.rows import Row
     from phlora.models.tokenizer import LoadedTokenizer
-
-
-class TrainOn(StrEnum):
-    """The turns whose tokens are trained."""
-
-    assistant = "assistant"
-    last = "last"
-    all = "all"
 
 
 commands = typer.Typer(
@@ -68,7 +60,7 @@ def check_data(
     ] = None,
     format: Format = "auto",
     max_length: MaxLength = None,
-    train_on: Trained = TrainOn.assistant,
+    train_on: Trained = "assistant",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when there are warnings.")] = False,
     offline: Offline = False,
     quiet: Quiet = False,
@@ -95,7 +87,7 @@ def check_data(
             tokens.tokenizer if tokens else None,
             eval_sources=eval_data or None,
             format=format,
-            train_on=train_on.value,
+            train_on=train_on,
             max_length=max_length,
             training_template=tokens.training_template if tokens else None,
         )
@@ -120,7 +112,7 @@ def preview_data(
     ] = 3,
     format: Format = "auto",
     max_length: MaxLength = None,
-    train_on: Trained = TrainOn.assistant,
+    train_on: Trained = "assistant",
     offline: Offline = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -141,7 +133,7 @@ def preview_data(
             first,
             tokens.tokenizer,
             rows,
-            train_on=train_on.value,
+            train_on=train_on,
             max_length=max_length,
             training_template=tokens.training_template,
         )

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 
 import typer
 
 from phlora.cli.console import forbid_network, make_display, print_result, standard_output_kept
 from phlora.cli.options import Json, Offline, Quiet
+from phlora.config import MergeBase
 from phlora.errors import ConfigError
 
-
-class AdapterFormat(StrEnum):
-    """What an adapter is converted to."""
-
-    peft = "peft"
-    loralib = "loralib"
-    merged = "merged"
-
-
-class MergeBase(StrEnum):
-    """The base that an adapter of a quantised one is merged into."""
-
-    auto = "auto"
-    full = "full"
-    dequantized = "dequantized"
-
+if TYPE_CHECKING:
+    from phlora.export.convert import ConvertReport
+    from phlora.export.merge import MergeReport
 
 commands = typer.Typer()
 BaseModel = Annotated[
@@ -54,6 +42,15 @@ ProofRows = Annotated[
 ]
 
 
+class _Loralib(TypedDict):
+    """What the user says about a loralib file."""
+
+    lora_alpha: float | None
+    enable: list[str]
+    blocks: Mapping[str, Mapping[str, int]] | None
+    model: str | None
+
+
 @commands.command(
     short_help="Merge an adapter into its base, and prove it.",
     epilog="\b\nExamples:\n"
@@ -64,7 +61,7 @@ ProofRows = Annotated[
 def merge(
     source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run folder or adapter folder.")],
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="New model folder.")],
-    base: IntoBase = MergeBase.auto,
+    base: IntoBase = "auto",
     model: BaseModel = None,
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
@@ -92,7 +89,7 @@ def merge(
         report = merge_run(
             source,
             output,
-            base=base.value,
+            base=base,
             model=model,
             dtype=dtype,
             rows=rows or None,
@@ -115,7 +112,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="loralib file (.pt), PEFT adapter folder or run folder.")
     ],
-    to: Annotated[AdapterFormat, typer.Option("--to", help="What to convert to.")],
+    to: Annotated[Literal["peft", "loralib", "merged"], typer.Option("--to", help="What to convert to.")],
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="OUT", help="New folder; for loralib a new file.")
     ],
@@ -144,7 +141,7 @@ def convert(
             help="Kernel of a convolution in a loralib file, such as conv1=3,3; repeatable.",
         ),
     ] = None,
-    base: IntoBase = MergeBase.auto,
+    base: IntoBase = "auto",
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
     offline: Offline = False,
@@ -156,13 +153,13 @@ def convert(
     Every tensor is used or nothing is written. Pickles that hold more than tensors are not opened.
     `--to merged` is `phlora merge`, also for a loralib file; --base, --dtype and --rows are for it.
     """
-    if to is AdapterFormat.merged and kernel:
+    if to == "merged" and kernel:
         raise ConfigError(
             "--kernel is for --to peft: chat models have no convolutions",
             where="phlora convert",
             fix="leave it out",
         )
-    if to is not AdapterFormat.merged and (rows or dtype != "auto" or base is not MergeBase.auto):
+    if to != "merged" and (rows or dtype != "auto" or base != "auto"):
         raise ConfigError(
             "--base, --dtype and --rows are for --to merged", where="phlora convert", fix="leave them out"
         )
@@ -170,15 +167,26 @@ def convert(
         forbid_network()
     from phlora.export import convert as conversion
 
-    names = [name.strip() for name in (enable or "").split(",") if name.strip()]
-    how: dict[str, Any] = {"model": model, "offline": offline}
+    loralib: _Loralib = {
+        "lora_alpha": lora_alpha,
+        "enable": [name.strip() for name in (enable or "").split(",") if name.strip()],
+        "blocks": conversion.parse_blocks(blocks or []),
+        "model": model,
+    }
     with standard_output_kept():
-        loralib = {"lora_alpha": lora_alpha, "enable": names, "blocks": conversion.parse_blocks(blocks or [])}
-        report: Any
-        if to is AdapterFormat.merged:
-            how |= {"base": base.value, "dtype": dtype, "rows": rows or None, "display": make_display(quiet)}
-            report = conversion.convert_to_model(source, output, **loralib, **how)
+        report: MergeReport | ConvertReport
+        if to == "merged":
+            report = conversion.convert_to_model(
+                source,
+                output,
+                **loralib,
+                base=base,
+                dtype=dtype,
+                rows=rows or None,
+                offline=offline,
+                display=make_display(quiet),
+            )
         else:
             kernels = conversion.parse_kernels(kernel or [])
-            report = conversion.convert(source, output, to=to.value, kernels=kernels, **loralib, **how)
+            report = conversion.convert(source, output, to=to, kernels=kernels, offline=offline, **loralib)
     print_result(report.to_json() if as_json else report.summary())

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from phlora.adapters.load import load_adapter
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
-from phlora.config import ModelConfig
+from phlora.config import MergeBase, ModelConfig
 from phlora.data.dataset import load_rows
 from phlora.data.rows import Row
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
@@ -48,8 +48,7 @@ from phlora.runs.resolve import (
 )
 
 MERGE_FILE = "merge.json"
-MergeBase = Literal["auto", "full", "dequantized"]
-MERGE_BASES: tuple[MergeBase, ...] = ("auto", "full", "dequantized")
+MERGE_BASES: tuple[MergeBase, ...] = get_args(MergeBase)
 # Logits of one model over all rows; those of two are in memory at once.
 _LOGITS_BYTES = 256 << 20
 

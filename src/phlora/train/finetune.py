@@ -19,6 +19,7 @@ from transformers import (
 
 from phlora.adapters.attach import Attached, attach, lora_settings
 from phlora.config import RunConfig
+from phlora.data.readers.tables import needed_by_tables
 from phlora.display import Display
 from phlora.evaluate import run as evaluation_run
 from phlora.evaluate.metrics import resolve_metrics
@@ -123,7 +124,11 @@ def finetune(
         compute_metrics=compute_metrics,
     )
     config, objects = request.config, request.objects
-    require(needed_by_model(config.model) | needed_by_trackers(config.training_config.get("report_to")))
+    require(
+        needed_by_model(config.model)
+        | needed_by_trackers(config.training_config.get("report_to"))
+        | needed_by_tables(file.path for file in (*config.data.files, *config.data.eval))
+    )
     require_rows_outside(config, objects, overwrite=overwrite)
     folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
     device = device_of(config.model, objects)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 from command_line import CHATS, CommandLine
 
-from phlora.cli import data
-from phlora.config import TrainOn
 from phlora.testing import write_rows
 
 
@@ -85,7 +82,3 @@ def test_preview_of_a_good_beginning_does_not_need_a_good_end(
     file = write_rows(tmp_path / "x.jsonl", [*CHATS, {"messages": "broken"}])
     assert phlora("data", "preview", file, "--model", model_folder, "--rows", "2").code == 0
     assert phlora("data", "preview", file, "--model", model_folder, "--rows", "3").code == 2
-
-
-def test_the_choices_of_train_on_are_those_of_the_configuration() -> None:
-    assert {choice.value for choice in data.TrainOn} == set(get_args(TrainOn))

@@ -18,10 +18,18 @@ from phlora.errors import DataError, did_you_mean
 from phlora.extras import require
 
 NUM_RECORDS_LOOKED_AT = 50
+WORKBOOK_KINDS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
+# For `extras.require`.
+WORKBOOKS = {"python_calamine": "reading workbooks (.xlsx, .ods)"}
 _DELIMITERS = ("\t", ",", ";", "|")
 _NO_DELIMITER = "\x1f"
 _WELL_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _INDEX_NAMES = ("", "Unnamed: 0", "__index_level_0__")
+
+
+def needed_by_tables(paths: Iterable[str]) -> dict[str, str]:
+    """The optional packages that reading these files takes, known by their names; for `extras.require`."""
+    return dict(WORKBOOKS) if any(path.lower().endswith(WORKBOOK_KINDS) for path in paths) else {}
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,7 @@ def read_workbook(file: StoredFile, sheet: str | None) -> Iterator[Record]:
         DataError: the workbook cannot be read, has no such sheet, or several and none was named.
         MissingExtraError: python-calamine is not installed.
     """
-    require({"python_calamine": "reading workbooks (.xlsx, .ods)"}, instead="save the sheet as CSV")
+    require(WORKBOOKS, instead="save the sheet as CSV")
     from python_calamine import CalamineError, CalamineWorkbook
 
     try:
