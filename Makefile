@@ -13,6 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 .PHONY: demo test test-all coverage check format bench clean
 
 demo: $(READY)
+	@echo "The demo takes 3 to 15 minutes on two cores: least on a processor with units for bf16, most on an older or a busy one."
 	$(BIN)/phlora train examples/quickstart.yaml --overwrite
 
 test: $(READY)
