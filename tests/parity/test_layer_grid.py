@@ -506,6 +506,22 @@ def test_freezing_and_thawing(case: Case) -> None:
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+@each_case
+def test_weights_that_train_beside_a_frozen_adapter(case: Case) -> None:
+    for module in (case.module, case.oracle):
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_("lora_" not in name)
+        module.eval()
+        case(module).square().mean().backward()
+
+    def weights(module: nn.Module) -> list[Tensor]:
+        return [parameter for name, parameter in module.named_parameters() if "lora_" not in name]
+
+    for ours, theirs in zip(weights(case.module), weights(case.oracle), strict=True):
+        if theirs.grad is not None:
+            near(ours.grad, theirs.grad)
+
+
 @each_layer
 def test_compiles_in_one_piece(case: Case) -> None:
     compiled = torch.compile(case.module, fullgraph=True, backend="aot_eager")

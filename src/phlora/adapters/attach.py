@@ -203,13 +203,19 @@ def split_adapter(
         key = f"{_PREFIX}{module}.lora_B.weight"
         if key not in tensors:
             raise ModelError(f"The adapter has no {key}", where=str(folder))
-        like = layer.lora_B[adapter_name].weight
+        like: Any = layer.lora_B[adapter_name].weight
         split[module] = from_block_diagonal(tensors[key], rows, dtype=like.dtype), rows
     for module, (lora_B, rows) in split.items():
         put_blocks(_plain_layer(model, module), adapter_name, lora_B, rows)
-    model.peft_config[adapter_name] = _with_blocks(model.peft_config[adapter_name], recorded)
+    model.peft_config[adapter_name] = _with_blocks(_lora_config(model, adapter_name), recorded)
     speed_up(model)
     return model
+
+
+def _lora_config(model: PeftModel, adapter_name: str) -> LoraConfig:
+    config: Any = model.peft_config[adapter_name]
+    assert isinstance(config, LoraConfig)
+    return config
 
 
 def recorded_blocks(model: PeftModel, adapter_name: str = "default") -> dict[str, Any]:
@@ -223,9 +229,9 @@ def summarize(model: PeftModel) -> AdapterSummary:
     sizes: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            kind = name.rpartition(".")[2]
+            kind, own = name.rpartition(".")[2], model.get_submodule(name)
             counts[kind] += 1
-            sizes[kind] += sum(p.numel() for p in module.parameters() if p.requires_grad)
+            sizes[kind] += sum(p.numel() for p in own.parameters() if p.requires_grad)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return AdapterSummary(
         modules={kind: (count, sizes[kind]) for kind, count in counts.items()},
@@ -256,7 +262,8 @@ def _with_plain_names(model: nn.Module, targets: Targets, lora: LoraConfig) -> L
     lora, candidates = dataclasses.replace(lora), adaptable_modules(model)
     parts = row_block_names(model)
     if targets.blocks or lora.exclude_modules or not isinstance(lora.target_modules, str):
-        lora.target_modules = set(_short_names(targets.modules, candidates))
+        names: Any = set(_short_names(targets.modules, candidates))
+        lora.target_modules = names
     if isinstance(lora.exclude_modules, str):
         by_peft = matching(lora.exclude_modules, candidates, parts) - parts.keys()
         lora.exclude_modules = lora.exclude_modules if by_peft else None
@@ -269,7 +276,8 @@ def _with_plain_names(model: nn.Module, targets: Targets, lora: LoraConfig) -> L
 def _narrowed(targets: Targets, lora: LoraConfig) -> Targets:
     """The targets without those that `layers_to_transform` and `exclude_modules` take away."""
     if lora.target_modules == ALL_LINEAR:
-        lora = dataclasses.replace(lora, target_modules=set(targets.modules))
+        every: Any = set(targets.modules)
+        lora = dataclasses.replace(lora, target_modules=every)
     modules = tuple(module for module in targets.modules if check_target_module_exists(lora, module))
     blocks = {module: names for module, names in targets.blocks.items() if module in modules}
     return Targets(modules, targets.notes, blocks)
@@ -298,7 +306,7 @@ def _sizes(model: nn.Module, module: str, names: Iterable[str]) -> dict[str, int
     sizes = fused_row_blocks(getattr(model, "config", None)).get(leaf, {})
     if sizes.keys() >= set(names):
         return sizes
-    layer = model.get_submodule(module)
+    layer: Any = model.get_submodule(module)
     if not hasattr(layer, "out_features"):
         raise ConfigError(
             f"{module} is a `{type(layer).__name__}`, and PiSSA and OLoRA are for linear layers",
@@ -309,11 +317,19 @@ def _sizes(model: nn.Module, module: str, names: Iterable[str]) -> dict[str, int
 
 
 def _rank(lora: LoraConfig, name: str) -> int:
-    return lora.rank_pattern.get(get_pattern_key(list(lora.rank_pattern), name), lora.r)
+    rank: int = _by_pattern(lora.rank_pattern or {}, name, default=lora.r)
+    return rank
 
 
 def _alpha(lora: LoraConfig, name: str) -> float:
-    return lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), name), lora.lora_alpha)
+    alpha: float = _by_pattern(lora.alpha_pattern or {}, name, default=lora.lora_alpha)
+    return alpha
+
+
+def _by_pattern(patterns: Mapping[str, _Value], name: str, *, default: _Value) -> _Value:
+    """The value of the first pattern that the name of a module ends with, as PEFT reads them."""
+    value: _Value = patterns.get(get_pattern_key(list(patterns), name), default)
+    return value
 
 
 def _require_block_settings(lora: LoraConfig, targets: Targets) -> None:
@@ -383,7 +399,7 @@ def _plain_config(
     plain = dataclasses.replace(
         lora,
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         rank_pattern=_by_leaf(ranks, default=r),
         alpha_pattern=_by_leaf(alphas, default=alpha),
         init_lora_weights=changes_base(lora.init_lora_weights) or lora.init_lora_weights,
@@ -412,7 +428,7 @@ def _with_blocks(lora: LoraConfig, recorded: Mapping[str, Any]) -> BlockLoraConf
 def _recorded(folder: Path) -> dict[str, Any]:
     """The `blocks` of a folder's phlora.json."""
     file = folder / ADAPTER_FACTS
-    recorded = read_json(file, ModelError).get("blocks") if file.is_file() else None
+    recorded: dict[str, Any] | None = read_json(file, ModelError).get("blocks") if file.is_file() else None
     if not recorded:
         raise ModelError(
             "The adapter names no row blocks",

@@ -13,6 +13,7 @@ Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,10 @@ _FILLS = frozenset(
 )
 
 
+_SET_DATA = Tensor.__dict__.get("data", torch._C.TensorBase.__dict__["data"]).__set__
+_SET_REQUIRES_GRAD = torch._C.TensorBase.__dict__["requires_grad"].__set__
+
+
 class _Plain(Tensor):
     """The plain `lora_B (N, R)` of a `BlockUp` or `lora_A (R, K)` of a `StartedDown`, put together when asked for.
 
@@ -68,6 +73,7 @@ class _Plain(Tensor):
 
     _up: BlockUp | StartedDown
     _whole: Tensor
+    _kept: weakref.ref[Tensor]
 
     @classmethod
     def of(cls, up: BlockUp | StartedDown, plain: Tensor, whole: Tensor) -> _Plain:
@@ -84,9 +90,9 @@ class _Plain(Tensor):
         plains = [x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)]
         self, owner = (args[0] if args else None), plains[0]._up
         with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(self, cls) and func == Tensor.data.__set__:
+            if isinstance(self, cls) and func == _SET_DATA:
                 return owner.take(args[1])
-            if func in (Tensor.requires_grad.__set__, Tensor.requires_grad_):
+            if func in (_SET_REQUIRES_GRAD, Tensor.requires_grad_):
                 owner.requires_grad_(*args[1:], **kwargs)
                 return self
             whole = plains[0]._whole.shape == plains[0].shape
@@ -111,10 +117,8 @@ class _Plain(Tensor):
     def _fill(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         with torch.no_grad():
             for part in self._up.parts:
-                func(
-                    *tree_map_only(_Plain, lambda _, part=part: part, args),
-                    **tree_map_only(_Plain, lambda _, part=part: part, kwargs),
-                )
+                values, named = tree_map_only(_Plain, functools.partial(_instead, part), (args, kwargs))
+                func(*values, **named)
             self.copy_(self._up.joined())
         return self
 
@@ -124,6 +128,10 @@ class _Plain(Tensor):
             return result
         shared = result.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
         return _Plain.of(self._up, result, self._whole) if shared else result
+
+
+def _instead(part: Tensor, _: Tensor) -> Tensor:
+    return part
 
 
 def _version(tensor: Tensor) -> int:
@@ -344,6 +352,11 @@ class _Started(_ByRows):
         return values
 
 
+def _halved(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    first, second = x.chunk(2, dim)
+    return first, second
+
+
 class StartedDown(_Started):
     """The A_i (R_i/2, K) of the row blocks, each above the A⁰_i that it started from, as `lora_A (ΣR_i, K)`.
 
@@ -391,7 +404,7 @@ class StartedDown(_Started):
         return self._keep(self._halves(plain))
 
     def _halves(self, plain: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return [plain[rows].chunk(2) for rows in rank_slices(self.blocks)]
+        return [_halved(plain[rows], 0) for rows in rank_slices(self.blocks)]
 
 
 class StartedUp(_Started, BlockUp):
@@ -407,7 +420,7 @@ class StartedUp(_Started, BlockUp):
         nn.Module.__init__(self)
         self.blocks = tuple(blocks)
         self.in_features, self.out_features = plain_rank(blocks), out_features
-        self._register([B.chunk(2, 1) for B in lora_B])
+        self._register([_halved(B, 1) for B in lora_B])
 
     @property
     def values(self) -> list[Tensor]:
@@ -422,7 +435,7 @@ class StartedUp(_Started, BlockUp):
         self._put(self._receive(plain.detach()))
 
     def _receive(self, plain: Tensor) -> Sequence[Tensor]:
-        return self._keep([B.chunk(2, 1) for B in super()._receive(plain)])
+        return self._keep([_halved(B, 1) for B in super()._receive(plain)])
 
 
 class BlockMagnitude(_ByRows, DoraLinearLayer):
@@ -439,14 +452,14 @@ class BlockMagnitude(_ByRows, DoraLinearLayer):
     lengths: Tensor
 
     def __init__(self, lengths: Tensor, blocks: Sequence[RowBlock]) -> None:
-        super().__init__(fan_in_fan_out=False)
+        super().__init__(fan_in_fan_out=False)  # type: ignore[no-untyped-call]
         self.blocks = tuple(blocks)
         self.register_buffer("lengths", lengths.detach().clone(), persistent=False)
         for block in self.blocks:
             self.register_parameter(_name(block), nn.Parameter(self.lengths[block.rows].clone()))
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The lengths `(N,)` of all rows, made anew."""
         return self.joined()
 
@@ -483,10 +496,11 @@ class BlockMagnitude(_ByRows, DoraLinearLayer):
         return [plain[block.rows].to(self.lengths) for block in self.blocks]
 
 
-def start_blocks(
-    layer: peft_lora.Linear, adapter_name: str, blocks: Sequence[RowBlock], *, config: LoraConfig
-) -> None:
+def start_blocks(layer: Any, adapter_name: str, blocks: Sequence[RowBlock], *, config: LoraConfig) -> None:
     """Replace a fresh adapter by one on row blocks, each initialised as PEFT would a layer of its size.
+
+    Args:
+        layer: PEFT's `lora.Linear`, whose parts have no types.
 
     Raises:
         ConfigError: PEFT cannot initialise a block.
@@ -506,7 +520,7 @@ def start_blocks(
 
 
 def put_blocks(
-    layer: peft_lora.Linear,
+    layer: Any,
     adapter_name: str,
     lora_B: Iterable[Tensor],
     blocks: Sequence[RowBlock],
@@ -525,17 +539,18 @@ def put_blocks(
         layer.lora_magnitude_vector[adapter_name] = lengths.train(layer.training)
 
 
-def _row_lengths(layer: peft_lora.Linear, adapter_name: str) -> Tensor:
+def _row_lengths(layer: Any, adapter_name: str) -> Tensor:
     """`‖W + s·BA‖ (N,)`. PEFT rounds it to the 16 bits of W and computes with 32 then, which would move each row."""
     dtype = torch.promote_types(layer.lora_A[adapter_name].weight.dtype, torch.float32)
     with torch.no_grad():
         weight = dequantize_module_weight(layer.get_base_layer()).to(dtype)
         delta = layer.get_delta_weight(adapter_name).to(dtype)
-        return torch.linalg.norm(weight + delta, dim=1)
+        lengths: Tensor = torch.linalg.norm(weight + delta, dim=1)
+        return lengths
 
 
 def _initial_pair(
-    layer: peft_lora.Linear, adapter_name: str, block: RowBlock, config: LoraConfig
+    layer: Any, adapter_name: str, block: RowBlock, config: LoraConfig
 ) -> tuple[Tensor, Tensor]:
     """A_i (R_i, K) and B_i (N_i, R_i) as PEFT starts them, on the device of the adapter.
 
@@ -550,7 +565,8 @@ def _initial_pair(
     base.weight = nn.Parameter(weight, requires_grad=False)
     config = dataclasses.replace(config, use_dora=False, use_rslora=False)
     try:
-        fresh = peft_lora.Linear(base, adapter_name, config=config, r=r, lora_alpha=block.scaling * r)
+        alpha: Any = block.scaling * r
+        fresh: Any = peft_lora.Linear(base, adapter_name, config=config, r=r, lora_alpha=alpha)
         A, B = (side[adapter_name].weight.detach() for side in (fresh.lora_A, fresh.lora_B))
         if (len(A), B.shape[1]) != (r, r):
             raise ValueError(f"rank {r} is more than a weight ({block.size}, {like.shape[1]}) has")
@@ -559,9 +575,9 @@ def _initial_pair(
     return (torch.cat([A, A]), torch.cat([B, -B], 1)) if started else (A, B)
 
 
-def _rows(layer: peft_lora.Linear, block: RowBlock) -> Tensor:
+def _rows(layer: Any, block: RowBlock) -> Tensor:
     """The block's rows of the base weight, in fp32, a copy."""
-    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach()
     return weight[block.rows].to(torch.float32, copy=True)
 
 

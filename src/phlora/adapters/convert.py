@@ -173,7 +173,7 @@ def read_loralib(
 
 def write_loralib(adapter: Adapter, file: str | Path) -> None:
     """Write a state dict for `load_state_dict(..., strict=False)`; `Adapter.describe` says for which layers."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for layer in adapter.layers:
         state |= {f"{layer.name}.lora_A": layer.lora_A, f"{layer.name}.lora_B": layer.lora_B}
     inner = {f"{layer.name}.bias": f"{layer.name}.conv.bias" for layer in adapter.layers if layer.kernel}
@@ -320,7 +320,8 @@ def read_peft(folder: str | Path, *, enable: Sequence[str] = (), blocks: BlockSi
 def write_peft(adapter: Adapter, folder: str | Path, *, base_model: str | None = None) -> None:
     """Write a plain PEFT adapter, and beside it what PEFT does not know about its row blocks."""
     folder = Path(folder)
-    tensors, ranks, alphas, layouts = {}, {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas, layouts = {}, {}, {}
     for layer in adapter.layers:
         kind = ("lora_embedding_{}" if layer.is_embedding else "lora_{}.weight").format
         A, B, alpha = _plain_form(layer)
@@ -383,7 +384,7 @@ def _peft_config(
     owners = {name.removesuffix(".bias") for name in biases}
     return LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         target_modules=sorted(ranks),
@@ -406,7 +407,7 @@ def _plain_key(key: str) -> str:
 def _alpha(config: LoraConfig, name: str, rank: int) -> float:
     """`lora_alpha` of a layer such that `lora_alpha / rank` is PEFT's scaling."""
     patterns = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
+    alpha: float = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
     return alpha * math.sqrt(rank) if config.use_rslora else alpha
 
 
@@ -459,10 +460,15 @@ def _named_layout(name: str, enable: Sequence[str], blocks: BlockSizes) -> Layou
 # ------------------------------------------------------------------------------------- the block-diagonal form
 
 
+def _block_diagonal(*blocks: Tensor) -> Tensor:
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole
+
+
 def _plain_form(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
     """A, B and lora_alpha of a layer as PEFT has them."""
     if layer.kernel:
-        A = torch.block_diag(*[layer.lora_A] * math.prod(layer.kernel[:-1]))
+        A = _block_diagonal(*[layer.lora_A] * math.prod(layer.kernel[:-1]))
         B = layer.lora_B.reshape(-1, len(A), *[1] * len(layer.kernel))
         return A.view(len(A), -1, *layer.kernel), B, layer.lora_alpha * math.prod(layer.kernel)
     if layer.layout is None:
@@ -505,7 +511,7 @@ def _convolution_of(name: str, A: Tensor, B: Tensor, lora_alpha: float) -> Adapt
     count, rank = math.prod(outer), A.shape[0]
     own, flat = A.flatten(1)[: rank // count, : A.shape[1] * last], A.flatten(1)
     grouped = B.shape[1:] != (rank, *[1] * len(kernel))
-    if grouped or rank % math.prod(kernel) or not torch.equal(flat, torch.block_diag(*[own] * count)):
+    if grouped or rank % math.prod(kernel) or not torch.equal(flat, _block_diagonal(*[own] * count)):
         raise ModelError(
             f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are no convolution of loralib",
             where=name,

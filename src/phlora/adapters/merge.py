@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -61,7 +62,7 @@ def fold_adapter(model: PeftModel) -> tuple[nn.Module, int]:
     return merged, len(adapted) + len(replaced)
 
 
-def _fold_layer(layer: BaseTunerLayer) -> None:
+def _fold_layer(layer: Any) -> None:
     base = layer.get_base_layer()
     dtype = next(base.parameters()).dtype
     layer.to(torch.promote_types(dtype, torch.float32))

@@ -50,7 +50,7 @@ class LoraLinear(peft_lora.Linear):
         weight = self._weight_for(x) if self._is_plain(name) else None
         if weight is None:
             return super().forward(x, *args, **kwargs)
-        dropout = self.lora_dropout[name]
+        dropout, base = self.lora_dropout[name], self._base
         lora_A, lora_B, blocks = self._pair(name)
         return fused.lora_blocks(
             x,
@@ -58,7 +58,7 @@ class LoraLinear(peft_lora.Linear):
             lora_A,
             lora_B,
             blocks=blocks,
-            bias=self.base_layer.bias,
+            bias=base.bias,
             dropout=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
 
@@ -76,7 +76,7 @@ class LoraLinear(peft_lora.Linear):
             )
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         for name in names:
-            weight = self.get_base_layer().weight
+            weight = self._base_weight()
             if self._is_plain(name):
                 before = weight.data
                 self._merge_plain(name, safe_merge)
@@ -85,12 +85,12 @@ class LoraLinear(peft_lora.Linear):
                 super().merge(safe_merge, [name])
             self._before_merge[name] = before
         if names:
-            weight = self.get_base_layer().weight
+            weight = self._base_weight()
             self._after_merge = weight.dtype, _marks(weight)
 
     def _merge_plain(self, name: str, safe_merge: bool) -> None:
         lora_A, lora_B, blocks = self._pair(name)
-        weight = self.get_base_layer().weight
+        weight = self._base_weight()
         merged = fused.merged_weight(weight, lora_A, lora_B, blocks=blocks)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(f"The weight merged with the adapter {name} is not finite")
@@ -101,16 +101,20 @@ class LoraLinear(peft_lora.Linear):
         """Take all merged adapters out of the base weight again."""
         if not self.merged:
             return super().unmerge()
-        weight, names = self.get_base_layer().weight, list(self.merged_adapters)
+        weight, names = self._base_weight(), list(self.merged_adapters)
         exact = all(name in self._before_merge for name in names) and self._is_as_merged(weight)
         # What else a variant or a bias of its own has put somewhere, PEFT takes back.
         if not exact or any(name in self.lora_variant or self.lora_bias[name] for name in names):
             super().unmerge()
         if exact:
-            weight.data = self._before_merge[names[0]].to(weight)
+            weight.data = self._before_merge[names[0]].to(weight.device, weight.dtype)
         self.merged_adapters.clear()
         self._before_merge.clear()
         self._after_merge = None
+
+    def _base_weight(self) -> Tensor:
+        weight: Tensor = self._base.weight
+        return weight
 
     def _is_as_merged(self, weight: Tensor) -> bool:
         """Whether the weight is what merging made it; where its dtype was changed since, that cannot be told."""
@@ -149,9 +153,15 @@ class LoraLinear(peft_lora.Linear):
         super().delete_adapter(adapter_name)
         self._before_merge.pop(adapter_name, None)
 
+    @property
+    def _base(self) -> Any:
+        """The base layer, without types: PEFT's own say `Tensor | Module` of everything."""
+        return self.base_layer
+
     def _pair(self, name: str) -> tuple[Tensor, Sequence[Tensor], list[RowBlock]]:
         """lora_A (ΣR_i, K), the B_i and their blocks; a plain adapter is one block of all rows."""
-        down, up, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        modules: Any = (self.lora_A[name], self.lora_B[name])
+        (down, up), scaling = modules, self.scaling[name]
         lora_A = down.joined() if isinstance(down, StartedDown) else down.weight
         if isinstance(up, BlockUp):
             return lora_A, up.values, up.scaled(scaling)
@@ -175,14 +185,15 @@ class LoraLinear(peft_lora.Linear):
 
     def _weight_for(self, x: Tensor) -> Tensor | FrozenWeight | None:
         """The base weight, if all that the base layer does is to multiply x by it."""
-        base = self.base_layer
+        base = self._base
         if not is_untouched(base):
             return None
         if is_quantized(base):
             return frozen_weight(base)
         dense = is_plain_linear(base) and type(base.weight) in (nn.Parameter, Tensor)
         if dense and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
-            return base.weight
+            weight: Tensor = base.weight
+            return weight
         return None
 
 
@@ -195,10 +206,10 @@ def speed_up(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    for module in model.modules():
-        if type(module) is peft_lora.Linear and _fits(module):
-            module.__class__ = LoraLinear
-            module._before_merge = {}
+    found: Any = [module for module in model.modules() if type(module) is peft_lora.Linear and _fits(module)]
+    for layer in found:
+        layer.__class__ = LoraLinear
+        layer._before_merge = {}
     return model
 
 
@@ -208,13 +219,13 @@ def slow_down(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    for module in model.modules():
-        if type(module) is LoraLinear:
-            if module.merged:
-                module.unmerge()
-            module.__class__ = peft_lora.Linear
-            del module._before_merge
-            module.__dict__.pop("_after_merge", None)
+    found: Any = [module for module in model.modules() if type(module) is LoraLinear]
+    for layer in found:
+        if layer.merged:
+            layer.unmerge()
+        layer.__class__ = peft_lora.Linear
+        del layer._before_merge
+        layer.__dict__.pop("_after_merge", None)
     return model
 
 
