@@ -104,6 +104,15 @@ class DataConfig:
         default="truncate_history",
         metadata={"help": "for rows over max_length: drop the oldest turns, the row, or stop"},
     )
+    reasoning: Literal["drop", "keep"] = field(
+        default="drop",
+        metadata={
+            "help": "what was thought before answers, where the template has no place: drop it, or keep as text"
+        },
+    )
+    strict: bool = field(
+        default=False, metadata={"help": "do not train when there are warnings about the data"}
+    )
     cache: bool = field(
         default=True, metadata={"help": "keep tokenised rows in the cache folder for the next start"}
     )

@@ -33,7 +33,7 @@ Format = Annotated[
     str,
     typer.Option(
         "--format",
-        help="auto, messages, conversations, alpaca, qa, prompt_completion or text.",
+        help="auto, messages, conversations, alpaca, qa, prompt_completion, text, preference_chosen, classification, …",
         show_default=True,
     ),
 ]
@@ -76,7 +76,7 @@ def check_data(
         )
     if offline:
         forbid_network()
-    from phlora.data.checks import check
+    from phlora.data.checks import DEFAULT_MAX_LENGTH, check
 
     display = make_display(quiet)
     with standard_output_kept():
@@ -88,7 +88,7 @@ def check_data(
             eval_sources=eval_data or None,
             format=format,
             train_on=train_on,
-            max_length=max_length,
+            max_length=max_length or DEFAULT_MAX_LENGTH,
             training_template=tokens.training_template if tokens else None,
         )
     print_result(report.to_json() if as_json else printable(report.render()))

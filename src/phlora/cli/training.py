@@ -32,6 +32,7 @@ _OPTION_KEYS = {
     "--eval-data": "data.eval",
     "--quantization": "model.quantization",
     "--output": "output",
+    "--strict": "data.strict",
     "--offline": "model.offline",
 }
 
@@ -81,6 +82,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the resolved configuration; train nothing.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Do not train when there are warnings about the data.")
+    ] = False,
     offline: Offline = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -98,6 +102,7 @@ def train(
             "--eval-data": eval_data,
             "--quantization": quantization,
             "--output": output,
+            "--strict": strict,
             "--offline": offline,
         },
         assignments or [],

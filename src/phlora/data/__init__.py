@@ -4,7 +4,12 @@
     readers.py    files, folders and hub data sets -> records, with the line that each came from
     formats.py    records of every common schema -> Row
     dataset.py    all rows of several sources: loaded, or indexed and read again
-    split.py      which rows are held out
+    known_keys.py         every known column and message key of other tools, and what is done with it
+    columns.py, preferences.py, reasoning.py  what the table needs of them
+    similarity.py         digests by which rows are the same conversation, or nearly the same
+    split.py, leaks.py    which conversations are held out, and what training sees of them
+    inspection.py         both sides of the data and what is odd about them
+    tools_text.py         tools, calls and results as text, and back
     chat_template.py      what a chat template does to each message; where its text stands in the rendering
     template_analysis.py  what the syntax of a template proves about it
     encoding.py           text -> ids and character offsets
@@ -16,6 +21,7 @@
     cache.py      token rows kept between runs
     packing.py    which rows share one sequence
     collate.py    rows -> tensors
+    lengths.py    how long rows are, and what a limit keeps
     checks.py     everything wrong with a file, in one pass
 
 The tokenizer is always passed in: this package imports neither transformers nor peft.

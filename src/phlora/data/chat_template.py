@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 
 import jinja2
 
+from phlora.data.reasoning import with_reasoning_as_text
 from phlora.data.rows import Message
 from phlora.data.template_analysis import writes_contents_only
 from phlora.data.tools_text import tools_as_text
@@ -454,6 +455,19 @@ class ChatTemplate:
         head = without[0]
         injected = head[len(before) : len(head) - len(after)]
         return injected if before + injected + after == head else ""
+
+    @cached_property
+    def writes_reasoning(self) -> bool:
+        """Whether the template writes what was thought as it writes the same in an answer's content."""
+        chat: list[Message] = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "y", "reasoning_content": "probed thought"},
+        ]
+        try:
+            text = self._apply(chat, None, False)
+            return "probed thought" in text and text == self._apply(with_reasoning_as_text(chat), None, False)
+        except TemplateRefusal:
+            return False
 
     @cached_property
     def _tool_places(self) -> frozenset[str]:

@@ -7,18 +7,17 @@ would do it, and what is dropped, cut or not learned is listed too.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import Tokenizer
-from phlora.data.dataset import RowIndex, RowSubset, Source, index_rows
-from phlora.data.leaks import find_leaks, num_leaks
-from phlora.data.rows import Message, Origin, Problem, Row
-from phlora.data.split import split_rows
+from phlora.data.dataset import Source
+from phlora.data.inspection import InspectedData, SplitSettings, inspect_data, merge_problems
+from phlora.data.leaks import num_leaks
+from phlora.data.lengths import Bin, histogram, percentiles, whole_at
+from phlora.data.rows import Origin, Problem, Row
 from phlora.data.tokenize import (
     IGNORED,
     MISTAKES,
@@ -28,22 +27,13 @@ from phlora.data.tokenize import (
     tokenize_row,
     tokenize_rows,
 )
-from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT, DataError
+from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT
 
-NUM_BINS = 12
+# Of training, where nothing else is said.
+DEFAULT_MAX_LENGTH = 2048
 NUM_SHOWN_ORIGINS = 8
 # Byte-level tokens can straddle characters, so that several in a row end within one.
 MAX_TOKENS_A_PIECE = 16
-_SEVERITIES = ("error", "warning", "note")
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Rows of `low` to `high` tokens, both included."""
-
-    low: int
-    high: int
-    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +51,9 @@ class CheckReport:
         leaks: held-out rows of which training sees too much, by kind.
         num_leaked_eval_rows: held-out rows that also stand in the training data.
         lengths: histogram of the usable rows' lengths in tokens; empty without a tokenizer.
+        max_length: the limit that they were checked with.
+        percentiles: the length in tokens that so many percent of all rows do not exceed, before anything is cut.
+        whole_at: the share of rows that are whole at a limit in tokens, for the limit and some near it.
     """
 
     problems: tuple[Problem, ...]
@@ -74,6 +67,9 @@ class CheckReport:
     leaks: dict[str, int]
     num_leaked_eval_rows: int
     lengths: tuple[Bin, ...]
+    max_length: int | None = None
+    percentiles: dict[int, int] = field(default_factory=dict)
+    whole_at: dict[int, float] = field(default_factory=dict)
 
     def exit_code(self, *, strict: bool = False) -> int:
         """0; 1 for warnings when `strict`; 2 when there is an error or no usable row."""
@@ -114,12 +110,25 @@ class CheckReport:
             return ""
         return f", in {self.num_conversations} conversations, each of which stays on one side of the split"
 
+    def _limits(self) -> list[str]:
+        """Percentiles, and what the limit and others keep."""
+        half, most, nearly_all, longest = self.percentiles.values()
+        lines = [
+            f"tokens per row, before anything is cut: half have at most {half}, 90 % {most}, 99 % {nearly_all}; "
+            f"the longest has {longest}"
+        ]
+        kept = [
+            f"{limit} keeps {share:.4g} %"
+            for limit, share in ((n, 100 * s) for n, s in self.whole_at.items())
+        ]
+        return [*lines, f"max_length {', '.join(kept)} of the rows whole"] if kept else lines
+
     def _histogram(self) -> list[str]:
         if not self.lengths:
             return []
         most = max(item.count for item in self.lengths)
         width = len(str(self.lengths[-1].high))
-        lines = ["tokens per row:"]
+        lines = [*self._limits(), "tokens per row:"]
         for item in self.lengths:
             bar = "█" * round(40 * item.count / most)
             lines.append(f"  {item.low:>{width}} - {item.high:>{width}}  {item.count:>7}  {bar}")
@@ -138,88 +147,6 @@ class PreviewRow:
     skipped: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSettings:
-    """How rows are held out: fields of the `data` section, and the seed."""
-
-    eval_size: float | int = 0.1
-    seed: int = 42
-    group_by: str | None = None
-    stratify_by: str | None = None
-
-
-@dataclass(frozen=True)
-class InspectedData:
-    """Both sides of the data, and all that is known about them without a tokenizer.
-
-    Attributes:
-        index: of the training sources; without held-out sources some of its rows are held out.
-        train, held_out: the rows on both sides.
-        problems: unmerged, in the order of their discovery.
-        num_conversations: what the split keeps whole.
-    """
-
-    index: RowIndex
-    train: RowSubset
-    held_out: RowSubset
-    problems: list[Problem]
-    num_conversations: int
-
-
-def inspect_data(
-    sources: Source | Sequence[Source],
-    eval_sources: Source | Sequence[Source] | None = None,
-    *,
-    format: str = "auto",
-    train_on: TrainOn = "assistant",
-    split: SplitSettings | None = None,
-    on_bad: Literal["raise", "collect"] = "raise",
-) -> InspectedData:
-    """Read both sides once, split where that is asked for, and find what is odd: the same for `check` and for training.
-
-    Raises:
-        DataError: a source that cannot be read, rows that cannot be used, or (`on_bad="raise"`) a split that cannot
-            be made.
-    """
-    is_asked = split is not None
-    split = split or SplitSettings()
-    structural: list[Problem] = []
-
-    def read(sources: Source | Sequence[Source], **columns: str | None) -> RowIndex:
-        return index_rows(
-            sources,
-            format=format,
-            on_bad=on_bad,
-            inspect=lambda row: structural.extend(_structure(row, train_on)),
-            **columns,
-        )
-
-    found = read(sources, group_by=split.group_by, stratify_by=split.stratify_by)
-    train, held_out, num_conversations = found.all(), RowSubset(found, ()), 0
-    problems = list(found.problems)
-    if eval_sources is not None:
-        held_out = read(eval_sources).all()
-        problems += held_out.survey.problems
-    elif len(found):
-        try:
-            sides = split_rows(
-                found, eval_size=split.eval_size, seed=split.seed, stratify_by=split.stratify_by
-            )
-        except DataError as error:
-            if on_bad == "raise":
-                raise
-            # A file that is checked may be too small to be split because it is the held-out one.
-            if is_asked:
-                problems.append(Problem("no_split", "warning", error.found))
-        else:
-            train, held_out = RowSubset(found, sides.train), RowSubset(found, sides.held_out)
-            num_conversations = sides.num_conversations
-            problems += [Problem("split", "warning", text) for text in sides.warnings]
-            problems += [Problem("split", "note", text) for text in sides.notes]
-    problems += [*structural, *_duplicates(found), *find_leaks(train, held_out)]
-    return InspectedData(found, train, held_out, problems, num_conversations)
-
-
 def check(
     sources: Source | Sequence[Source],
     tokenizer: Tokenizer | None = None,
@@ -227,10 +154,11 @@ def check(
     eval_sources: Source | Sequence[Source] | None = None,
     format: str = "auto",
     train_on: TrainOn = "assistant",
-    max_length: int | None = None,
+    max_length: int | None = DEFAULT_MAX_LENGTH,
     too_long: TooLong = "truncate_history",
     training_template: str | None = None,
     split: SplitSettings | None = None,
+    keep_reasoning: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
     """Read all rows and report everything that is wrong with them.
@@ -239,6 +167,7 @@ def check(
         tokenizer: adds the checks on tokens when given.
         eval_sources: held-out rows, checked for reappearing in the training data.
         split: how rows are held out where there are no `eval_sources`.
+        keep_reasoning: whether what was thought before answers is kept as text.
 
     The other arguments are those of `load_rows` and `tokenize_rows`.
 
@@ -246,7 +175,13 @@ def check(
         DataError: a source that cannot be read at all or is empty.
     """
     data = inspect_data(
-        sources, eval_sources, format=format, train_on=train_on, split=split, on_bad="collect"
+        sources,
+        eval_sources,
+        format=format,
+        train_on=train_on,
+        split=split,
+        keep_reasoning=keep_reasoning,
+        on_bad="collect",
     )
     found, problems = data.index, list(data.problems)
     tokenized = None
@@ -263,7 +198,7 @@ def check(
             progress=progress,
         )
         problems += _token_problems(tokenized, is_error=too_long == "error")
-    return _report(data, tokenized, merge_problems(problems))
+    return _report(data, tokenized, merge_problems(problems), max_length)
 
 
 def preview(
@@ -303,70 +238,12 @@ def render_problem(problem: Problem) -> str:
     return f"{problem.severity}: {problem.message}{times}" + (f"\n    {shown}{more}" if origins else "")
 
 
-# ------------------------------------------------------------------------------------------------ structure
-
-
-def _structure(row: Row, train_on: TrainOn) -> list[Problem]:
-    """What is odd about one row, whatever the model."""
-    if row.messages is None:
-        blank = row.completion is not None and not row.completion.strip()
-        return [_warning("empty_answer", "The completion is empty", row)] if blank else []
-    roles = [message["role"] for message in row.messages]
-    found = []
-    if "assistant" not in roles and train_on != "all":
-        found.append(
-            Problem("no_answer", "error", "The chat has no assistant turn to train on", (row.origin,))
-        )
-    order = _order_problem(roles)
-    if order:
-        found.append(_warning("turn_order", order, row))
-    return found + [_warning(*kind, row) for kind in _empty_turns(row.messages)]
-
-
-def _order_problem(roles: Sequence[str]) -> str | None:
-    turns = [role for role in roles if role != "system"]
-    if "system" in roles[1:]:
-        return "A system message does not stand first"
-    if turns[:1] == ["assistant"]:
-        return "The chat begins with an assistant turn"
-    if turns[:1] == ["tool"] or ("user", "tool") in pairwise(turns):
-        return "A tool turn does not follow an assistant turn"
-    for role in ("user", "assistant"):
-        if (role, role) in pairwise(turns):
-            return f"Two {role} turns follow each other"
-    if "assistant" in turns and turns[-1] != "assistant":
-        return f"The chat ends with a {turns[-1]} turn"
-    return None
-
-
-def _empty_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    blank = {
-        message["role"]
-        for message in messages
-        if not message["content"].strip() and "tool_calls" not in message
-    }
-    return [
-        ("empty_answer" if role == "assistant" else "empty_turn", f"The content of a {role} turn is empty")
-        for role in sorted(blank)
-    ]
-
-
-def _warning(kind: str, message: str, row: Row) -> Problem:
-    return Problem(kind, "warning", message, (row.origin,))
-
-
-def _duplicates(survey: RowIndex) -> list[Problem]:
-    seen: set[bytes] = set()
-    found = []
-    for number, key in enumerate(survey.keys):
-        if key in seen:
-            origins = (survey.origin(number),)
-            found.append(Problem("duplicate", "warning", "The row repeats an earlier one", origins))
-        seen.add(key)
-    return found
-
-
 # ------------------------------------------------------------------------------------------------ tokens
+
+
+def warnings_of(tokenized: TokenizedSet) -> list[Problem]:
+    """What `check` says of rows that were tokenised."""
+    return _token_problems(tokenized, is_error=False)
 
 
 def _token_problems(tokenized: TokenizedSet, *, is_error: bool) -> list[Problem]:
@@ -386,26 +263,11 @@ def _token_problems(tokenized: TokenizedSet, *, is_error: bool) -> list[Problem]
     return problems
 
 
-def merge_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """One problem for each kind and message, errors first."""
-    groups: dict[tuple[str, str, str], list[Problem]] = defaultdict(list)
-    for problem in problems:
-        groups[problem.severity, problem.kind, problem.message].append(problem)
-    merged = [
-        Problem(
-            kind,
-            group[0].severity,
-            message,
-            tuple(origin for problem in group for origin in problem.origins),
-            sum(problem.count for problem in group),
-        )
-        for (_, kind, message), group in groups.items()
-    ]
-    return tuple(sorted(merged, key=lambda problem: _SEVERITIES.index(problem.severity)))
-
-
 def _report(
-    data: InspectedData, tokenized: TokenizedSet | None, problems: tuple[Problem, ...]
+    data: InspectedData,
+    tokenized: TokenizedSet | None,
+    problems: tuple[Problem, ...],
+    max_length: int | None,
 ) -> CheckReport:
     survey = data.index
     unreadable = {
@@ -426,20 +288,9 @@ def _report(
         leaks=leaks,
         num_leaked_eval_rows=leaks["leaked_eval_row"],
         lengths=histogram(tokenized.rows.lengths.tolist()) if tokenized else (),
-    )
-
-
-def histogram(lengths: Sequence[int], *, num_bins: int = NUM_BINS) -> tuple[Bin, ...]:
-    """Lengths in tokens counted in at most `num_bins` bins of equal width."""
-    if not lengths:
-        return ()
-    low, high = min(lengths), max(lengths)
-    width = -(-(high - low + 1) // num_bins)
-    counts = [0] * (-(-(high - low + 1) // width))
-    for length in lengths:
-        counts[(length - low) // width] += 1
-    return tuple(
-        Bin(low + index * width, low + (index + 1) * width - 1, count) for index, count in enumerate(counts)
+        max_length=max_length if tokenized else None,
+        percentiles=percentiles(tokenized.full_lengths) if tokenized else {},
+        whole_at=whole_at(tokenized.full_lengths, max_length) if tokenized and max_length else {},
     )
 
 

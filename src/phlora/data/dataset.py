@@ -43,7 +43,7 @@ class RowIndex:
     """What one reading of all sources found. The rows are not kept: they are read again when they are needed.
 
     Attributes:
-        sources, format: what was read, and as which schema.
+        sources, format, keep_reasoning: what was read, and how.
         keys: `row_key` of each row, as bytes.
         near, prompts, openings: the digests of `similarity.RowKeys`, one row after the other.
         groups: what each row belongs to, where a column says so.
@@ -68,6 +68,7 @@ class RowIndex:
     openings: bytearray = field(default_factory=bytearray)
     groups: list[bytes] | None = None
     categories: list[str | None] = field(default_factory=list)
+    keep_reasoning: bool = False
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -102,7 +103,7 @@ class RowSubset:
     def __iter__(self) -> Iterator[Row]:
         wanted = iter(self.numbers)
         number = next(wanted, None)
-        for found, row in enumerate(_rows_of(self.survey.sources, self.survey.format)):
+        for found, row in enumerate(_rows_of(self.survey)):
             if number is None:
                 return
             if found == number:
@@ -126,7 +127,9 @@ class RowSubset:
         return map(self.survey.origin, self.numbers)
 
 
-def read_rows(source: Source, *, format: str = "auto", weight: float = 1.0) -> Iterator[Row]:
+def read_rows(
+    source: Source, *, format: str = "auto", weight: float = 1.0, keep_reasoning: bool = False
+) -> Iterator[Row]:
     """The rows of one source, read as they are needed.
 
     Raises:
@@ -134,10 +137,12 @@ def read_rows(source: Source, *, format: str = "auto", weight: float = 1.0) -> I
         NetworkError: a hub data set cannot be reached.
     """
     for shape, opened in _open_source(source, format, weight):
+        shape.keep_reasoning = keep_reasoning
         for item in to_rows(shape, opened.records):
-            if isinstance(item, Problem):
+            if isinstance(item, Row):
+                yield item
+            elif item.severity == "error":
                 raise _error([item])
-            yield item
 
 
 def load_rows(
@@ -179,6 +184,7 @@ def index_rows(
     inspect: Callable[[Row], None] | None = None,
     group_by: str | None = None,
     stratify_by: str | None = None,
+    keep_reasoning: bool = False,
 ) -> RowIndex:
     """Read all rows once, for what is to be known about them before they are used.
 
@@ -187,6 +193,7 @@ def index_rows(
     Args:
         inspect: called with each row as it is read.
         group_by, stratify_by: columns that the split goes by.
+        keep_reasoning: put what was thought before an answer into its content; see `reasoning`.
 
     The other arguments and what is raised are those of `load_rows`.
     """
@@ -195,7 +202,7 @@ def index_rows(
     survey = RowIndex(kept, format, [], bytearray(), array("q"), array("i"), (), [], {})
     groups: list[bytes] = []
     files: dict[str, int] = {}
-    for item in _read_all(kept, format, survey.formats, group_by, stratify_by):
+    for item in _read_all(kept, format, survey.formats, group_by, stratify_by, keep_reasoning=keep_reasoning):
         if isinstance(item, Problem):
             survey.problems.append(item)
             continue
@@ -214,11 +221,17 @@ def index_rows(
         if inspect:
             inspect(item)
     _raise_for(survey.problems, on_bad)
-    return replace(survey, files=tuple(files), groups=groups if group_by is not None else None)
+    return replace(
+        survey,
+        files=tuple(files),
+        groups=groups if group_by is not None else None,
+        keep_reasoning=keep_reasoning,
+    )
 
 
-def _rows_of(sources: Sequence[Source], format: str) -> Iterator[Row]:
-    return (item for item in _read_all(sources, format, {}) if isinstance(item, Row))
+def _rows_of(index: RowIndex) -> Iterator[Row]:
+    items = _read_all(index.sources, index.format, {}, keep_reasoning=index.keep_reasoning)
+    return (item for item in items if isinstance(item, Row))
 
 
 def _read_all(
@@ -227,11 +240,14 @@ def _read_all(
     formats: dict[str, str],
     group_by: str | None = None,
     stratify_by: str | None = None,
+    *,
+    keep_reasoning: bool = False,
 ) -> Iterator[Row | Problem]:
     """The rows and problems of all sources; their schemata go into `formats`."""
     for source in sources:
         for shape, opened in _open_source(source, format, 1.0):
             shape.group_by, shape.stratify_by = group_by, stratify_by
+            shape.keep_reasoning = keep_reasoning
             formats[shape.name] = shape.schema.name
             yield from to_rows(shape, opened.records)
             yield from opened.problems

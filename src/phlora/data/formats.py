@@ -16,6 +16,7 @@ from phlora.data.dialects import foreign_export, from_chatgpt, from_claude, from
 from phlora.data.known_keys import LABELS, Findings, heed
 from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system, without_none
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
+from phlora.data.reasoning import has_reasoning, with_reasoning_as_text
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of
 from phlora.errors import ConfigError, DataError, did_you_mean
 
@@ -53,6 +54,7 @@ class Shape:
     example_line: int  # of a row that has the schema; 0: none of the first ones has
     group_by: str | None = None
     stratify_by: str | None = None
+    keep_reasoning: bool = False
     fills_nulls: bool = False  # whether keys that a row lacks are null in it, as in Arrow's tables
     ignored: set[str] = field(default_factory=set)
     findings: Findings = field(default_factory=Findings)
@@ -182,6 +184,8 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         used = (*used, "tools", "system")
         tools = tools_of(record.get("tools"))
         messages = with_system(messages, record.get("system"))
+        if shape.keep_reasoning and has_reasoning(messages):
+            messages = with_reasoning_as_text(messages)
     shape.ignored.update(record.keys() - schema.optional.union(used, heeded.known))
     return Row(
         messages=None if messages is None else tuple(messages),

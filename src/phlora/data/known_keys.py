@@ -412,7 +412,10 @@ def _with_context(record: Mapping[str, Any], known: set[str]) -> Mapping[str, An
 
 def _turns(turns: Sequence[Any], findings: Findings) -> list[Any] | None:
     """Messages whose keys are in Phlora's terms; None where they are already."""
-    if all(isinstance(turn, Mapping) and _PLAIN.issuperset(turn) for turn in turns):
+    if all(
+        isinstance(turn, Mapping) and _PLAIN.issuperset(turn) and not isinstance(turn.get("content"), list)
+        for turn in turns
+    ):
         return None
     return [
         _turn(turn, number, findings) if isinstance(turn, Mapping) else turn
@@ -426,7 +429,9 @@ def _turn(turn: Mapping[str, Any], number: int, findings: Findings) -> dict[str,
     rest: dict[str, Any] = {}
     for key, value in turn.items():
         where = f"turn {number} has `{key}`"
-        if value is None or key in _PLAIN:
+        if key in ("content", "value") and isinstance(value, list):
+            rest[key] = [_part(part, where) for part in value]
+        elif value is None or key in _PLAIN:
             rest[key] = value
         elif key == "loss" and isinstance(value, float) and value not in (0.0, 1.0):
             weight, has_weight = weight * _weight(value, where), True
@@ -449,6 +454,21 @@ def _turn(turn: Mapping[str, Any], number: int, findings: Findings) -> dict[str,
     if has_weight:
         rest["weight"] = weight
     return rest
+
+
+def _part(part: Any, where: str) -> Any:
+    """A part of a content with its flags as `train`; whether parts agree is asked where they are joined."""
+    names = {*TRAINED, *UNTRAINED, *WEIGHTS}
+    if not isinstance(part, Mapping) or not names.intersection(part):
+        return part
+    flags = []
+    for name in names.intersection(part):
+        if part[name] is None:
+            continue
+        flag = _flag(part[name], f"{where}, a part of it `{name}`")
+        flags.append(not flag if name in UNTRAINED else flag)
+    rest = {key: value for key, value in part.items() if key not in names}
+    return {**rest, "train": all(flags)} if flags else rest
 
 
 def _whole_turn(value: Any, where: str) -> bool:

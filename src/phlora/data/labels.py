@@ -88,7 +88,8 @@ class Labeller:
         mask = self._generation_mask(messages, ids, rendering.tools) if self._heeds_markers else None
 
         def tokens_of(index: int) -> Span:
-            return self._tokens_of(rendering, index, ids, offsets, is_marked=mask is not None)
+            is_marked = mask is not None and rendering.messages[index]["role"] == "assistant"
+            return self._tokens_of(rendering, index, ids, offsets, is_marked=is_marked)
 
         return self._mark(rendering, ids, tokens_of, mask, row)
 
@@ -99,7 +100,12 @@ class Labeller:
         mask = None
         if positions.marks:
             mask = positions.marks.mask([ranges[index][0] for index in positions.order], len(ids))
-            ranges = positions.owned(ranges, len(ids))
+            owned = positions.owned(ranges, len(ids))
+            # The markers are those of the answers; another turn that is trained has its content and end.
+            ranges = [
+                owned[index] if message["role"] == "assistant" else ranges[index]
+                for index, message in enumerate(rendering.messages)
+            ]
         return self._mark(rendering, ids, ranges.__getitem__, mask, row)
 
     def _mark(
@@ -124,7 +130,8 @@ class Labeller:
             if not is_trained:
                 trained[first:end] = bytes(end - first)
             else:
-                trained[first:end] = b"\x01" * (end - first) if mask is None else bytes(mask[first:end])
+                heeds = mask is not None and message["role"] == "assistant"
+                trained[first:end] = bytes(mask[first:end]) if mask and heeds else b"\x01" * (end - first)
             weights[first:end] = [row.weight * message.get("weight", 1.0)] * (end - first)
         if row.weight == 1 and not any("weight" in message for message in rendering.messages):
             return trained, None

@@ -8,6 +8,7 @@ tokens a prefix of the chat would have alone. `labels` follow transformers' conv
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import ChatTemplate, Rendering, Span, TemplateRefusal, Tokenizer
 from phlora.data.encoding import Encoded, Encoder
 from phlora.data.labels import Labeller, last_assistant, token_range
+from phlora.data.reasoning import has_reasoning, with_reasoning_as_text, without_reasoning
 from phlora.data.rows import Message, Origin, Problem, Row, Severity
 from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
 from phlora.data.turn_positions import TurnPositions
@@ -51,6 +53,11 @@ NOTES: dict[str, tuple[Severity, str]] = {
         "note",
         "the chat template has no place for tools: tools, calls and results are written as text "
         "(`<tool_call>` blocks)",
+    ),
+    "reasoning_dropped": (
+        "warning",
+        "the chat template has no place for what was thought before an answer, so it is left out "
+        "(`data.reasoning: keep` keeps it as text)",
     ),
     "content_altered": ("warning", "the chat template changes the content of a message"),
     "missing_end_token": ("warning", "the chat template writes no end token after the assistant's turn"),
@@ -92,12 +99,14 @@ class TokenizedSet:
         skipped: the rows left out.
         cut: origins of the rows that lost their oldest messages.
         notes: what a person should know, one entry a kind, with the rows concerned.
+        full_lengths: of all rows in tokens, before any was cut or left out; not kept in the cache.
     """
 
     rows: TokenTable
     skipped: list[Skipped]
     cut: list[Origin]
     notes: list[Problem]
+    full_lengths: array[int] = field(default_factory=lambda: array("q"))
 
     @classmethod
     def empty(cls) -> TokenizedSet:
@@ -176,7 +185,7 @@ def tokenize_rows(
     done = table.table()
     if on_bad == "raise":
         _raise_for(len(done), skipped)
-    return TokenizedSet(done, skipped, cut, worker.problems())
+    return TokenizedSet(done, skipped, cut, worker.problems(), worker.full_lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +248,7 @@ class _RowTokenizer:
     tokenizer: Tokenizer
     options: _Options
     notes: dict[str, _Noted] = field(default_factory=dict)
+    full_lengths: array[int] = field(default_factory=lambda: array("q"))
 
     def __post_init__(self) -> None:
         self.encoder = Encoder(self.tokenizer)
@@ -304,16 +314,26 @@ class _RowTokenizer:
         if self.options.train_on != "all" and last_assistant(row.messages) < 0:
             if not any(message.get("train") for message in row.messages):
                 return Skipped(row.origin, "the chat has no assistant turn to train on", "no_answer")
+        messages = self._thought(row) if has_reasoning(row.messages) else row.messages
         try:
-            rendering = self.template.render(row.messages, row.tools)
+            rendering = self.template.render(messages, row.tools)
         except TemplateRefusal as refusal:
             return Skipped(row.origin, str(refusal), "not_rendered")
         simple = not any(self.template.has_control(message["content"]) for message in rendering.messages)
         positions = self.labels.positions_of(rendering) if simple and rendering.frame else None
         return _Draft(row, rendering.text, rendering, is_simple=simple, positions=positions)
 
+    def _thought(self, row: Row) -> Sequence[Message]:
+        """The messages with what was thought where the template writes it, so that it is trained; else without."""
+        messages = row.messages or ()
+        if self.template.writes_reasoning:
+            return with_reasoning_as_text(messages)
+        self._note(["reasoning_dropped"], row.origin)
+        return without_reasoning(messages)
+
     def _finish(self, draft: _Draft, encoded: Encoded | None) -> _TokenRow | Skipped:
         result = self._tokens(draft, encoded)
+        self.full_lengths.append(len(result.input_ids))
         limit = self.options.max_length
         if limit is not None and len(result.input_ids) > limit:
             return self._shorten(draft.row, len(result.input_ids), limit)

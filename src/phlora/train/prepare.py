@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 
 from phlora.config import DataFile, RunConfig, Speed
 from phlora.data.cache import TokenCache, digest_tokenizer, token_key
-from phlora.data.checks import SplitSettings, inspect_data, merge_problems
+from phlora.data.checks import warnings_of
 from phlora.data.dataset import RowIndex, RowSubset
+from phlora.data.inspection import SplitSettings, inspect_data, merge_problems
 from phlora.data.packing import TokenSequences
 from phlora.data.rows import Origin, Problem, Row, fingerprint_of
 from phlora.data.split import split_keys
@@ -22,7 +23,7 @@ from phlora.data.system_prompt import SystemPrompts, find_system_prompts
 from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
 from phlora.display import Display
-from phlora.errors import ConfigError, DataError
+from phlora.errors import ConfigError, DataError, Finding
 from phlora.files import cache_root, replaced_file
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.train.arguments import Arguments
@@ -82,6 +83,8 @@ def prepare_data(
         train, held_out = (tokenize(rows, progress) for rows in (train_rows, held_out_rows))
     for tokenized, name in ((train, "training"), (held_out, "held-out")):
         _tell_cuts(tokenized, name, arguments, display)
+    if config.data.strict:
+        _require_none([*warnings_of(train), *warnings_of(held_out)])
     kept = {held_out.rows.origin(number) for number in range(len(held_out.rows))}
     sequences = _sequences(train.rows, arguments)
     return PreparedData(
@@ -131,11 +134,14 @@ def _both_sides(
         _sources(data.eval, objects.held_out) if data.eval else None,
         format=data.format,
         train_on=data.train_on,
+        keep_reasoning=data.reasoning == "keep",
         split=SplitSettings(
             eval_size=data.eval_size, seed=seed, group_by=data.group_by, stratify_by=data.stratify_by
         ),
     )
     problems = merge_problems(found.problems)
+    if data.strict:
+        _require_none(found.problems)
     for problem in problems:
         (display.note if problem.severity == "note" else display.warn)(_told(problem))
     formats = found.index.formats
@@ -226,6 +232,21 @@ def _sequences(rows: TokenTable, arguments: Arguments) -> TokenSequences:
             "Packing needs a length", where="training_config.max_length", expected="a number of tokens"
         )
     return TokenSequences(rows, max_length=args.max_length, seed=args.seed)
+
+
+def _require_none(problems: Iterable[Problem]) -> None:
+    """With `data.strict` a warning is an error.
+
+    Raises:
+        Finding: there are warnings.
+    """
+    warnings = [problem for problem in merge_problems(problems) if problem.severity != "note"]
+    if warnings:
+        raise Finding(
+            "The data has warnings, and `data.strict` forbids to train with them:\n  "
+            + "\n  ".join(map(_told, warnings)),
+            fix="correct the data, or train without --strict",
+        )
 
 
 def _told(problem: Problem) -> str:

@@ -22,6 +22,7 @@ RUNS = [
     "train run.yaml --quantization nf4 -o runs/c",
     "train run.yaml --overwrite",
     "train run.yaml --resume",
+    "train -m base -d twice.jsonl -o runs/d --strict --dry-run -> 1",
     "evaluate runs/file --data train.jsonl --metric rouge_l --max-answers 1 --max-new-tokens 2 --offline",
     "evaluate runs/file --quiet --json",
     "chat runs/file --system Brief. --max-new-tokens 2 --temperature 0.5 --top-p 0.9 --seed 3 --offline",

@@ -5,10 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from chat_tokenizers import LANGUAGES, llama2_tokenizer, phi3_tokenizer
+from chat_tokenizers import CHATML, LANGUAGES, chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
 
-from phlora.data.checks import check, histogram, preview
+from phlora.data.checks import check, preview
 from phlora.data.dataset import load_rows
+from phlora.data.lengths import histogram, percentiles, whole_at
 from phlora.errors import DataError
 
 
@@ -163,3 +164,35 @@ def test_preview_weights_and_skipped_rows():
     assert {weight for _, is_trained, weight in good.tokens if is_trained} == {0.5}
     assert {weight for _, is_trained, weight in good.tokens if not is_trained} == {0.0}
     assert bad.skipped and not bad.tokens
+
+
+def test_limits_say_what_they_keep():
+    lengths = [*range(1, 100), 5000]
+    assert percentiles(lengths) == {50: 50, 90: 90, 99: 99, 100: 5000}
+    assert whole_at(lengths, 50) == {12: 0.12, 25: 0.25, 50: 0.5, 100: 0.99, 200: 0.99}
+    assert whole_at([10, 20], 2048) == {512: 1.0, 2048: 1.0}
+    rows = [_chat(f"question {n}", "word " * n) for n in range(1, 40)] + [_chat("long", "word " * 2000)]
+    report = check(rows, phi3_tokenizer())
+    assert report.max_length == 2048 and report.num_usable_rows == 39
+    assert ("too_long", "warning") in {(p.kind, p.severity) for p in report.problems}
+    assert report.percentiles[100] > 2048 > report.percentiles[99 - 9]
+    assert "max_length" in report.render() and "2048 keeps 97.5 %" in report.render()
+
+
+def test_reasoning_is_left_out_and_said_or_kept_as_text():
+    row = _chat()
+    row["messages"][1]["reasoning_content"] = "Be polite."
+    report = check([row], phi3_tokenizer())
+    assert [(p.kind, p.severity) for p in report.problems] == [("reasoning_dropped", "warning")]
+    kept = check([row], phi3_tokenizer(), keep_reasoning=True)
+    assert not kept.problems and kept.num_trained_tokens > report.num_trained_tokens
+    native = CHATML.replace(
+        "+ message['content']",
+        "+ ('<think>\n' + message.reasoning_content + '\n</think>\n\n' if message.reasoning_content else '') "
+        "+ message['content']",
+    )
+    written = check([row], chatml_tokenizer(native))
+    assert (
+        not written.problems
+        and written.num_trained_tokens > check([_chat()], chatml_tokenizer()).num_trained_tokens
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from chat_tokenizers import phi3_tokenizer
+from trl.chat_template_utils import phi3_training_chat_template
 
 from phlora.data.checks import check
 from phlora.data.dataset import load_rows
@@ -239,6 +240,28 @@ def test_a_passage_stands_before_its_question():
 def test_the_system_prompt_under_other_names(name):
     (row,) = load_rows([{name: "Be kind.", "question": "Hi", "response": "x", "answer": "Hello"}]).rows
     assert [m["role"] for m in row.messages] == ["system", "user", "assistant"]
+
+
+def test_flags_of_parts_hold_for_the_turn_or_are_refused():
+    parts = [{"type": "text", "text": "Hel", "loss": False}, {"type": "text", "text": "lo", "masked": True}]
+    record = _two_answers()
+    record["messages"][1]["content"] = parts
+    assert _trained(record).startswith("Ciao")
+    parts[1]["masked"] = False
+    with pytest.raises(DataError, match="some of its parts"):
+        load_rows([record])
+
+
+def test_a_trained_question_is_trained_beside_generation_markers_too():
+    template = phi3_training_chat_template
+    row = {"messages": [{**_chat()[0], "train": True}, _chat()[1]]}
+    tokenizer = phi3_tokenizer()
+    texts = []
+    for options in ({}, {"training_template": template}):
+        found = tokenize_row(load_rows([row]).rows[0], tokenizer, **options)
+        pairs = zip(found.input_ids, found.labels, strict=True)
+        texts.append(tokenizer.decode([token for token, label in pairs if label != IGNORED]))
+    assert texts[0].startswith("Hi<|end|>") and texts[1].startswith("Hi<|end|>")
 
 
 def test_unknown_message_keys_are_noted_once():

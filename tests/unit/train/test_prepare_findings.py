@@ -1,0 +1,59 @@
+"""`train` says of the data what `check` says, and with `strict` stops there."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from phlora.data.checks import check
+from phlora.display import Display
+from phlora.errors import Finding
+from phlora.train.finetune import finetune
+
+
+def _rows():
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+        for n in range(20)
+    ]
+    rows[3]["messages"][1]["content"] = ""
+    return [*rows, rows[5], {**rows[6], "split": "test"}]
+
+
+def _train(model_folder, path, output, **data):
+    stream = io.StringIO()
+    display = Display(stream=stream)
+    finetune(
+        model=str(model_folder),
+        data={"files": [str(path)], **data},
+        output=output,
+        dry_run=True,
+        display=display,
+    )
+    return stream.getvalue()
+
+
+def test_train_says_what_check_says(model_folder, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, _rows())), encoding="utf-8")
+    said = " ".join(_train(model_folder, path, tmp_path / "run").split())
+    warnings = [problem for problem in check([path]).problems if problem.severity == "warning"]
+    assert {p.kind for p in warnings} == {"empty_answer", "duplicate", "held_out_split"}
+    for problem in warnings:
+        assert problem.message in said
+    with pytest.raises(Finding, match="repeats an earlier one"):
+        _train(model_folder, path, tmp_path / "run", strict=True)
+    assert not (tmp_path / "run").exists()
+    path.write_text("\n".join(map(json.dumps, _rows()[7:20])), encoding="utf-8")
+    _train(model_folder, path, tmp_path / "run", strict=True)
+
+
+def test_strict_heeds_what_only_tokens_show(model_folder, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = _rows()[7:20]
+    rows[0]["messages"][0]["content"] = "long " * 3000
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(Finding, match="max_length"):
+        _train(model_folder, path, tmp_path / "run", strict=True)
