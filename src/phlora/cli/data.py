@@ -163,7 +163,7 @@ def _first_rows(file: str, format: str, num_rows: int) -> list[Row]:
 
     from phlora.data.dataset import read_rows
 
-    return list(islice(read_rows(file, format=format), num_rows))
+    return list(islice(read_rows(file, format=format), min(num_rows, sys.maxsize)))
 
 
 def _preview_json(row: PreviewRow) -> dict[str, Any]:

@@ -297,7 +297,7 @@ def _open_source(source: Source, format: str, weight: float) -> Iterator[tuple[S
     for item in opened:
         records = checked(item.records, file.columns if file else {})
         if file and file.limit:
-            records = itertools.islice(records, file.limit)
+            records = itertools.islice(records, min(file.limit, sys.maxsize))
         first = list(itertools.islice(records, NUM_ROWS_FOR_DETECTION))
         names.append(item.name)
         if first:

@@ -53,7 +53,7 @@ def generate(
     Args:
         model: causal language model, bare or under PEFT; its mode and `use_cache` are left as they are.
         prompts: token ids, at least one each.
-        max_new_tokens: at most so many new tokens a row.
+        max_new_tokens: at most so many new tokens a row, and never more than the model's context holds.
         stop_token_ids: ids that end a row; they are not part of the answer.
         pad_token_id: fills the gaps; it is masked and may be any id.
         batch_size: rows decoded together; `auto` fits their keys and values into 1 GiB.
@@ -66,6 +66,7 @@ def generate(
         ConfigError: a prompt without tokens, or a batch size below 1.
     """
     _check(prompts, batch_size)
+    max_new_tokens = min(max_new_tokens, context_lengths(model.config).max_tokens or max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     together, alone = _split_at_rope_limit(model, prompts, max_new_tokens)
     done = 0
@@ -314,13 +315,15 @@ def _sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[to
     if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed)
+        generator.manual_seed(seed % 2**63)
 
     def draw(logits: torch.Tensor) -> int:
-        # On the CPU in fp32, so that a seed means the same on every device.
-        probs, order = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
-        # A token is in the nucleus while the sum before it has not reached top_p.
-        probs[probs.cumsum(-1) - probs >= top_p] = 0
+        # On the CPU, so that a seed means the same on every device; from the largest down, in fp64, so that
+        # next to no temperature is next to greedy and not infinite.
+        scores = logits.double().cpu()
+        probs, order = ((scores - scores.max()) / temperature).float().softmax(-1).sort(descending=True)
+        # A token is in the nucleus while the sum before it has not reached top_p; the first always is.
+        probs[1:][(probs.cumsum(-1) - probs >= top_p)[1:]] = 0
         return int(order[torch.multinomial(probs, 1, generator=generator)])
 
     return draw

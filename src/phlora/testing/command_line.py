@@ -35,7 +35,7 @@ class Outcome:
         return json.loads(self.out)
 
 
-def invoke(*arguments: object, stdin: str = "") -> Outcome:
+def invoke(*arguments: object, stdin: str | bytes = "") -> Outcome:
     """Run `phlora ARGUMENTS...` for real, without a process of its own.
 
     Environment, logging and standard streams are afterwards as they were before. Neither the current folder nor
@@ -57,8 +57,9 @@ def invoke(*arguments: object, stdin: str = "") -> Outcome:
     return Outcome(code, _text(out), _text(err))
 
 
-def _stream(text: str = "") -> io.TextIOWrapper:
-    return io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8", newline="")
+def _stream(content: str | bytes = "") -> io.TextIOWrapper:
+    raw = content.encode() if isinstance(content, str) else content
+    return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8", newline="")
 
 
 def _text(stream: io.TextIOWrapper) -> str:
