@@ -37,7 +37,7 @@ _DEFINED_IN = {
     "Collator": "phlora.data.collate",
     "PackedCollator": "phlora.data.collate",
     "SharedPrefixCollator": "phlora.data.collate",
-    "longrope_limit": "phlora.models.rotary",
+    "longrope_limit": "phlora.models.families",
     "score_loss": "phlora.evaluate.compare",
     "Report": "phlora.evaluate.report",
     # configuration
@@ -100,9 +100,9 @@ if TYPE_CHECKING:
     from phlora.export.convert import convert as convert
     from phlora.export.merge import merge_run as merge_run
     from phlora.models.builtin import embedded_folder as embedded_folder
+    from phlora.models.families import longrope_limit as longrope_limit
     from phlora.models.load import load_model as load_model
     from phlora.models.quantization import dequantize as dequantize
-    from phlora.models.rotary import longrope_limit as longrope_limit
     from phlora.models.tokenizer import load_tokenizer as load_tokenizer
     from phlora.train.finetune import Run as Run
     from phlora.train.finetune import finetune as finetune

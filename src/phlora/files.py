@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from phlora.errors import InputError
+from phlora.errors import InputError, NoRoomError
 
 # Written beside an adapter's tensors; `base_fingerprint` in it names the weights it was trained on.
 ADAPTER_FACTS = "phlora.json"
@@ -85,6 +85,26 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def require_room(folder: Path, needed_bytes: int, *, what: str, fix: str) -> None:
+    """Refuse to write what does not fit.
+
+    Args:
+        folder: where it goes; it need not exist yet.
+        what: takes the room, as the subject of a sentence in the singular.
+
+    Raises:
+        NoRoomError: less free disk than `needed_bytes`.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise NoRoomError(
+            f"{what} takes about {needed_bytes / 1e6:,.0f} MB; {free_bytes / 1e6:,.0f} MB are free",
+            where=str(folder),
+            fix=fix,
+        )
 
 
 def leftover_of(path: Path) -> str | None:

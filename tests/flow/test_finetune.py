@@ -275,7 +275,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     model_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("phlora.files.shutil.disk_usage", lambda path: usage)
     with pytest.raises(NoRoomError, match="are free"):
         run_it(model_folder, chat_file, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phlora import files
-from phlora.errors import InputError, ModelError, RunError
+from phlora.errors import InputError, ModelError, NoRoomError, RunError
 
 WORDS = "سلام नमस्ते Здраво ığüş Xin chào"
 
@@ -88,3 +88,10 @@ def test_a_file_that_holds_no_object_is_named(
     with pytest.raises(problem, match=says) as refusal:
         files.read_json(file, problem)
     assert refusal.value.where == str(file)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    options = {"what": "The run", "fix": "make room"}
+    files.require_room(tmp_path / "not" / "yet" / "there", 1000, **options)
+    with pytest.raises(NoRoomError, match="The run takes about 1,000,000,000,000 MB"):
+        files.require_room(tmp_path / "not" / "yet" / "there", 10**18, **options)

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from phlora.data.collate import SharedPrefixCollator
+from phlora.data.table import IGNORED
 from phlora.errors import DataError
 from phlora.evaluate.metrics import PASSING_SCORE, Metric
 from phlora.evaluate.statistics import Interval, paired_interval
 from phlora.evaluate.task import Task, task_of
 from phlora.models.generate import evaluating
-from phlora.models.lm_head import IGNORED, targets_and_weights, token_losses
+from phlora.models.lm_head import targets_and_weights, token_losses
 
 Generate = Callable[[nn.Module, list[list[int]]], list[list[int]]]
 Decode = Callable[[list[int]], str]

@@ -26,9 +26,9 @@ from phlora.evaluate.report import Report
 from phlora.evaluate.task import task_of
 from phlora.files import clear_leftovers, replaced_folder
 from phlora.measure import Clock, peak_bytes
+from phlora.models.families import longrope_limit
 from phlora.models.generate import generate
 from phlora.models.prefix_sharing import decide_sharing
-from phlora.models.rotary import longrope_limit
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder, read_events
 from phlora.runs.resolve import ResolvedAdapter, load_pair, resolve_adapter

@@ -24,7 +24,7 @@ from phlora.adapters.convert import (
 from phlora.config import ModelConfig
 from phlora.errors import ConfigError, RunError
 from phlora.export.merge import MergeReport, merge_run
-from phlora.export.output import require_new, require_room
+from phlora.export.output import require_new, require_room_for
 from phlora.files import replaced_file, replaced_folder
 from phlora.models.families import fused_row_blocks
 from phlora.models.tokenizer import find_files
@@ -108,7 +108,7 @@ def convert(
         if to == "peft":
             return _copy_peft(source, output)
         adapter = read_peft(source, enable=enable, blocks=blocks)
-    require_room(output, _LARGEST_GROWTH * sum(t.nbytes for t in adapter.tensors()))
+    require_room_for(output, _LARGEST_GROWTH * sum(t.nbytes for t in adapter.tensors()))
     if to == "peft":
         with replaced_folder(output) as part:
             write_peft(adapter, part, base_model=model)
@@ -141,7 +141,7 @@ def convert_to_model(
             where=str(source),
             fix="name it: --model BASE",
         )
-    options = {"lora_alpha": lora_alpha, "enable": enable, "blocks": blocks}
+    options: dict[str, Any] = {"lora_alpha": lora_alpha, "enable": enable, "blocks": blocks}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         convert(source, folder, to="peft", model=model, offline=how.get("offline", False), **options)
@@ -232,7 +232,7 @@ def _copy_peft(source: Path, output: Path) -> ConvertReport:
     """What is saved is plain PEFT already; a pickle becomes safetensors."""
     read_peft_config(source)
     tensors = read_peft_tensors(source)
-    require_room(output, sum(t.nbytes for t in tensors.values()))
+    require_room_for(output, sum(t.nbytes for t in tensors.values()))
     with replaced_folder(output) as part:
         for file in sorted(source.iterdir()):
             if file.suffix in _SIDE_FILES and file.is_file():

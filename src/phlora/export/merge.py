@@ -28,14 +28,15 @@ from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
 from phlora.config import MergeBase, ModelConfig
 from phlora.data.dataset import load_rows
 from phlora.data.rows import Row
+from phlora.data.table import IGNORED
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, did_you_mean
-from phlora.export.output import require_new, require_room, save_model
+from phlora.export.output import require_new, require_room_for, save_model
 from phlora.files import replaced_folder, write_json
 from phlora.models.device import DTYPES
 from phlora.models.families import context_lengths
-from phlora.models.lm_head import IGNORED, trunk_and_head
+from phlora.models.lm_head import trunk_and_head
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import dequantize
 from phlora.models.tokenizer import LoadedTokenizer, find_files
@@ -193,7 +194,7 @@ def merge_run(
     tokenizer = load_tokenizer_of(found)
     loaded = load_base(found, tokenizer=tokenizer, device=device)
     _tell(loaded, display)
-    require_room(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
+    require_room_for(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
     compared = _tokenize(chosen, found, tokenizer, loaded.model)
 
     how = _How(rows=compared, dtype=DTYPES[saved_dtype], choosing=bool(found.storage), display=display)

@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from phlora.errors import NoRoomError, RunError
+from phlora.errors import RunError
+from phlora.files import clear_leftovers, require_room
 from phlora.models.tokenizer import LoadedTokenizer
 
 # Tokenizer, configuration and report, which do not grow with the model.
 _SMALL_FILES_BYTES = 50_000_000
+# What nobody wrote to for so long was left by a process that was killed.
+_ABANDONED_SECONDS = 3600
 
 
 def require_new(output: Path) -> None:
-    """Refuse an output that exists: nobody's files are replaced.
+    """Refuse an output that exists: nobody's files are replaced. What a killed export left half-written beside it goes.
 
     Raises:
         RunError: a file, or a folder that is not empty.
     """
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise RunError("The output exists already", where=str(output), fix="name another --output")
+    with suppress(OSError):
+        clear_leftovers(output.absolute().parent, only=output.name, idle_seconds=_ABANDONED_SECONDS)
 
 
-def require_room(output: Path, tensor_bytes: int) -> None:
+def require_room_for(output: Path, tensor_bytes: int) -> None:
     """Refuse an output that does not fit.
 
     Raises:
         NoRoomError: less free disk than the tensors and their small companions take.
     """
-    needed = tensor_bytes + _SMALL_FILES_BYTES
-    existing = next(p for p in output.absolute().parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise NoRoomError(
-            f"The output takes {needed / 1e6:,.0f} MB; {free / 1e6:,.0f} MB are free",
-            where=str(existing),
-            fix="make room, or name an --output on another disk",
-        )
+    require_room(
+        output,
+        tensor_bytes + _SMALL_FILES_BYTES,
+        what="The output",
+        fix="make room, or name an --output on another disk",
+    )
 
 
 def save_model(model: Any, tokenizer: LoadedTokenizer, folder: Path) -> None:
@@ -60,9 +61,9 @@ def save_model(model: Any, tokenizer: LoadedTokenizer, folder: Path) -> None:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

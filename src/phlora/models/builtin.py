@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import io
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from phlora.errors import ConfigError, EnvironmentProblem, NoRoomError, did_you_mean
+from phlora.errors import ConfigError, EnvironmentProblem, did_you_mean
 from phlora.extras import install_command, require
-from phlora.files import cache_root
+from phlora.files import cache_root, require_room
 
 # Part of the cache key: raise it when the converted folder changes.
 FORMAT_VERSION = 1
@@ -131,13 +130,12 @@ def _build_once(target: Path, build: Callable[[Path], None], *, needed_bytes: in
     """Fill `target` by `build(folder)` beside it and one rename; the first of two builders wins."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed_bytes:
-            raise NoRoomError(
-                f"{needed_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free",
-                where=str(target.parent),
-                fix="make room, or set PHLORA_CACHE to a folder on another disk",
-            )
+        require_room(
+            target.parent,
+            needed_bytes,
+            what="The converted model",
+            fix="make room, or set PHLORA_CACHE to a folder on another disk",
+        )
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             built = Path(scratch) / "model"
             build(built)

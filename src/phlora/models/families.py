@@ -110,15 +110,21 @@ def block_linears(model: nn.Module) -> list[str]:
     ]
 
 
+def longrope_limit(config: Any) -> int | None:
+    """The longest row, in tokens, that has the short factors; None for a model with one set of factors."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    limit: int = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return limit
+
+
 def context_lengths(config: PreTrainedConfig) -> ContextLengths:
     """The context lengths that a configuration states."""
-    rope = getattr(config, "rope_parameters", None) or {}
     window = getattr(config, "sliding_window", None)
     return ContextLengths(
         max_tokens=getattr(config, "max_position_embeddings", None),
-        original_max_tokens=(
-            config.original_max_position_embeddings if rope.get("rope_type") == "longrope" else None
-        ),
+        original_max_tokens=longrope_limit(config),
         sliding_window_tokens=window if getattr(config, "use_sliding_window", True) else None,
     )
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from phlora.data.table import IGNORED
 from phlora.errors import ModelError
 from phlora.lora import matmul
 from phlora.lora.autograd import first_derivatives_only, sees_through
@@ -27,7 +28,6 @@ from phlora.lora.frozen import is_plain_linear
 from phlora.models.prefix_attention import segment_inputs
 from phlora.models.rotary import rotated_by_row
 
-IGNORED = -100
 # fp32 logits that may exist at once when the caller names no chunk.
 _CHUNK_BYTES = 64 << 20
 _NOT_FOR_THE_TRUNK = ("labels", "shift_labels", "loss_weights", "rows", "num_tokens")

@@ -12,8 +12,8 @@ from phlora.data.collate import sharing_keys
 from phlora.data.packing import TokenSequences
 from phlora.data.prefixes import share_in_passes, share_prefixes
 from phlora.data.table import TokenizedRow, TokenTable
+from phlora.models.families import longrope_limit
 from phlora.models.prefix_attention import copy_cost, sharing_obstacle
-from phlora.models.rotary import longrope_limit
 
 # Sharing is worth its layout from this share of saved positions on.
 _WORTHWHILE_SHARING = 0.1

@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 from phlora.data.prefixes import Segments
 from phlora.errors import ModelError
-
-
-def longrope_limit(config: Any) -> int | None:
-    """The longest row, in tokens, that has the short factors; None for a model with one set of factors."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+from phlora.models.families import longrope_limit
 
 
 @contextmanager

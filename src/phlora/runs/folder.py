@@ -336,23 +336,6 @@ def _says_disk_full(error: Exception, folder: Path) -> bool:
     return "PytorchStreamWriter" in text and shutil.disk_usage(folder).free < _ALMOST_NOTHING_BYTES
 
 
-def require_room(folder: Path, needed_bytes: int) -> None:
-    """Refuse to start when the checkpoints would not fit.
-
-    Raises:
-        NoRoomError: less free disk than `needed_bytes`.
-    """
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise NoRoomError(
-            f"The checkpoints of this run need about {needed_bytes / 1e6:,.0f} MB; "
-            f"{free_bytes / 1e6:,.0f} MB are free",
-            where=str(folder),
-            fix="make room, name an --output on another disk, or set training_config.save_total_limit lower",
-        )
-
-
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a reader needs to repeat a run; no user, host or path names."""
     versions = {}

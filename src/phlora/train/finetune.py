@@ -25,10 +25,11 @@ from phlora.evaluate import run as evaluation_run
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.extras import require
+from phlora.files import require_room
 from phlora.measure import Clock
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status, require_room
+from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
 from phlora.train import record
 from phlora.train.arguments import Arguments, needed_by_trackers, training_arguments
 from phlora.train.base import device_of, model_of, tokenizer_of
@@ -153,7 +154,12 @@ def finetune(
     if dry_run:
         return Run(None, None, attached.model, words.tokenizer, config_text, plan)
 
-    require_room(folder.path, plan.disk_bytes)
+    require_room(
+        folder.path,
+        plan.disk_bytes,
+        what="The run with its checkpoints",
+        fix="make room, name an --output on another disk, or set training_config.save_total_limit lower",
+    )
     with claimed(folder, resume=resume, overwrite=overwrite):
         facts = record.run_facts(config, prepared, loaded, arguments, lora, plan)
         checkpoint = record.open_run(folder, facts, config_text, prepared, objects, resume=resume)

@@ -19,8 +19,8 @@ from phlora.data.packing import TokenSequences
 from phlora.display import Display
 from phlora.errors import RunError
 from phlora.files import ADAPTER_FACTS, read_json, replaced_folder, write_json, write_text
+from phlora.models.families import longrope_limit
 from phlora.models.load import LoadedModel
-from phlora.models.rotary import longrope_limit
 from phlora.runs.folder import RunFolder
 from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.train.arguments import Arguments

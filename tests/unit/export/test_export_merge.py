@@ -22,7 +22,6 @@ from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
 from phlora.export import merge
-from phlora.export import output as export_output
 from phlora.export.convert import convert
 from phlora.export.merge import merge_run
 from phlora.models.embedded import tiny_phi3
@@ -167,7 +166,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(export_output.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("phlora.files.shutil.disk_usage", lambda path: usage)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(NoRoomError, match="are free"):
         merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET)

@@ -133,12 +133,6 @@ def test_a_device_without_memory_is_said_with_what_helps(run: RunFolder) -> None
     assert run.facts()["status"] == "failed"
 
 
-def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
-    runs_folder.require_room(tmp_path / "not" / "yet" / "there", 1000)
-    with pytest.raises(NoRoomError, match="are free"):
-        runs_folder.require_room(tmp_path / "not" / "yet" / "there", 10**18)
-
-
 def test_a_cut_last_event_is_left_out(run: RunFolder) -> None:
     runs_folder.append_event(run.events, "log", loss=1.5, text="درود")
     with run.events.open("a") as file:
