@@ -45,6 +45,7 @@ HTML_FILE = "report.html"
 # In report.json even when the run did not ask for them.
 _ALWAYS = ("exact_match", "json_valid")
 _SHOWN_ANSWERS = 25
+_MOST_SHOWN = 20_000
 _CHANGES: tuple[Change, ...] = ("improved", "worsened")
 # Aligning longer texts word by word takes seconds and helps nobody.
 _MAX_DIFF_PIECES = 1500
@@ -323,15 +324,25 @@ def _bar(line: Line) -> Bar:
 
 
 def _shown_item(item: AnsweredItem) -> dict[str, Any]:
-    messages = [(str(message.get("role", "")), _content(message.get("content"))) for message in item.messages]
+    messages = [
+        (str(message.get("role", "")), _clipped(_content(message.get("content"))))
+        for message in item.messages
+    ]
+    reference = _clipped(item.reference)
     return {
         "origin": item.origin,
         "earlier": messages[:-1],
         "question": messages[-1] if messages else None,
-        "reference": item.reference,
-        "base": marked_words(item.base_answer, item.reference),
-        "tuned": marked_words(item.tuned_answer, item.reference),
+        "reference": reference,
+        "base": marked_words(_clipped(item.base_answer), reference),
+        "tuned": marked_words(_clipped(item.tuned_answer), reference),
     }
+
+
+def _clipped(text: str) -> str:
+    """The beginning of a text that would make the page slow; report.json holds the whole."""
+    hidden = len(text) - _MOST_SHOWN
+    return text if hidden <= 0 else f"{text[:_MOST_SHOWN]} … ({hidden:,} more characters in report.json)"
 
 
 def _content(content: Any) -> str:

@@ -411,6 +411,17 @@ class TestPage:
         text = report_of(comparison_of(["sama"] * 4, ["vari"] * 4, [essay] * 4)).to_html()
         assert "Side by side" in text and text.count("vari") >= 4 and "Judged by" not in text
 
+    def test_a_huge_text_does_not_make_a_huge_page(self, tmp_path: Path) -> None:
+        huge = "<b>x</b> " * 200_000
+        report = report_of(
+            comparison_of([huge] * 10, ["yes"] * 10, ["yes"] * 9 + [huge], questions=[huge] * 10)
+        )
+        report.write(tmp_path)
+        assert (tmp_path / "report.html").stat().st_size < 3_000_000
+        assert "1,780,000 more characters in report.json" in (tmp_path / "report.html").read_text("utf-8")
+        answers = json.loads((tmp_path / "report.json").read_text("utf-8"))["answers"]
+        assert answers[0]["base_answer"] == huge
+
     def test_long_lists_are_cut_and_say_so(self) -> None:
         text = report_of(improved()).to_html()
         assert "25 of 45 are shown; report.json holds all of them." in text
