@@ -12,6 +12,7 @@ Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import weakref
@@ -61,6 +62,7 @@ _FILLS = frozenset(
 
 
 _SET_DATA = Tensor.__dict__.get("data", torch._C.TensorBase.__dict__["data"]).__set__
+_GET_DATA = Tensor.__dict__.get("data", torch._C.TensorBase.__dict__["data"]).__get__
 _SET_REQUIRES_GRAD = torch._C.TensorBase.__dict__["requires_grad"].__set__
 
 
@@ -68,20 +70,22 @@ class _Plain(Tensor):
     """The plain `lora_B (N, R)` of a `BlockUp` or `lora_A (R, K)` of a `StartedDown`, put together when asked for.
 
     What is written into it, or into a view of it, goes on into the blocks. What fills all of it, `nn.init` for one,
-    fills each block and leaves the zeros between them.
+    fills each block and leaves the zeros between them. Other values between the blocks are an error, but for those
+    written into `data`, as hot swapping does: they make another adapter of it.
     """
 
     _up: BlockUp | StartedDown
     _whole: Tensor
+    _swaps: bool
     _kept: weakref.ref[Tensor]
 
     @classmethod
-    def of(cls, up: BlockUp | StartedDown, plain: Tensor, whole: Tensor) -> _Plain:
-        """`plain` is `whole`, or a view of it."""
+    def of(cls, up: BlockUp | StartedDown, plain: Tensor, whole: Tensor, *, swaps: bool = False) -> _Plain:
+        """`plain` is `whole`, or a view of it; `swaps`: it was reached by `data`."""
         self = plain.as_subclass(cls)
         # PEFT's hot swapping exchanges the insides of tensors where shapes differ, and a copy would be all that gets
         # them. torch does not do so with a tensor that has weak references; then `data` is set instead.
-        self._up, self._whole, self._kept = up, whole, weakref.ref(self)
+        self._up, self._whole, self._swaps, self._kept = up, whole, swaps, weakref.ref(self)
         return self
 
     @classmethod
@@ -106,9 +110,9 @@ class _Plain(Tensor):
             in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
             for plain, version in zip(plains, versions, strict=True):
                 if _version(plain) != version or (in_place and plain is self):
-                    plain._up.take(plain._whole)
+                    plain._up.take(plain._whole, swaps=plain._swaps)
             if isinstance(result, Tensor):
-                return plains[0]._followed(result)
+                return plains[0]._followed(result, swaps=plains[0]._swaps or func == _GET_DATA)
             if func in (Tensor.numpy, Tensor.__array__):
                 # Nobody would notice what is written into it.
                 result.setflags(write=False)
@@ -122,12 +126,23 @@ class _Plain(Tensor):
             self.copy_(self._up.joined())
         return self
 
-    def _followed(self, result: Tensor) -> Tensor:
+    def _followed(self, result: Tensor, *, swaps: bool) -> Tensor:
         """The result, whose writes are followed too where it is a view of the whole."""
         if isinstance(result, _Plain) or result.device.type == "meta":
             return result
         shared = result.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
-        return _Plain.of(self._up, result, self._whole) if shared else result
+        return _Plain.of(self._up, result, self._whole, swaps=swaps) if shared else result
+
+    def _plainly(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(self._plainly(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain: Any = self._plainly()
+        return plain.__reduce_ex__(protocol)
 
 
 def _instead(part: Tensor, _: Tensor) -> Tensor:
@@ -307,12 +322,21 @@ class BlockUp(_ByRows):
         ]
         return in_rows(parts, self.blocks, dim=-1, size=self.out_features)
 
-    def take(self, plain: Tensor) -> None:
+    def take(self, plain: Tensor, *, swaps: bool = True) -> None:
         """Become another plain `lora_B (N, R)`, of any rank, as hot swapping asks.
 
         The blocks stay, with other ranks where need be; one that is no adapter on these blocks makes all rows one.
+
+        Args:
+            plain: the values.
+            swaps: whether they may be those of another adapter; else the blocks have to stay as they are.
+
+        Raises:
+            ModelError: the blocks have to stay, and there are values between them.
         """
         plain, like = plain.detach(), self.parts[0]
+        if not swaps:
+            return self._put(self._receive(plain))
         blocks = fitting_blocks(plain, self.blocks)
         values = from_block_diagonal(plain.to(like.device), blocks, dtype=like.dtype)
         if blocks == self.blocks:
@@ -383,7 +407,7 @@ class StartedDown(_Started):
         """(..., K) -> (..., ΣR_i)."""
         return nn.functional.linear(x, self.joined())
 
-    def take(self, plain: Tensor) -> None:
+    def take(self, plain: Tensor, *, swaps: bool = True) -> None:
         """Become another `lora_A` of the same rank.
 
         Raises:
@@ -426,7 +450,7 @@ class StartedUp(_Started, BlockUp):
     def values(self) -> list[Tensor]:
         return [torch.cat(pair, 1) for pair in zip(self.parts, self.starts, strict=True)]
 
-    def take(self, plain: Tensor) -> None:
+    def take(self, plain: Tensor, *, swaps: bool = True) -> None:
         """Become another plain `lora_B (N, R)` on the same blocks.
 
         Raises:
