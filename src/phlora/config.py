@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -278,6 +279,35 @@ def quantization_config(
     values = {"type": value} if isinstance(value, str) else value
     config: QuantizationConfig = _convert(values, QuantizationConfig, where="model.quantization")
     return config
+
+
+def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
+    """The `columns` of a `DataFile` as a command line says them: `question=Frage,answer=Antwort`.
+
+    Raises:
+        ConfigError: an assignment without a name on each side, or the same name twice.
+    """
+    columns: dict[str, str] = {}
+    for assignment in (part for text in assignments for part in text.split(",")):
+        new, equals, old = (part.strip() for part in assignment.partition("="))
+        if not equals or not new or not old:
+            raise ConfigError(
+                f"`{assignment}` names no column",
+                where="--columns",
+                expected="NEW=OLD, for example question=Frage,answer=Antwort",
+            )
+        if new in columns:
+            raise ConfigError(f"`{new}` is named twice", where="--columns", fix="name each column once")
+        columns[new] = old
+    return columns
+
+
+def default_output(data: str) -> str:
+    """The run folder of data: `runs/chats` for chats.jsonl, chats.jsonl.gz and the hub data set owner/chats."""
+    name = re.sub(r"\.(gz|zst|bz2|xz)$", "", Path(data).name, flags=re.IGNORECASE)
+    name = Path(name).stem
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    return f"runs/{name or 'run'}"
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

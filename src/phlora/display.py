@@ -18,13 +18,25 @@ Advance = Callable[[int], None]
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-# All but tab and newline.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# All control characters but tab and newline; what turns the direction of a whole line, breaks it, or is not seen;
+# halves of surrogate pairs. The joiners of Persian and Hindi and the marks of right-to-left texts stay.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelled out: data and models must not command a terminal."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    """The text with control characters spelled out: data and models must not command a terminal, or mislead.
+
+    >>> printable("\x1b[31m and \u202e")
+    '\\\\x1b[31m and \\\\u202e'
+    """
+    return _UNPRINTABLE.sub(lambda match: _spelled_out(ord(match[0])), text)
+
+
+def _spelled_out(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class Display:
@@ -46,20 +58,24 @@ class Display:
     def stage(self, text: str) -> None:
         """Say which step of the story begins."""
         if not self.quiet:
+            text = printable(text)
             self._print(f"[bold]›[/bold] {_escape(text)}" if self.fancy else f"> {text}")
 
     def note(self, text: str) -> None:
         """Say a fact that a person should know but need not act on."""
         if not self.quiet:
+            text = printable(text)
             self._print(f"  [dim]{_escape(text)}[/dim]" if self.fancy else f"  {text}")
 
     def warn(self, text: str) -> None:
         """Say something that a person should look at; also when quiet."""
+        text = printable(text)
         self._print(f"[yellow]![/yellow] {_escape(text)}" if self.fancy else f"! {text}")
 
     def show(self, text: str) -> None:
         """Write a block of text, such as a table, as it is."""
         if not self.quiet:
+            text = printable(text)
             self._print(_escape(text) if self.fancy else text)
 
     @contextmanager
@@ -73,6 +89,18 @@ class Display:
                 yield lambda done: bar.update(task, advance=done)
         else:
             yield _Lines(self, title, total, unit).advance
+
+    @contextmanager
+    def counting(self, title: str, *, unit: str = "rows") -> Iterator[Advance]:
+        """A count of what has no known end; call the yielded function with the number of units done."""
+        if self.quiet:
+            yield lambda done: None
+        elif self.fancy:
+            with self.bar("{task.completed:,} " + unit) as bar:
+                task = bar.add_task(_escape(title), total=None)
+                yield lambda done: bar.update(task, advance=done)
+        else:
+            yield _Count(self, title, unit).advance
 
     def bar(self, *columns: str) -> Any:
         """A rich progress bar with text columns, written to this display's stream."""
@@ -116,6 +144,21 @@ class _Lines:
             self.display.note(
                 f"{self.title}: {self.done}/{self.total} {self.unit}, {now - self.started:.0f} s"
             )
+
+
+class _Count:
+    """A count for a log: a line every few seconds, none for what is quick."""
+
+    def __init__(self, display: Display, title: str, unit: str) -> None:
+        self.display, self.title, self.unit, self.done = display, title, unit, 0
+        self.started = self.last = time.monotonic()
+
+    def advance(self, done: int) -> None:
+        self.done += done
+        now = time.monotonic()
+        if now - self.last >= _SECONDS_BETWEEN_LINES:
+            self.last = now
+            self.display.note(f"{self.title}: {self.done:,} {self.unit}, {now - self.started:.0f} s")
 
 
 def _escape(text: str) -> str:

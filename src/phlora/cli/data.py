@@ -1,9 +1,10 @@
-"""`phlora data check` and `phlora data preview`."""
+"""`phlora data check`, `phlora data preview` and `phlora data convert`."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,19 +16,20 @@ from phlora.cli.console import (
     print_result,
     standard_output_kept,
 )
-from phlora.cli.options import Json, Offline, Quiet
+from phlora.cli.options import Columns, Json, Offline, Quiet
 from phlora.config import TrainOn
 from phlora.display import Display, printable
-from phlora.errors import ConfigError
+from phlora.errors import EXIT_DONE, EXIT_FINDING, ConfigError
 
 if TYPE_CHECKING:
+    from phlora.config import DataFile
     from phlora.data.checks import PreviewRow
     from phlora.data.rows import Row
     from phlora.models.tokenizer import LoadedTokenizer
 
 
 commands = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Check a chat file, or look into it."
+    rich_markup_mode=None, no_args_is_help=True, help="Check a chat file, look into it, or convert it."
 )
 Format = Annotated[
     str,
@@ -36,6 +38,9 @@ Format = Annotated[
         help="auto, messages, conversations, alpaca, qa, prompt_completion, text, preference_chosen, classification, …",
         show_default=True,
     ),
+]
+Encoding = Annotated[
+    str | None, typer.Option("--encoding", help="Of text files; without it UTF-8, or guessed and shown.")
 ]
 MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Longest row in tokens.")]
 Trained = Annotated[TrainOn, typer.Option("--train-on", help="The turns whose tokens are trained.")]
@@ -59,6 +64,8 @@ def check_data(
         typer.Option("--model", "-m", help="Also check the tokens that this model's tokenizer makes."),
     ] = None,
     format: Format = "auto",
+    columns: Columns = None,
+    encoding: Encoding = None,
     max_length: MaxLength = None,
     train_on: Trained = "assistant",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when there are warnings.")] = False,
@@ -82,15 +89,17 @@ def check_data(
     with standard_output_kept():
         tokens = _tokenizer(model, display) if model else None
         display.stage(f"Checking {', '.join(files)}")
-        report = check(
-            files,
-            tokens.tokenizer if tokens else None,
-            eval_sources=eval_data or None,
-            format=format,
-            train_on=train_on,
-            max_length=max_length or DEFAULT_MAX_LENGTH,
-            training_template=tokens.training_template if tokens else None,
-        )
+        with display.counting("Reading") as reading:
+            report = check(
+                _sources(files, columns, encoding),
+                tokens.tokenizer if tokens else None,
+                eval_sources=_sources(eval_data, columns, encoding) if eval_data else None,
+                format=format,
+                train_on=train_on,
+                max_length=max_length or DEFAULT_MAX_LENGTH,
+                training_template=tokens.training_template if tokens else None,
+                reading=reading,
+            )
     print_result(report.to_json() if as_json else printable(report.render()))
     raise typer.Exit(report.exit_code(strict=strict))
 
@@ -111,15 +120,23 @@ def preview_data(
         int, typer.Option("--rows", "-n", min=1, help="How many rows to show.", show_default=True)
     ] = 3,
     format: Format = "auto",
+    columns: Columns = None,
+    encoding: Encoding = None,
     max_length: MaxLength = None,
     train_on: Trained = "assistant",
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain", help="No bars between tokens: letters that join, as Persian ones, stay joined."
+        ),
+    ] = False,
     offline: Offline = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Show rows token by token as the model will see them, and which tokens are trained.
 
-    On a terminal trained tokens are green, elsewhere they stand in ⟦ ⟧; │ separates tokens.
+    On a terminal trained tokens are green, elsewhere they stand in ⟦ ⟧; │ separates tokens, without --plain.
     """
     if offline:
         forbid_network()
@@ -127,7 +144,7 @@ def preview_data(
 
     display = make_display(quiet)
     with standard_output_kept():
-        first = _first_rows(file, format, rows)
+        first = _first_rows(_sources([file], columns, encoding)[0], format, rows)
         tokens = _tokenizer(model, display)
         shown = preview(
             first,
@@ -142,7 +159,65 @@ def preview_data(
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     display.note(f"Tokens of {model}; trained ones {'are green' if colour else 'stand in ⟦ ⟧'}")
-    print_result("\n\n".join(_preview_text(row, colour=colour) for row in shown))
+    print_result("\n\n".join(_preview_text(row, colour=colour, plain=plain) for row in shown))
+
+
+@commands.command(
+    "convert",
+    short_help="Write chats of any kind as plain JSONL.",
+    epilog="\b\nExamples:\n"
+    "  phlora data convert conversations.json chats.jsonl\n"
+    "  phlora data convert table.xlsx chats.jsonl --columns question=Frage,answer=Antwort\n"
+    "  phlora data convert 'WhatsApp Chat.txt' chats.jsonl --assistant Ana",
+)
+def convert_data(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE... OUTPUT", help="What is read, and the JSONL file to write.")
+    ],
+    format: Format = "auto",
+    columns: Columns = None,
+    encoding: Encoding = None,
+    assistant: Annotated[
+        str | None,
+        typer.Option("--assistant", metavar="NAME", help="In a log of people: whose messages are learned."),
+    ] = None,
+    gap_hours: Annotated[
+        float,
+        typer.Option(
+            "--gap-hours", min=0.01, help="In a log: a longer pause begins a new chat.", show_default=True
+        ),
+    ] = 8.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write chats of any kind that is read as plain JSONL of `messages`, a chat a line.
+
+    Exports of ChatGPT, Claude, WhatsApp, Telegram and Slack and OpenAssistant's trees are read too. Rows that
+    cannot be used are named and left out.
+
+    Exit code 0: all rows written; 1: some left out; 2: none, or nothing could be read.
+    """
+    if len(files) < 2:
+        raise ConfigError("One file was given", expected="FILE... OUTPUT: what is read, and what is written")
+    if offline:
+        forbid_network()
+    from phlora.data.convert import convert
+
+    display = make_display(quiet)
+    with standard_output_kept(), display.counting("Writing") as progress:
+        done = convert(
+            _sources(files[:-1], columns, encoding),
+            files[-1],
+            format=format,
+            assistant=assistant,
+            gap_hours=gap_hours,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print_result(done.to_json() if as_json else printable(done.render()))
+    raise typer.Exit(EXIT_FINDING if done.num_left_out else EXIT_DONE)
 
 
 # ------------------------------------------------------------------------------- what the commands print
@@ -158,7 +233,14 @@ def _tokenizer(model: str, display: Display) -> LoadedTokenizer:
     return loaded
 
 
-def _first_rows(file: str, format: str, num_rows: int) -> list[Row]:
+def _sources(files: Sequence[str], columns: list[str] | None, encoding: str | None) -> list[DataFile]:
+    from phlora.config import DataFile, parse_columns
+
+    mapping = parse_columns(columns or [])
+    return [DataFile(path=file, columns=mapping, encoding=encoding) for file in files]
+
+
+def _first_rows(file: DataFile, format: str, num_rows: int) -> list[Row]:
     from itertools import islice
 
     from phlora.data.dataset import read_rows
@@ -171,18 +253,18 @@ def _preview_json(row: PreviewRow) -> dict[str, Any]:
     return {"origin": str(row.origin), "skipped": row.skipped, "tokens": tokens}
 
 
-def _preview_text(row: PreviewRow, *, colour: bool) -> str:
-    """A row's tokens between bars, stretches of trained ones in green or in brackets."""
+def _preview_text(row: PreviewRow, *, colour: bool, plain: bool = False) -> str:
+    """A row's tokens, between bars unless plain, stretches of trained ones in green or in brackets."""
     from itertools import groupby
 
     if row.skipped:
-        return f"── {row.origin}\nleft out: {row.skipped}"
+        return printable(f"── {row.origin}\nleft out: {row.skipped}")
     text = ""
     for (trained, weight), group in groupby(row.tokens, key=lambda token: token[1:]):
-        pieces = "│".join(printable(piece) for piece, _, _ in group)
+        pieces = ("" if plain else "│").join(printable(piece) for piece, _, _ in group)
         factor = "" if weight in (0.0, 1.0) else f"×{weight:g} "
         if not trained:
             text += f"\x1b[2m{pieces}\x1b[0m" if colour else pieces
         else:
             text += f"\x1b[1;32m{factor}{pieces}\x1b[0m" if colour else f"⟦{factor}{pieces}⟧"
-    return f"── {row.origin}\n{text}"
+    return f"── {printable(str(row.origin))}\n{text}"

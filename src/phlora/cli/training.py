@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from phlora.cli.console import (
     standard_output_kept,
     terminal_width,
 )
-from phlora.cli.options import Json, Offline, Quiet
+from phlora.cli.options import Columns, Json, Offline, Quiet
 
 if TYPE_CHECKING:
     from phlora.config import Origins, RunConfig
@@ -63,6 +62,7 @@ def train(
         list[str] | None,
         typer.Option("--eval-data", metavar="FILE", help="Held-out chats; without it some are split off."),
     ] = None,
+    columns: Columns = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="DIR", help="Run folder  [default: runs/<name of the data>]"),
@@ -106,6 +106,7 @@ def train(
             "--offline": offline,
         },
         assignments or [],
+        columns or [],
     )
     if config.model.offline:
         forbid_network()
@@ -183,20 +184,31 @@ def evaluate(
 # ------------------------------------------------------------------------------------- train: configuration
 
 
-def _run_config(file: Path | None, options: Mapping[str, Any], assignments: Sequence[str]) -> RunConfig:
-    """The file, the options over it, and the assignments over both."""
-    from phlora.config import apply_overrides, build_config, read_config
+def _run_config(
+    file: Path | None, options: Mapping[str, Any], assignments: Sequence[str], columns: Sequence[str]
+) -> RunConfig:
+    """The file, the options over it, the assignments over both, and the names of all data files' columns."""
+    from phlora.config import apply_overrides, build_config, default_output, parse_columns, read_config
 
     values, origins = read_config(file) if file else ({}, {})
     values, origins = _apply_options(values, origins, options)
     values, origins = apply_overrides(values, assignments, origins)
     config = build_config(values, origins)
+    if columns:
+        mapping = parse_columns(columns)
+        sides = {
+            side: tuple(
+                replace(file, columns={**file.columns, **mapping}) for file in getattr(config.data, side)
+            )
+            for side in ("files", "eval")
+        }
+        config = replace(config, data=replace(config.data, **sides))
     if "output" in values:
         return config
     if named := config.training_config.get("output_dir"):
         return replace(config, output=str(named))
     if file is None:
-        output = _default_output(config.data.files[0].path)
+        output = default_output(config.data.files[0].path)
         return replace(
             config, output=output, origins={**origins, "output": "the name of the first data file"}
         )
@@ -217,13 +229,6 @@ def _apply_options(
         if options[option]:
             values, origins = set_value(values, key, options[option], origins, origin=option)
     return values, origins
-
-
-def _default_output(data: str) -> str:
-    """`runs/chats` for chats.jsonl, chats.jsonl.gz and the hub data set owner/chats."""
-    stem = Path(Path(data).name.removesuffix(".gz")).stem
-    name = re.sub(r"[^\w.-]+", "-", stem).strip("-.")
-    return f"runs/{name or 'run'}"
 
 
 # ----------------------------------------------------------------------------------------- train: the result

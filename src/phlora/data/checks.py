@@ -14,9 +14,10 @@ from typing import Any
 from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import Tokenizer
 from phlora.data.dataset import Source
-from phlora.data.inspection import InspectedData, SplitSettings, inspect_data, merge_problems
+from phlora.data.inspection import InspectedData, SplitSettings, inspect_data
 from phlora.data.leaks import num_leaks
 from phlora.data.lengths import Bin, histogram, percentiles, whole_at
+from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.rows import Origin, Problem, Row
 from phlora.data.tokenize import (
     IGNORED,
@@ -31,7 +32,6 @@ from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT
 
 # Of training, where nothing else is said.
 DEFAULT_MAX_LENGTH = 2048
-NUM_SHOWN_ORIGINS = 8
 # Byte-level tokens can straddle characters, so that several in a row end within one.
 MAX_TOKENS_A_PIECE = 16
 
@@ -81,16 +81,7 @@ class CheckReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain values; origins as `file:line`."""
         values = asdict(self)
-        values["problems"] = [
-            {
-                "kind": problem.kind,
-                "severity": problem.severity,
-                "message": problem.message,
-                "count": problem.count,
-                "origins": [str(origin) for origin in problem.origins],
-            }
-            for problem in self.problems
-        ]
+        values["problems"] = problems_json(self.problems)
         return values
 
     def render(self) -> str:
@@ -98,7 +89,7 @@ class CheckReport:
         return "\n".join([*self._head(), *self._histogram(), *map(render_problem, self.problems)])
 
     def _head(self) -> list[str]:
-        lines = [f"{name}: {schema}" for name, schema in self.formats.items()]
+        lines = shown_formats(self.formats)
         lines.append(f"{self.num_usable_rows} of {self.num_rows} rows usable" + self._conversations())
         if self.num_tokens is not None and self.num_trained_tokens is not None:
             share = self.num_trained_tokens / max(self.num_tokens, 1)
@@ -159,6 +150,7 @@ def check(
     training_template: str | None = None,
     split: SplitSettings | None = None,
     keep_reasoning: bool = False,
+    reading: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> CheckReport:
     """Read all rows and report everything that is wrong with them.
@@ -168,6 +160,8 @@ def check(
         eval_sources: held-out rows, checked for reappearing in the training data.
         split: how rows are held out where there are no `eval_sources`.
         keep_reasoning: whether what was thought before answers is kept as text.
+        reading: called with the number of rows read since.
+        progress: called with the number of rows tokenised since.
 
     The other arguments are those of `load_rows` and `tokenize_rows`.
 
@@ -182,6 +176,7 @@ def check(
         split=split,
         keep_reasoning=keep_reasoning,
         on_bad="collect",
+        reading=reading,
     )
     found, problems = data.index, list(data.problems)
     tokenized = None
@@ -227,15 +222,6 @@ def preview(
         else:
             shown.append(PreviewRow(row.origin, _pieces(result, tokenizer)))
     return shown
-
-
-def render_problem(problem: Problem) -> str:
-    """One problem as plain text, with the rows concerned."""
-    origins = [str(origin) for origin in problem.origins]
-    shown = ", ".join(origins[:NUM_SHOWN_ORIGINS])
-    more = f" and {len(origins) - NUM_SHOWN_ORIGINS} more" if len(origins) > NUM_SHOWN_ORIGINS else ""
-    times = f" ({problem.count} rows)" if problem.count > 1 else ""
-    return f"{problem.severity}: {problem.message}{times}" + (f"\n    {shown}{more}" if origins else "")
 
 
 # ------------------------------------------------------------------------------------------------ tokens

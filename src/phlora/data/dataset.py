@@ -170,7 +170,7 @@ def load_rows(
     rows: list[Row] = []
     problems: list[Problem] = []
     formats: dict[str, str] = {}
-    for item in _read_all(_as_list(sources), format, formats):
+    for item in read_all(_as_list(sources), format, formats):
         (rows if isinstance(item, Row) else problems).append(item)  # type: ignore[arg-type]
     _raise_for(problems, on_bad)
     return Loaded(rows, problems, formats)
@@ -202,7 +202,7 @@ def index_rows(
     survey = RowIndex(kept, format, [], bytearray(), array("q"), array("i"), (), [], {})
     groups: list[bytes] = []
     files: dict[str, int] = {}
-    for item in _read_all(kept, format, survey.formats, group_by, stratify_by, keep_reasoning=keep_reasoning):
+    for item in read_all(kept, format, survey.formats, group_by, stratify_by, keep_reasoning=keep_reasoning):
         if isinstance(item, Problem):
             survey.problems.append(item)
             continue
@@ -230,11 +230,11 @@ def index_rows(
 
 
 def _rows_of(index: RowIndex) -> Iterator[Row]:
-    items = _read_all(index.sources, index.format, {}, keep_reasoning=index.keep_reasoning)
+    items = read_all(index.sources, index.format, {}, keep_reasoning=index.keep_reasoning)
     return (item for item in items if isinstance(item, Row))
 
 
-def _read_all(
+def read_all(
     sources: Sequence[Source],
     format: str,
     formats: dict[str, str],

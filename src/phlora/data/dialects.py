@@ -180,5 +180,4 @@ _EXPORTS: tuple[tuple[Export, Callable[[Mapping[str, Any]], bool]], ...] = (
     (OASST_ROWS, lambda record: {"message_id", "parent_id", "text", "role"} <= record.keys()),
     (TELEGRAM, _is_telegram),
     (SLACK, _is_slack),
-    (WHATSAPP, lambda record: False),  # told apart by its lines, in `exports`
 )

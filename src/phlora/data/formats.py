@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phlora.data.columns import category_of, required_value
-from phlora.data.dialects import foreign_export, from_chatgpt, from_claude, from_gemini, from_xlam
+from phlora.data.dialects import from_chatgpt, from_claude, from_gemini, from_xlam
+from phlora.data.exports import export_of
 from phlora.data.known_keys import LABELS, Findings, heed
 from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system, without_none
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
@@ -61,11 +62,11 @@ class Shape:
 
     def problems(self) -> Iterator[Problem]:
         """What the rows said that is not done."""
-        yield from self.findings.problems(self.name)
+        yield from self.findings.problems(Origin(self.name, self.example_line or 1))
         if self.ignored:
             names = names_of(sorted(self.ignored))
-            message = f"{self.name}: not used, since {self.schema.name} has no such column: {names}"
-            yield Problem("ignored_columns", "note", message)
+            message = f"Not used, since {self.schema.name} has no such column: {names}"
+            yield Problem("ignored_columns", "note", message, (Origin(self.name, self.example_line or 1),))
 
 
 def detect(records: Sequence[Record], format: str, name: str) -> tuple[Schema, int]:
@@ -98,10 +99,9 @@ def detect(records: Sequence[Record], format: str, name: str) -> tuple[Schema, i
 
 
 def _refuse_exports(records: Sequence[Record], name: str) -> None:
-    for line, record in records[:4]:
-        export = foreign_export(record)
-        if export:
-            raise DataError(f"This is {export.kind}", where=f"{name}:{line}", fix=export.advice(name))
+    export = export_of(records[:NUM_ROWS_FOR_DETECTION])
+    if export:
+        raise DataError(f"This is {export.kind}", where=f"{name}:{records[0][0]}", fix=export.advice(name))
 
 
 def _refuse_preferences(records: Sequence[Record], name: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -14,8 +13,6 @@ from phlora.data.leaks import find_leaks
 from phlora.data.rows import Message, Problem, Row
 from phlora.data.split import split_rows
 from phlora.errors import DataError
-
-_SEVERITIES = ("error", "warning", "note")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +52,7 @@ def inspect_data(
     split: SplitSettings | None = None,
     keep_reasoning: bool = False,
     on_bad: Literal["raise", "collect"] = "raise",
+    reading: Callable[[int], None] | None = None,
 ) -> InspectedData:
     """Read both sides once, split where that is asked for, and find what is odd: the same for `check` and for training.
 
@@ -66,12 +64,17 @@ def inspect_data(
     split = split or SplitSettings()
     structural: list[Problem] = []
 
+    def inspect(row: Row) -> None:
+        structural.extend(_structure(row, train_on))
+        if reading:
+            reading(1)
+
     def read(sources: Source | Sequence[Source], **columns: str | None) -> RowIndex:
         return index_rows(
             sources,
             format=format,
             on_bad=on_bad,
-            inspect=lambda row: structural.extend(_structure(row, train_on)),
+            inspect=inspect,
             keep_reasoning=keep_reasoning,
             **columns,
         )
@@ -100,24 +103,6 @@ def inspect_data(
             problems += [Problem("split", "note", text) for text in sides.notes]
     problems += [*structural, *_duplicates(found), *find_leaks(train, held_out)]
     return InspectedData(found, train, held_out, problems, num_conversations)
-
-
-def merge_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """One problem for each kind and message, errors first."""
-    groups: dict[tuple[str, str, str], list[Problem]] = defaultdict(list)
-    for problem in problems:
-        groups[problem.severity, problem.kind, problem.message].append(problem)
-    merged = [
-        Problem(
-            kind,
-            group[0].severity,
-            message,
-            tuple(origin for problem in group for origin in problem.origins),
-            sum(problem.count for problem in group),
-        )
-        for (_, kind, message), group in groups.items()
-    ]
-    return tuple(sorted(merged, key=lambda problem: _SEVERITIES.index(problem.severity)))
 
 
 # ------------------------------------------------------------------------------------------------ structure

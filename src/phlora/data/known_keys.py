@@ -247,14 +247,14 @@ class Findings:
         if len(origins) < MAX_NAMED_ORIGINS:
             origins.append(origin)
 
-    def problems(self, name: str) -> Iterator[Problem]:
-        """All of it."""
+    def problems(self, file: Origin) -> Iterator[Problem]:
+        """All of it; what is said of a whole file stands at `file`."""
         for (kind, severity, message), (origins, count) in self.found.items():
             yield Problem(kind, severity, message, tuple(origins), count[0])
         if self.unknown_keys:
             keys = ", ".join(f"`{key}`" for key in sorted(self.unknown_keys)[:12])
-            message = f"{name}: messages have keys that nothing but a chat template could read: {keys}"
-            yield Problem("unknown_message_keys", "note", message)
+            message = f"Messages have keys that nothing but a chat template could read: {keys}"
+            yield Problem("unknown_message_keys", "note", message, (file,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from phlora.data.blocks import part_text, text_of_parts
 from phlora.data.rows import BadRow, Message, kind_of, names_of
+from phlora.data.values import require_plain
 from phlora.errors import did_you_mean
 
 ROLES = {
@@ -149,6 +150,7 @@ def _turn(item: Any, turn: int) -> list[Message]:
     """The messages that one turn holds: several where a pair or the results of tools stand in it."""
     if not isinstance(item, Mapping):
         raise BadRow("wrong_type", f"turn {turn} is {kind_of(item)}", "an object with `role` and `content`")
+    require_plain(item, f"turn {turn}")
     message = {key: value for key, value in item.items() if value is not None}
     role_key = next((key for key in _ROLE_KEYS if key in message), None)
     if role_key is None:
@@ -312,6 +314,7 @@ def tools_of(value: Any) -> list[Any] | None:
         name = inner.get("name") if isinstance(inner, Mapping) else inner
         if name is not None and not isinstance(name, str):
             raise BadRow("wrong_type", f"the name of a tool is {kind_of(name)}", "text")
+    require_plain(value, "`tools`")
     return list(value)
 
 

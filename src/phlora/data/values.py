@@ -95,6 +95,23 @@ def encodable(text: str, where: str) -> str:
     return text
 
 
+def require_plain(value: Any, where: str) -> None:
+    """Refuse what JSON does not know, such as bytes, inside a sound value.
+
+    Raises:
+        BadRow: there is some.
+    """
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        if value is not None and not isinstance(value, str | int | float):
+            raise BadRow("wrong_type", f"{where} holds {kind_of(value)}", "text, numbers, lists and objects")
+        return
+    for item in value:
+        if type(item) is not str:
+            require_plain(item, where)
+
+
 def checked(records: Iterator[Record], columns: Mapping[str, str]) -> Iterator[Record]:
     """Sound records with renamed columns; a `BadRow` in place of each that is not sound."""
     for line, record in records:

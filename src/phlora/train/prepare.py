@@ -15,8 +15,9 @@ from phlora.config import DataFile, RunConfig, Speed
 from phlora.data.cache import TokenCache, digest_tokenizer, token_key
 from phlora.data.checks import warnings_of
 from phlora.data.dataset import RowIndex, RowSubset
-from phlora.data.inspection import SplitSettings, inspect_data, merge_problems
+from phlora.data.inspection import SplitSettings, inspect_data
 from phlora.data.packing import TokenSequences
+from phlora.data.problems import merge_problems
 from phlora.data.rows import Origin, Problem, Row, fingerprint_of
 from phlora.data.split import split_keys
 from phlora.data.system_prompt import SystemPrompts, find_system_prompts

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from phlora.config import RunConfig, build_config
+from phlora.config import RunConfig, build_config, default_output
 from phlora.errors import ConfigError, EnvironmentProblem, RunError
 from phlora.evaluate.metrics import Metric
 from phlora.files import replaced_file
@@ -118,8 +118,8 @@ def collect_request(
     values = {name: value for name, value in values.items() if value is not None}
     built = _derived(build_config(values, {**origins, **training_origins, **lora_origins}))
     if output is None and built.output == RunConfig.output:
-        stem = "run" if train is not None else Path(built.data.files[0].path).stem
-        built = dataclasses.replace(built, output=str(Path("runs") / stem))
+        named = "run" if train is not None else built.data.files[0].path
+        built = dataclasses.replace(built, output=default_output(named))
     built = _naming_rows(built, train is not None, held_out is not None)
     objects = Objects(
         train, held_out, model if isinstance(model, nn.Module) else None, metrics=metrics, **beside

@@ -82,3 +82,36 @@ def test_preview_of_a_good_beginning_does_not_need_a_good_end(
     file = write_rows(tmp_path / "x.jsonl", [*CHATS, {"messages": "broken"}])
     assert phlora("data", "preview", file, "--model", model_folder, "--rows", "2").code == 0
     assert phlora("data", "preview", file, "--model", model_folder, "--rows", "3").code == 2
+
+
+def test_columns_are_named_on_the_command_line(phlora: CommandLine, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("Frage;Antwort\nHi;Hello\n", encoding="utf-8")
+    done = phlora("data", "check", str(table))
+    assert done.code == 2 and "--columns question=Frage,answer=Antwort" in done.err
+    columns = ["--columns", "question=Frage,answer=Antwort"]
+    assert phlora("data", "check", str(table), *columns).code == 0
+    out = tmp_path / "out.jsonl"
+    done = phlora("data", "convert", str(table), str(out), *columns, "--json")
+    assert done.code == 0 and done.json["num_rows"] == 1
+    assert "Hello" in out.read_text(encoding="utf-8")
+    assert phlora("data", "convert", str(table), str(out), *columns).code == 2
+    assert phlora("data", "convert", str(table)).code == 2
+    assert phlora("data", "check", str(table), "--columns", "question").code == 2
+
+
+def test_what_could_mislead_on_a_terminal_is_spelled_out(phlora: CommandLine, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "x.jsonl", [{"messages": [{"role": "a\u202eb\u200c", "content": "x"}]}])
+    done = phlora("data", "check", str(file))
+    assert "\u202e" not in done.out + done.err and "\\u202e" in done.out and "\u200c" in done.out
+
+
+def test_many_files_are_one_line_and_long_values_are_cut(phlora: CommandLine, tmp_path: Path) -> None:
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for number in range(300):
+        write_rows(folder / f"{number:03}.jsonl", [{**CHATS[0], "note": 1, "x" * 3000: number}])
+    done = phlora("data", "check", str(folder))
+    assert len(done.out.splitlines()) < 25 and len(done.out) < 5000
+    file = write_rows(tmp_path / "x.jsonl", [{"y" * 30_000: 1, **{f"k{n}" * 20: n for n in range(500)}}])
+    assert len(phlora("data", "check", str(file)).err) < 4000

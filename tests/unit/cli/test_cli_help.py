@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import CommandLine
 
-COMMANDS = ["train", "evaluate", "chat", "merge", "convert", "data check", "data preview"]
+COMMANDS = ["train", "evaluate", "chat", "merge", "convert", "data check", "data preview", "data convert"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, "data"], ids=lambda command: command or "-")

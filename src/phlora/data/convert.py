@@ -1,0 +1,180 @@
+"""Writes what any of the readers reads as plain JSONL: one chat a line, `{"messages": [...]}`, in UTF-8."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phlora.config import DataFile
+from phlora.data.dataset import read_all
+from phlora.data.exports import DEFAULT_GAP_HOURS, chats_of, export_of
+from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
+from phlora.data.readers import Opened, open_path
+from phlora.data.rows import Origin, Problem, Record, Row
+from phlora.data.values import checked
+from phlora.errors import DataError, InputError
+from phlora.files import replaced_file
+
+NUM_RECORDS_LOOKED_AT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        num_rows: lines of the file.
+        problems: what was noted, and the rows that could not be used and are not in the file.
+        formats: the schema of each source, or the export that it is.
+    """
+
+    output: str
+    num_rows: int
+    problems: tuple[Problem, ...]
+    formats: dict[str, str]
+
+    @property
+    def num_left_out(self) -> int:
+        """Rows that could not be used."""
+        return sum(problem.count for problem in self.problems if problem.severity == "error")
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values; origins as `file:line`."""
+        return {
+            "output": self.output,
+            "num_rows": self.num_rows,
+            "num_left_out": self.num_left_out,
+            "formats": self.formats,
+            "problems": problems_json(merge_problems(self.problems)),
+        }
+
+    def render(self) -> str:
+        """A few lines for the terminal."""
+        lines = [*shown_formats(self.formats), f"{self.num_rows:,} rows written to {self.output}"]
+        if self.num_left_out:
+            lines.append(f"{self.num_left_out:,} rows left out")
+        return "\n".join([*lines, *map(render_problem, merge_problems(self.problems))])
+
+
+def convert(
+    sources: Sequence[str | DataFile],
+    output: str | Path,
+    *,
+    format: str = "auto",
+    assistant: str | None = None,
+    gap_hours: float = DEFAULT_GAP_HOURS,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Converted:
+    """Write the rows of all sources to one JSONL file, which appears whole or not at all.
+
+    Chats become `{"messages": [...]}` with their `tools`; plain texts and prompts stay what they are. Rows that
+    cannot be used are left out and named in the result.
+
+    Args:
+        assistant, gap_hours: for logs of several people, see `exports.chats_of`.
+        overwrite: replace a file that is there.
+        progress: called with the number of rows written since.
+
+    Raises:
+        DataError: a source cannot be read, or holds nothing that can be written.
+        InputError: the output is a source, or is there already.
+    """
+    path = Path(output).expanduser()
+    files = [source if isinstance(source, DataFile) else DataFile(path=source) for source in sources]
+    _check_output(path, files, overwrite)
+    formats: dict[str, str] = {}
+    problems: list[Problem] = []
+    num_rows = 0
+    with replaced_file(path) as part, part.open("w", encoding="utf-8", newline="\n") as out:
+        for record in _records(files, format, assistant, gap_hours, formats, problems):
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            num_rows += 1
+            if progress:
+                progress(1)
+        if not num_rows:
+            raise _nothing(problems, files[0].path)
+    return Converted(output=str(path), num_rows=num_rows, problems=tuple(problems), formats=formats)
+
+
+def _check_output(path: Path, files: Sequence[DataFile], overwrite: bool) -> None:
+    if any(Path(file.path).exists() and path.exists() and path.samefile(file.path) for file in files):
+        raise InputError("The output is one of the inputs", where=str(path), fix="choose another name")
+    if path.is_dir():
+        raise InputError("The output is a folder", where=str(path), fix="name a file, such as chats.jsonl")
+    if path.exists() and not overwrite:
+        raise InputError(
+            "The output exists already", where=str(path), fix="choose another name, or add --overwrite"
+        )
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise InputError("The output is plain JSONL", where=str(path), fix=f"name it {path.stem}.jsonl")
+    if not path.parent.is_dir():
+        raise InputError("The folder of the output does not exist", where=str(path), fix="make it first")
+
+
+def _nothing(problems: Sequence[Problem], source: str) -> DataError:
+    first = next((problem for problem in problems if problem.severity == "error"), None)
+    if first is None:
+        return DataError("The sources hold no chat", where=source)
+    where = str(first.origins[0]) if first.origins else source
+    return DataError(f"No row can be used; the first one: {first.message}", where=where)
+
+
+def _records(
+    files: Sequence[DataFile],
+    format: str,
+    assistant: str | None,
+    gap_hours: float,
+    formats: dict[str, str],
+    problems: list[Problem],
+) -> Iterator[dict[str, Any]]:
+    for file in files:
+        exports = list(_exports(file)) if format == "auto" and file.format is None else []
+        for opened, export in exports:
+            formats[opened.name] = export.kind
+            records = checked(opened.records, {})
+            for chat in chats_of(
+                export,
+                _sound(records, opened.name, problems),
+                assistant=assistant,
+                where=opened.name,
+                gap_hours=gap_hours,
+            ):
+                yield {"messages": chat.messages}
+            problems += opened.problems
+        if not exports:
+            for item in read_all([file], format, formats):
+                if isinstance(item, Problem):
+                    problems.append(item)
+                else:
+                    yield _plain(item)
+
+
+def _exports(file: DataFile) -> Iterator[tuple[Opened, Any]]:
+    """The files of a source that are exports; none where the first one is no export."""
+    for opened in open_path(file.path, split=file.split, encoding=file.encoding):
+        first = list(itertools.islice(opened.records, NUM_RECORDS_LOOKED_AT))
+        export = export_of(first)
+        if export is None:
+            return
+        yield Opened(opened.name, itertools.chain(first, opened.records), opened.problems), export
+
+
+def _sound(records: Iterable[Record], name: str, problems: list[Problem]) -> Iterator[Record]:
+    for line, record in records:
+        if isinstance(record, Exception):
+            problems.append(Problem("bad_row", "error", str(record), (Origin(name, line),)))
+        else:
+            yield line, record
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    if row.messages is None:
+        parts = {"prompt": row.prompt, "completion": row.completion, "text": row.text}
+        return {name: text for name, text in parts.items() if text is not None}
+    record: dict[str, Any] = {"messages": list(row.messages)}
+    return record | ({"tools": row.tools} if row.tools else {})

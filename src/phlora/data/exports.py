@@ -1,0 +1,268 @@
+"""Chats out of exports that leave a choice to the user: message logs of several people, and trees of answers.
+
+A log (WhatsApp, Telegram, Slack) becomes chats once it is known whose messages are the assistant's: messages of one
+side that follow each other are one turn, and a pause begins a new chat. Of a tree (OpenAssistant) every path through
+the best answers is a chat.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from phlora.data.dialects import OASST_ROWS, OASST_TREE, SLACK, TELEGRAM, WHATSAPP, Export, foreign_export
+from phlora.data.rows import BadRow, Message, Record
+from phlora.errors import DataError, did_you_mean
+
+DEFAULT_GAP_HOURS = 8.0
+_LINE = re.compile(
+    r"^[\u200e\u200f\u202a-\u202e]*\[?(\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),?\s+"
+    r"(\d{1,2}[:.]\d{2}(?:[:.]\d{2})?)\s*([AaPp]\.?\s?[Mm]\.?)?\]?(?:\s+-)?\s+(.*)$"
+)
+_MARKS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u202f"
+_ATTACHMENT = re.compile(r"^<[^<>]*>$|<attached: [^>]*>")
+
+
+@dataclass(frozen=True)
+class Said:
+    """One message of a log."""
+
+    line: int
+    speaker: str
+    seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat and the line that it begins in."""
+
+    line: int
+    messages: list[Message]
+
+
+def export_of(records: Sequence[Record]) -> Export | None:
+    """What export the first records come from, if from one."""
+    lines = [
+        record["text"] for _, record in records if isinstance(record, Mapping) and set(record) == {"text"}
+    ]
+    if lines and len(lines) == len(records):
+        stamped = sum(bool(_LINE.match(line)) for line in lines if isinstance(line, str))
+        return WHATSAPP if stamped >= max(2, len(lines) / 4) else None
+    return next((export for _, record in records if (export := foreign_export(record))), None)
+
+
+def chats_of(
+    export: Export,
+    records: Iterable[Record],
+    *,
+    assistant: str | None,
+    where: str,
+    gap_hours: float = DEFAULT_GAP_HOURS,
+) -> Iterator[Chat]:
+    """The chats in an export.
+
+    Args:
+        assistant: the name or number of the one whose messages are learned; needed for logs.
+        where: the file, for errors.
+        gap_hours: a pause of more hours begins a new chat.
+
+    Raises:
+        DataError: nobody of this name wrote anything, or none was given.
+    """
+    if export in (OASST_TREE, OASST_ROWS):
+        try:
+            yield from _oasst_trees(records) if export is OASST_TREE else _oasst_rows(records)
+        except BadRow as bad:
+            raise DataError(
+                f"The export cannot be read: {bad.message}", where=where, expected=bad.expected
+            ) from None
+        return
+    read = {TELEGRAM: _telegram, SLACK: _slack, WHATSAPP: _whatsapp}[export]
+    said = [message for message in read(records) if message.text.strip()]
+    speakers = sorted({message.speaker for message in said})
+    if assistant is None or assistant not in speakers:
+        raise DataError(
+            f"Nobody here is called `{assistant}`" if assistant else f"This is {export.kind}",
+            where=where,
+            expected=f"one of those who wrote: {', '.join(speakers[:12])}",
+            fix=did_you_mean(assistant, speakers) if assistant else "add --assistant NAME",
+        )
+    yield from _chats_in(said, assistant, gap_hours * 3600)
+
+
+def _chats_in(said: Iterable[Said], assistant: str, gap_seconds: float) -> Iterator[Chat]:
+    """Cut a log where it pauses; chats without a question before the answer are left out."""
+    chat: list[Message] = []
+    line, last = 0, 0.0
+    for message in said:
+        if chat and message.seconds - last > gap_seconds:
+            yield from _whole(line, chat)
+            chat = []
+        last = message.seconds
+        role = "assistant" if message.speaker == assistant else "user"
+        if not chat and role == "assistant":
+            continue
+        if chat and chat[-1]["role"] == role:
+            chat[-1]["content"] += f"\n{message.text}"
+            continue
+        line = message.line if not chat else line
+        chat.append({"role": role, "content": message.text})
+    yield from _whole(line, chat)
+
+
+def _whole(line: int, chat: list[Message]) -> Iterator[Chat]:
+    """A chat up to its last answer."""
+    end = len(chat) - 1 if chat and chat[-1]["role"] == "user" else len(chat)
+    if end > 1:
+        yield Chat(line, chat[:end])
+
+
+# ------------------------------------------------------------------------------------------------ logs
+
+
+def _whatsapp(records: Iterable[Record]) -> Iterator[Said]:
+    """Lines with date, time and name; others go on with the message before them."""
+    current: Said | None = None
+    day_first = True
+    stamped: list[tuple[int, re.Match[str] | None, str]] = []
+    for line, record in records:
+        text = str(record.get("text", "")) if isinstance(record, Mapping) else ""
+        found = _LINE.match(text)
+        stamped.append((line, found, text))
+        if found:
+            first, second, *_ = map(int, re.split(r"[./-]", found[1]))
+            day_first = day_first and not (second > 12 >= first)
+    for line, found, text in stamped:
+        if not found:
+            if current:
+                current = Said(current.line, current.speaker, current.seconds, f"{current.text}\n{text}")
+            continue
+        if current:
+            yield current
+        name, colon, said = found[4].partition(": ")
+        said = said.strip(_MARKS + " ")
+        # Without a name it is a notice of WhatsApp's own; in angle brackets, a file that was left out.
+        is_text = colon and not _ATTACHMENT.search(said)
+        current = Said(line, name.strip(_MARKS + " ~"), _seconds(found, day_first), said) if is_text else None
+    if current:
+        yield current
+
+
+def _seconds(found: re.Match[str], day_first: bool) -> float:
+    numbers = [int(number) for number in re.split(r"[./-]", found[1])]
+    if numbers[0] > 31:
+        year, month, day = numbers
+    else:
+        first, second, year = numbers
+        day, month = (first, second) if day_first else (second, first)
+    hour, minute = (int(part) for part in re.split("[:.]", found[2])[:2])
+    half = (found[3] or "").lower()[:1]
+    hour = hour % 12 + (12 if half == "p" else 0) if half else hour
+    try:
+        moment = datetime(year + 2000 if year < 100 else year, month, day, hour, minute, tzinfo=UTC)
+    except ValueError:
+        return 0.0
+    return moment.timestamp()
+
+
+def _telegram(records: Iterable[Record]) -> Iterator[Said]:
+    """Telegram's result.json: one chat, all chats, or messages a row each."""
+    for line, record in records:
+        if not isinstance(record, Mapping):
+            continue
+        everything = record.get("chats")
+        chats = everything.get("list") if isinstance(everything, Mapping) else [record]
+        for chat in chats if isinstance(chats, list) else ():
+            messages = chat.get("messages") if isinstance(chat, Mapping) else None
+            for message in messages if isinstance(messages, list) else [chat]:
+                if isinstance(message, Mapping) and message.get("type", "message") == "message":
+                    speaker = message.get("from") or message.get("from_id") or "?"
+                    seconds = _number(message.get("date_unixtime"))
+                    yield Said(line, str(speaker), seconds, _telegram_text(message.get("text")))
+
+
+def _telegram_text(value: Any) -> str:
+    parts = value if isinstance(value, list) else [value]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _slack(records: Iterable[Record]) -> Iterator[Said]:
+    for line, record in records:
+        if isinstance(record, Mapping) and isinstance(record.get("text"), str) and "subtype" not in record:
+            profile = record.get("user_profile")
+            name = profile.get("real_name") if isinstance(profile, Mapping) else None
+            speaker = str(name or record.get("user") or record.get("bot_id") or "?")
+            yield Said(line, speaker, _number(record.get("ts")), record["text"])
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+# ------------------------------------------------------------------------------------------------ trees
+
+
+def _oasst_trees(records: Iterable[Record]) -> Iterator[Chat]:
+    for line, record in records:
+        if isinstance(record, Mapping) and isinstance(record.get("prompt"), Mapping):
+            yield from _paths(line, record["prompt"])
+
+
+def _paths(line: int, root: Any) -> Iterator[Chat]:
+    """For each question of the tree the best answer, and what came of it."""
+    stack: list[tuple[Any, list[Message]]] = [(root, [])]
+    while stack:
+        node, before = stack.pop()
+        text, role = _oasst_message(node)
+        chat = [*before, {"role": role, "content": text}]
+        replies = [reply for reply in node.get("replies") or [] if isinstance(reply, Mapping)]
+        replies = [reply for reply in replies if not reply.get("deleted")]
+        if role == "user":
+            replies = sorted(replies, key=_rank)[:1]
+        if replies:
+            stack += [(reply, chat) for reply in reversed(replies)]
+        yield from _whole(line, chat) if _ends(role, replies) else ()
+
+
+def _ends(role: str, replies: list[Any]) -> bool:
+    """Whether a path ends here; a question without an answer ends with the answer before it."""
+    return not replies and role == "assistant" or (role == "user" and not replies)
+
+
+def _oasst_message(node: Any) -> tuple[str, str]:
+    role = {"prompter": "user", "assistant": "assistant"}.get(str(node.get("role")))
+    if role is None or not isinstance(node.get("text"), str):
+        raise BadRow(
+            "wrong_type", "a message of the tree has no text or no known role", "prompter or assistant"
+        )
+    return node["text"], role
+
+
+def _rank(node: Mapping[str, Any]) -> float:
+    rank = node.get("rank")
+    return float(rank) if isinstance(rank, int | float) else float("inf")
+
+
+def _oasst_rows(records: Iterable[Record]) -> Iterator[Chat]:
+    """Messages that name their parents, put together to trees."""
+    nodes: dict[str, dict[str, Any]] = {}
+    children: dict[Any, list[str]] = defaultdict(list)
+    lines: dict[str, int] = {}
+    for line, record in records:
+        if isinstance(record, Mapping) and isinstance(record.get("message_id"), str):
+            name = record["message_id"]
+            nodes[name], lines[name] = {**record}, line
+            children[record.get("parent_id")].append(name)
+    for name, node in nodes.items():
+        node["replies"] = [nodes[child] for child in children.get(name, []) if child != name]
+    for name in children[None]:
+        yield from _paths(lines[name], nodes[name])
