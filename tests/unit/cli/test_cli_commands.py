@@ -13,6 +13,7 @@ from typer.main import get_command
 from phlora.cli.program import app
 from phlora.testing import Outcome, chat_rows, invoke, write_rows
 
+COLUMNS = "--columns question=Frage,answer=Antwort"
 # What the command line says; its exit code where it is not 0. Each starts from a fresh copy of a trained run.
 RUNS = [
     "--version",
@@ -38,6 +39,11 @@ RUNS = [
     "data check twice.jsonl --strict -> 1",
     "data preview train.jsonl --model base --rows 2 --format messages --max-length 64 --train-on all --offline",
     "data preview train.jsonl -m base -n 1 --quiet --json",
+    f"train --model base --data fragen.csv {COLUMNS} --dry-run",
+    f"data check fragen.csv {COLUMNS} --encoding utf-8",
+    f"data preview fragen.csv -m base {COLUMNS} --encoding utf-8 --plain",
+    f"data convert fragen.csv train.jsonl {COLUMNS} --encoding utf-8 --format qa --overwrite --offline --json",
+    "data convert log.txt new.jsonl --assistant Shop --gap-hours 2 --quiet",
 ]
 
 
@@ -79,6 +85,10 @@ def furnished(trained: Path) -> Path:
     conv = {"conv1.lora_A": torch.randn(6, 12), "conv1.lora_B": torch.randn(24, 6)}
     torch.save(conv, trained / "vision.pt")
     write_rows(trained / "twice.jsonl", [*chat_rows(3), *chat_rows(1)])
+    rows = "".join(f"say {number};{number}\n" for number in range(12))
+    (trained / "fragen.csv").write_text(f"Frage;Antwort\n{rows}", encoding="utf-8")
+    said = "1/9/24, 09:01 - Ana: When?\n1/9/24, 09:02 - Shop: At ten\n"
+    (trained / "log.txt").write_text(said, encoding="utf-8")
     return trained
 
 
