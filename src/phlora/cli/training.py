@@ -21,7 +21,7 @@ from phlora.cli.console import (
 from phlora.cli.options import Columns, Json, Offline, Quiet
 
 if TYPE_CHECKING:
-    from phlora.config import Origins, RunConfig
+    from phlora.config import DataConfig, DataFile, Origins, RunConfig
     from phlora.train.finetune import Run
 
 commands = typer.Typer()
@@ -195,14 +195,7 @@ def _run_config(
     values, origins = apply_overrides(values, assignments, origins)
     config = build_config(values, origins)
     if columns:
-        mapping = parse_columns(columns)
-        sides = {
-            side: tuple(
-                replace(file, columns={**file.columns, **mapping}) for file in getattr(config.data, side)
-            )
-            for side in ("files", "eval")
-        }
-        config = replace(config, data=replace(config.data, **sides))
+        config = replace(config, data=_with_columns(config.data, parse_columns(columns)))
     if "output" in values:
         return config
     if named := config.training_config.get("output_dir"):
@@ -213,6 +206,15 @@ def _run_config(
             config, output=output, origins={**origins, "output": "the name of the first data file"}
         )
     return config
+
+
+def _with_columns(data: DataConfig, columns: Mapping[str, str]) -> DataConfig:
+    """All data files, with these names for their columns too."""
+
+    def named(files: Sequence[DataFile]) -> tuple[DataFile, ...]:
+        return tuple(replace(file, columns={**file.columns, **columns}) for file in files)
+
+    return replace(data, files=named(data.files), eval=named(data.eval))
 
 
 def _apply_options(
