@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phlora.data.columns import category_of, required_value
+from phlora.data.columns import CATEGORIES, category_of, required_value
 from phlora.data.dialects import from_chatgpt, from_claude, from_gemini, from_xlam
 from phlora.data.exports import export_of
 from phlora.data.known_keys import LABELS, Findings, heed
@@ -186,7 +186,10 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         messages = with_system(messages, record.get("system"))
         if shape.keep_reasoning and has_reasoning(messages):
             messages = with_reasoning_as_text(messages)
-    shape.ignored.update(record.keys() - schema.optional.union(used, heeded.known))
+    unused = record.keys() - schema.optional.union(used, heeded.known)
+    if unused:
+        # The split goes by these.
+        shape.ignored.update(unused.difference(CATEGORIES, (shape.group_by, shape.stratify_by)))
     return Row(
         messages=None if messages is None else tuple(messages),
         prompt=parts.prompt,

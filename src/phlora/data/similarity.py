@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +18,8 @@ from phlora.data.rows import Row
 KEY_BYTES = 8
 # How many questions tell conversations apart that open with the same words.
 NUM_OPENINGS = 3
-_OUTER = re.compile(r"""(?<!\S)["'`“‘«„(¿¡]+|["'`”’»),.:;!?…。、，！？؟।]+(?!\S)""")
+_OPENING = "\"'`“‘«„(¿¡"
+_CLOSING = "\"'`”’»),.:;!?…。、，！？؟।"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,5 +81,6 @@ def _digest(text: str) -> bytes:
 @lru_cache(maxsize=256)
 def loose(text: str) -> str:
     """A text as it is compared; see the module."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(_OUTER.sub("", folded).split()) or folded.strip()
+    folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    words = [word.lstrip(_OPENING).rstrip(_CLOSING) for word in folded.split()]
+    return " ".join(filter(None, words)) or folded.strip()
