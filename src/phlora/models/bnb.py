@@ -103,6 +103,13 @@ class Linear8bit(bitsandbytes.nn.Linear8bitLt):
         return frozen_linear(x, operand(self), self.bias)
 
 
+def use_operands(model: nn.Module) -> None:
+    """Let the layers that transformers had bitsandbytes quantise be multiplied by as operands, in place."""
+    kinds = {bitsandbytes.nn.Linear4bit: Linear4bit, bitsandbytes.nn.Linear8bitLt: Linear8bit}
+    for module in model.modules():
+        module.__class__ = kinds.get(type(module), type(module))
+
+
 def linear_nf4(
     linear: nn.Linear, *, double_quant: bool, compute_dtype: torch.dtype | None, device: torch.device
 ) -> Linear4bit:

@@ -14,6 +14,7 @@ from phlora.models.device import Choice, choose_device
 from phlora.models.fingerprint import fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.locate import ModelSource, resolve_source
+from phlora.models.operands import is_quantized
 from phlora.models.tokenizer import LoadedTokenizer, load_tokenizer, prepare_tokenizer
 from phlora.train.request import IN_MEMORY, Objects
 
@@ -61,13 +62,18 @@ def model_of(
     if objects.model is None:
         return load_model(replace(model, device=str(device)), tokenizer=tokenizer)
     given = _checked(objects.model)
+    if any(is_quantized(module) for module in given.modules()):
+        # Imported here: an optional package, without which there would be no such layer.
+        from phlora.models.bnb import use_operands
+
+        use_operands(given)
     return LoadedModel(
         model=given,
         tokenizer=tokenizer,
         source=_source(model.name),
         device=device,
-        dtype=Choice(given.dtype, _OBJECT),
-        attention=Choice(given.config._attn_implementation or "eager", _OBJECT),
+        dtype=Choice(value=given.dtype, reason=_OBJECT),
+        attention=Choice(value=given.config._attn_implementation or "eager", reason=_OBJECT),
         fingerprint=fingerprint(given),
         notes=tokenizer.notes,
     )

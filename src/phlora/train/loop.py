@@ -72,20 +72,20 @@ def fit(
         lambda step, loss: save(folder.best_adapter, step=step, held_out_loss=loss), **best_before
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
-    trainer = _trainer(model, loaded, data, arguments, shared=shared, objects=objects)
-    trainer.remove_callback(PrinterCallback)
-    for callback in (
-        NewPacks(data.train),
-        EventLog(folder.events),
-        progress,
-        stop,
-        best,
-        CompleteCheckpoints(folder.checkpoints, folder.events),
-    ):
-        trainer.add_callback(callback)
     try:
         with at_speed(model, data.speed) as chosen, _for_training(model):
             display.note(chosen)
+            trainer = _trainer(model, loaded, data, arguments, shared=shared, objects=objects)
+            trainer.remove_callback(PrinterCallback)
+            for callback in (
+                NewPacks(data.train),
+                EventLog(folder.events),
+                progress,
+                stop,
+                best,
+                CompleteCheckpoints(folder.checkpoints, folder.events),
+            ):
+                trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()

@@ -101,7 +101,11 @@ def collect_request(
             )
         return Request(_derived(config), Objects(**beside))
     notes: list[str] = []
-    origins: dict[str, str] = dict.fromkeys(given, "argument")
+    origins: dict[str, str] = {}
+    for name in given:
+        section_or_value = sections[name]
+        keys = section_or_value if isinstance(section_or_value, Mapping) else ()
+        origins |= {f"{name}.{key}": "argument" for key in keys} or {name: "argument"}
     training, training_origins = _training_values(training_config, notes)
     lora, lora_origins = _lora_values(peft_config, notes)
     names, metrics = _metrics(evaluation)
