@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import yaml
 
-from phlora.errors import ConfigError, did_you_mean
+from phlora.errors import ConfigError, did_you_mean, shown
 
 Origins = dict[str, str]
+_MOST_TOKENS = 1_000_000
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["truncate_history", "drop", "error"]
 Speed = Literal["auto", "reference"]
@@ -339,7 +340,10 @@ def _shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
     model = {"name": values["model"]} if isinstance(values.get("model"), str) else values.get("model")
     if isinstance(model, Mapping):
         values["model"] = dict(model)
-        if isinstance(model.get("quantization"), str):
+        # YAML reads an unquoted `no` as false.
+        if model.get("quantization") is False or model.get("quantization") in ("none", "no"):
+            values["model"]["quantization"] = None
+        elif isinstance(model.get("quantization"), str):
             values["model"]["quantization"] = {"type": model["quantization"]}
     data = values.get("data")
     if isinstance(data, str | list | tuple):
@@ -363,8 +367,18 @@ def _check_ranges(config: RunConfig) -> None:
         (bool(config.model.name.strip()), "model.name", "the name of a model"),
         (bool(config.data.files), "data.files", "at least one file"),
         (bool(config.output.strip()), "output", "the name of a folder"),
-        (config.data.eval_size >= 0, "data.eval_size", "0 or more: a share below 1, or a number of rows"),
-        (config.evaluation.max_new_tokens >= 1, "evaluation.max_new_tokens", "1 or more"),
+        (_can_be_a_path(config.output), "output", "a name that a folder can have"),
+        (_can_be_a_path(config.model.name), "model.name", "a name that a model can have"),
+        (
+            0 <= config.data.eval_size < math.inf,
+            "data.eval_size",
+            "0 or more: a share below 1, or a number of rows",
+        ),
+        (
+            1 <= config.evaluation.max_new_tokens <= _MOST_TOKENS,
+            "evaluation.max_new_tokens",
+            "1 or more, and 1,000,000 at most",
+        ),
         (config.evaluation.max_answers >= 0, "evaluation.max_answers", "0 or more"),
         (all(0 < f.weight < math.inf for f in config.data.files), "data.files.weight", "a number above 0"),
         (all(f.limit is None or f.limit > 0 for f in config.data.files), "data.files.limit", "1 or more"),
@@ -372,6 +386,15 @@ def _check_ranges(config: RunConfig) -> None:
     for holds, where, expected in checks:
         if not holds:
             raise ConfigError("The value is out of range", where=where, expected=expected)
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Whether a file system takes this name: no null byte, no half of a character, no part of over 255 bytes."""
+    try:
+        parts = [len(part.encode()) for part in text.replace("\\", "/").split("/")]
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text and max(parts) <= 255 and sum(parts) <= 3000
 
 
 def _build(cls: type[Any], values: Mapping[str, Any], *, where: str) -> Any:
@@ -405,7 +428,9 @@ def _convert(value: Any, hint: Any, *, where: str) -> Any:
         return None if value is None else _convert(value, arguments[0], where=where)
     if origin is Literal:
         if value not in arguments:
-            raise ConfigError(f"`{value}` is not known", where=where, fix=did_you_mean(str(value), arguments))
+            raise ConfigError(
+                f"{shown(value)} is not known", where=where, fix=did_you_mean(str(value), arguments)
+            )
         return value
     if origin is not None:  # Mapping[str, Any] or Mapping[str, str]
         if not isinstance(value, Mapping):
@@ -428,7 +453,7 @@ def _scalar(value: Any, kind: type[Any], *, where: str) -> Any:
     try:
         # YAML 1.1 reads 2e-4 as text, so numbers in quotes are numbers here.
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _wrong_type(value, _NAMES[kind], where) from None
     if kind is int:
         if not number.is_integer():  # infinite and NaN neither
@@ -448,7 +473,7 @@ def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
     names = {dict: "a mapping", list: "a list", tuple: "a list", bool: "true or false"}
-    return names.get(type(value)) or f"`{value}`"
+    return names.get(type(value)) or shown(value)
 
 
 def _assign(values: dict[str, Any], path: list[str], value: Any, *, where: str) -> None:

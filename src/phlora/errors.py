@@ -20,9 +20,11 @@ The tree is small on purpose:
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import ClassVar
 
+_LONGEST_WORD = 400
 EXIT_DONE = 0
 EXIT_FINDING = 1
 EXIT_INPUT = 2
@@ -53,7 +55,8 @@ class PhloraError(Exception):
             lines.append(f"Expected: {self.expected}")
         if self.fix:
             lines.append(f"What to do: {self.fix}")
-        return "\n".join(lines)
+        # A name of thousands of letters is no help, and buries what is.
+        return re.sub(rf"(\S{{{_LONGEST_WORD}}})\S+", r"\1…", "\n".join(lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions cross process boundaries (data workers); keyword-only arguments would be lost there.
@@ -112,9 +115,20 @@ class NonFiniteError(Finding):
     """A loss or gradient is NaN or infinite; training on would only write garbage."""
 
 
+def shown(value: object, *, limit: int = 80) -> str:
+    """A value as a message quotes it: in backticks, on one line, and not longer than a line."""
+    try:
+        text = f"{value}"
+    except ValueError:  # an integer of more digits than Python writes
+        text = "a number of thousands of digits"
+    text = " ".join(text.split())
+    return f"`{text if len(text) <= limit else text[:limit] + '…'}`"
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
     """The candidate that `name` was most likely meant to be, or None."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    # What is longer than any name is near to none, and comparing it takes its time.
+    matches = difflib.get_close_matches(name[:200], list(candidates), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 

@@ -29,6 +29,7 @@ from torch import nn
 
 from phlora.adapters.block_modules import BLOCK_INITS, changes_base, put_blocks, start_blocks
 from phlora.adapters.blockform import from_block_diagonal, plain_alpha, plain_rank
+from phlora.adapters.lora_values import LARGEST_RANK, check_types
 from phlora.adapters.peft_layer import speed_up
 from phlora.adapters.targets import (
     ALL_LINEAR,
@@ -39,7 +40,7 @@ from phlora.adapters.targets import (
     resolve_targets,
     row_block_names,
 )
-from phlora.errors import ConfigError, ModelError, did_you_mean
+from phlora.errors import ConfigError, ModelError, did_you_mean, shown
 from phlora.files import ADAPTER_FACTS, read_json, write_json
 from phlora.lora.blocks import RowBlock, row_blocks
 from phlora.models.families import fused_row_blocks
@@ -130,6 +131,7 @@ def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
     values = {**{key: default for key, (default, _) in DEFAULTS.items()}, **peft_config}
     values = {key: value for key, value in values.items() if key not in _OPTIMIZER_KEYS}
     values["r"] = _whole(values["r"], "r")
+    check_types(values)
     values["lora_alpha"] = _positive(values.get("lora_alpha", 2 * values["r"]), "lora_alpha")
     values["lora_dropout"] = _share(values.get("lora_dropout", 0.0), "lora_dropout")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -143,7 +145,7 @@ def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
         )
     try:
         return LoraConfig(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise ConfigError(str(error), where=_WHERE) from None
 
 
@@ -170,8 +172,9 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
         lora = _plain_config(model, lora, targets, blocks)
     try:
         adapted = get_peft_model(model, lora)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(str(error), where=_WHERE) from None
+    # Each of PEFT's many ways to start an adapter looks at its settings in its own way.
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"PEFT cannot make this adapter: {error}", where=_WHERE) from None
     _require_same(adapted, targets.modules)
     for module, rows in blocks.items():
         layer = _plain_layer(adapted, module)
@@ -495,20 +498,24 @@ def _as_names(target_modules: Any) -> str | list[str] | None:
 
 
 def _whole(value: Any, key: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_RANK:
         raise ConfigError(
-            f"`{value}` was given", where=f"{_WHERE}.{key}", expected="a whole number, 1 or more"
+            f"{shown(value)} was given",
+            where=f"{_WHERE}.{key}",
+            expected=f"a whole number, 1 or more, and {LARGEST_RANK:,} at most",
         )
     return value
 
 
 def _positive(value: Any, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected="a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected="a number above 0")
     return value
 
 
 def _share(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected="0 or more and below 1")
+        raise ConfigError(
+            f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected="0 or more and below 1"
+        )
     return float(value)

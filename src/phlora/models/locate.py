@@ -37,6 +37,7 @@ from phlora.errors import (
     NetworkError,
     NoRoomError,
     nearest,
+    shown,
 )
 from phlora.extras import require
 from phlora.files import read_json
@@ -81,6 +82,8 @@ def resolve_source(name: str | os.PathLike[str], *, revision: str | None = None)
     if text in EMBEDDED:
         return ModelSource(name=text, kind="embedded", location=text)
     path = Path(text).expanduser()
+    if not _is_usable(path):
+        raise ModelError("No model can have this name", where=shown(text))
     if path.is_dir():
         _check_folder(path)
         return ModelSource(name=text, kind="folder", location=str(path))
@@ -98,6 +101,14 @@ def resolve_source(name: str | os.PathLike[str], *, revision: str | None = None)
     if meant:
         raise ModelError(f"There is no model `{text}`", fix=f"did you mean the embedded model `{meant}`?")
     return ModelSource(name=text, kind="hub", location=text, revision=revision)
+
+
+def _is_usable(path: Path) -> bool:
+    try:
+        path.exists()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _looks_like_path(text: str) -> bool:
@@ -191,7 +202,12 @@ def _hub_answers(source: ModelSource) -> bool:
 
 
 def _require_cached(source: ModelSource) -> None:
-    cached = huggingface_hub.try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(
+            source.location, "config.json", revision=source.revision
+        )
+    except huggingface_hub.errors.HFValidationError as error:
+        raise ModelError(f"This is no name of a hub model: {error}", where=shown(source.location)) from None
     if not isinstance(cached, str):
         raise _unreachable(source)
 

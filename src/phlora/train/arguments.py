@@ -23,7 +23,7 @@ import torch
 from trl import SFTConfig
 
 from phlora.config import TrainOn
-from phlora.errors import ConfigError, did_you_mean
+from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.extras import require
 from phlora.train.fields import HONOURED, MAPPED, REFUSED
 from phlora.train.optimizer import check_optimizer
@@ -246,7 +246,9 @@ def _refuse(key: str, value: Any, device: str) -> None:
         type(value) is type(harmless) and value == harmless for harmless in refused.harmless
     )
     if not asks_for_nothing and not (key == "use_cpu" and value is True and device == "cpu"):
-        raise ConfigError(f"`{key}` cannot be set here (`{value}` was given)", where=_WHERE, fix=refused.fix)
+        raise ConfigError(
+            f"`{key}` cannot be set here ({shown(value)} was given)", where=_WHERE, fix=refused.fix
+        )
 
 
 def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -268,7 +270,7 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
             values[key] = value
         else:
             raise ConfigError(
-                f"Unknown key `{key}`",
+                f"Unknown key {shown(key)}",
                 where=_WHERE,
                 fix=did_you_mean(str(key), known | RENAMED.keys() | {_Z_LOSS}),
             )
@@ -318,10 +320,14 @@ def _typed(key: str, value: Any, notes: list[str]) -> Any:
     if isinstance(value, str) and dict in kinds:
         value = _json_object(key, value)
     if isinstance(value, str) and words and value not in words:
-        raise ConfigError(f"`{value}` is not known", where=f"{_WHERE}.{key}", fix=did_you_mean(value, words))
+        raise ConfigError(
+            f"{shown(value)} is not known", where=f"{_WHERE}.{key}", fix=did_you_mean(value, words)
+        )
     fits = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
     if not fits and not (list in kinds and isinstance(value, tuple | set)):
-        raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected=_expected(kinds, words))
+        raise ConfigError(
+            f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected=_expected(kinds, words)
+        )
     return sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
 
 
@@ -347,7 +353,7 @@ def _json_object(key: str, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"`{text}` was given", where=f"{_WHERE}.{key}", expected="a mapping")
+        raise ConfigError(f"{shown(text)} was given", where=f"{_WHERE}.{key}", expected="a mapping")
     return value
 
 
@@ -368,10 +374,10 @@ def _number(key: str, value: Any, *, whole: bool, text: bool, notes: list[str]) 
         if text and isinstance(value, str):
             return value
         expected = "a whole number" if whole else "a number"
-        raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected=expected) from None
+        raise ConfigError(f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected=expected) from None
     if not math.isfinite(number) or (whole and number != int(number)):
         expected = "a whole number" if whole else "a finite number"
-        raise ConfigError(f"`{value}` was given", where=f"{_WHERE}.{key}", expected=expected)
+        raise ConfigError(f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected=expected)
     if isinstance(value, str):
         notes.append(f"{_WHERE}.{key}: the text {value!r} was read as the number {number:g}")
     return int(number) if whole or isinstance(value, int) else number
@@ -386,7 +392,9 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
         if not least <= value <= most or (above and not value > 0):
             low = "above 0" if above else f"{least:,}"
             raise ConfigError(
-                f"`{value}` was given", where=f"{_WHERE}.{key}", expected=f"a number from {low} to {most:,}"
+                f"{shown(value)} was given",
+                where=f"{_WHERE}.{key}",
+                expected=f"a number from {low} to {most:,}",
             )
     steps = values.get("max_steps", -1)
     if not (1 <= steps <= _MOST_STEPS or steps == -1):
@@ -420,7 +428,7 @@ def _z_loss(value: Any, notes: list[str]) -> float:
     )
     if not weight >= 0:
         raise ConfigError(
-            f"`{value}` was given", where=f"{_WHERE}.{_Z_LOSS}", expected="0 (off) or more, such as 1e-4"
+            f"{shown(value)} was given", where=f"{_WHERE}.{_Z_LOSS}", expected="0 (off) or more, such as 1e-4"
         )
     return float(weight)
 
@@ -431,8 +439,10 @@ def _check_trackers(report_to: Any) -> None:
 
 def needed_by_trackers(report_to: Any) -> dict[str, str]:
     """The packages of `training_config.report_to`; see `extras.require`."""
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    return {_TRACKERS[name]: f"report_to: {name}" for name in names if name in _TRACKERS}
+    names = report_to if isinstance(report_to, list | tuple | set) else [report_to]
+    # What is no name of a tracker is said where the fields are checked.
+    known = [name for name in names if isinstance(name, str) and name in _TRACKERS]
+    return {_TRACKERS[name]: f"report_to: {name}" for name in known}
 
 
 def _fit_device(values: dict[str, Any], device: str, notes: list[str]) -> None:

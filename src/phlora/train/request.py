@@ -238,7 +238,17 @@ def _split_of(sets: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def data_of(rows: Any, notes: list[str]) -> Any:
-    """Rows that can be read more than once."""
+    """Rows that can be read more than once.
+
+    Raises:
+        ConfigError: neither rows nor sets of them.
+    """
+    first = rows[0] if isinstance(rows, list | tuple) else rows
+    if not isinstance(first, Iterable) or isinstance(first, bytes):
+        raise ConfigError(
+            f"Rows of the type `{type(first).__name__}` were given",
+            expected="file(s), a `datasets.Dataset` or a list of rows",
+        )
     return list(rows) if isinstance(rows, IterableDataset | Iterator) else rows
 
 
@@ -367,10 +377,10 @@ def plain_setting(value: Any) -> Any:
     )
 
 
-def _metrics(evaluation: Mapping[str, Any] | None) -> tuple[dict[str, Any] | None, dict[str, Metric]]:
+def _metrics(evaluation: Any) -> tuple[Any, dict[str, Metric]]:
     """The `evaluation` section with the names of metrics, and the metrics that were given as functions."""
-    if evaluation is None:
-        return None, {}
+    if not isinstance(evaluation, Mapping):
+        return evaluation, {}
     named = evaluation.get("metrics")
     entries: Iterable[Any] = [named] if callable(named) or isinstance(named, str) else named or ()
     if not isinstance(entries, list | tuple | set):
