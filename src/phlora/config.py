@@ -191,6 +191,8 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         ) from None
     except IsADirectoryError:
         raise ConfigError("A folder was given where a configuration file belongs", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"The file cannot be read: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"The file is not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8"
@@ -200,6 +202,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"The file is no valid YAML: {reason}", where=f"{path}{line}") from None
+    except (ValueError, RecursionError) as error:  # a date that is none, thousands of digits or of brackets
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"The file is no valid YAML: {reason}", where=str(path)) from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"The file holds {_kind(values)}",
@@ -228,7 +233,7 @@ def apply_overrides(
             )
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ConfigError(
                 f"The value of `{override}` is no valid YAML", where=origin, fix="put the value into quotes"
             ) from None

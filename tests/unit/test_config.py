@@ -202,3 +202,19 @@ def test_the_configuration_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         build_config(SMALLEST).output = "elsewhere"  # type: ignore[misc]
     assert isinstance(build_config(SMALLEST), RunConfig)
+
+
+@pytest.mark.parametrize("value", ["2026-13-45", "9" * 5000, "[" * 5000])
+def test_values_that_yaml_itself_stumbles_over_are_one_message(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output: {value}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        load_config(file)
+    with pytest.raises(ConfigError, match="no valid YAML"):
+        apply_overrides({}, [f"output={value}"])
+
+
+@pytest.mark.parametrize("word", ["none", "no", False])
+def test_no_quantization_may_be_said(word: Any) -> None:
+    config = build_config({"model": {"name": "m", "quantization": word}, "data": "x.jsonl"})
+    assert config.model.quantization is None
