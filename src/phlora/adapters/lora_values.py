@@ -67,7 +67,14 @@ def _words(hint: Any) -> str:
 
 
 def _word(hint: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+    names: dict[Any, str] = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        dict: "a mapping",
+        type(None): "",
+    }
     if hint in names:
         return names[hint]
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -76,10 +83,7 @@ def _word(hint: Any) -> str:
     if origin is dict:
         return "a mapping"
     if origin in (list, tuple):
-        kind = {int: "whole numbers", str: "names"}.get(inner[0] if inner else None, "values")
-        return f"a list of {kind}"
-    if hint is type(None):
-        return ""
-    return (
-        f"a peft {hint.__name__} object" if dataclasses.is_dataclass(hint) else getattr(hint, "__name__", "")
-    )
+        kinds: dict[Any, str] = {int: "whole numbers", str: "names"}
+        return f"a list of {kinds.get(inner[0], 'values') if inner else 'values'}"
+    name = str(getattr(hint, "__name__", ""))
+    return f"a peft {name} object" if dataclasses.is_dataclass(hint) else name
