@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phlora.adapters.blockform import from_block_diagonal, to_block_diagonal
+from phlora.adapters.saved_config import read_adapter_config
 from phlora.errors import ConfigError, ModelError, did_you_mean
 from phlora.files import ADAPTER_FACTS, read_json, write_json
 from phlora.lora.blocks import RowBlock, row_blocks, split_rows
@@ -349,9 +350,7 @@ def read_peft_config(folder: Path) -> LoraConfig:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise ModelError(f"The folder holds no adapter: it lacks {CONFIG_FILE}", where=str(folder))
-    kind = read_json(file, ModelError).get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"The adapter is of the kind {kind}", where=str(file), expected="a LoRA adapter")
+    read_adapter_config(file)
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)
     return config

@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from phlora.adapters.saved_config import read_adapter_config
 from phlora.errors import ModelError
 from phlora.files import ADAPTER_FACTS, read_json
 from phlora.models.device import DTYPES
@@ -98,9 +99,7 @@ def _adapter_file(folder: Path) -> Path:
     missing = [path.name for path in (folder / "adapter_config.json", file) if not path.is_file()]
     if missing:
         raise ModelError(f"The folder holds no adapter: it lacks {' and '.join(missing)}", where=str(folder))
-    kind = read_json(folder / "adapter_config.json", ModelError).get("peft_type")
-    if kind != "LORA":
-        raise ModelError(f"The adapter is of the kind {kind}", where=str(folder), expected="a LoRA adapter")
+    read_adapter_config(folder / "adapter_config.json")
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -62,3 +63,35 @@ def test_a_run_without_an_adapter_is_said_by_all(phlora: CommandLine, trained: P
     shutil.rmtree("runs/file/adapter")
     for name, done in run_all(phlora, "runs/file").items():
         assert done.code == 2 and "no adapter yet" in done.err, (name, done)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", "{", '{"status": "finished"}'])
+def test_a_damaged_run_file_is_one_message(phlora: CommandLine, trained: Path, damage: str) -> None:
+    Path("runs/file/run.json").write_text(damage, encoding="utf-8")
+    for name, done in run_all(phlora, "runs/file").items():
+        assert done.code == 2 and "run.json" in done.err, (name, done)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "IA3"},
+        {"r": "four"},
+        {"lora_alpha": None},
+        {"target_modules": 5},
+        {"alpha_pattern": "x"},
+        {"rank_pattern": {"qkv_proj": -1}},
+        {"base_model_name_or_path": 7},
+    ],
+)
+def test_a_damaged_adapter_is_one_message(
+    phlora: CommandLine, trained: Path, change: dict[str, object]
+) -> None:
+    file = Path("runs/file/adapter/best/adapter_config.json")
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**facts, **change}), encoding="utf-8")
+    shutil.copytree("runs/file/adapter/best", "copy")
+    (key,) = change
+    for name, done in run_all(phlora, "copy", "chat", "merge", "convert").items():
+        assert done.code == 2, (name, done)
+        assert "adapter_config.json" in done.err and (key in done.err or "kind" in done.err), (name, done)
