@@ -39,6 +39,10 @@ BATCH_ROWS = 512
 # A note may concern every row of a large file; beyond this many it counts them and names no more.
 MAX_NAMED_ORIGINS = 1000
 
+# A row of more characters is left out before it is encoded, which takes some 240 bytes a character. No text has
+# so long tokens on average.
+MAX_CHARACTERS = 1_000_000
+MAX_CHARACTERS_A_TOKEN = 64
 SkipKind = Literal["no_answer", "not_rendered", "too_long", "no_trained_token"]
 # Rows that no setting can make trainable: a mistake in the data rather than a choice.
 MISTAKES = ("no_answer", "not_rendered")
@@ -188,6 +192,12 @@ def tokenize_rows(
     return TokenizedSet(done, skipped, cut, worker.problems(), worker.full_lengths)
 
 
+def _num_characters(row: Row) -> int:
+    if row.messages is not None:
+        return sum(len(message["content"]) for message in row.messages)
+    return sum(len(part) for part in (row.prompt, row.completion, row.text) if part is not None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Options:
     train_on: TrainOn
@@ -276,6 +286,11 @@ class _RowTokenizer:
             if waiting:
                 yield self._finish_all(waiting[0], waiting[1].result())
 
+    def _most_characters(self) -> int:
+        """What no tokenizer gets into the tokens allowed; encoding more takes hundreds of bytes a character."""
+        limit = self.options.max_length
+        return max(MAX_CHARACTERS, limit * MAX_CHARACTERS_A_TOKEN) if limit else MAX_CHARACTERS
+
     def _encode(self, drafts: Sequence[_Draft | Skipped]) -> Iterator[Encoded]:
         """Ids and offsets of the simple drafts, in their order; no offsets where positions do."""
         simple = [draft for draft in drafts if isinstance(draft, _Draft) and draft.is_simple]
@@ -309,6 +324,14 @@ class _RowTokenizer:
             self.notes.setdefault(kind, _Noted()).add(origin)
 
     def _draft(self, row: Row) -> _Draft | Skipped:
+        num_characters = _num_characters(row)
+        if num_characters > self._most_characters():
+            limit = self.options.max_length
+            told = f" for max_length={limit}" if limit else ""
+            reason = f"the row has {num_characters:,} characters, too many to be encoded{told}"
+            if self.options.too_long == "error":
+                raise DataError(reason[:1].upper() + reason[1:], where=str(row.origin), fix="shorten the row")
+            return Skipped(row.origin, reason, "too_long")
         if row.messages is None:
             return _Draft(row, row.text if row.text is not None else f"{row.prompt}{row.completion}")
         if self.options.train_on != "all" and last_assistant(row.messages) < 0:

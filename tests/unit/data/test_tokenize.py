@@ -24,6 +24,7 @@ from chat_tokenizers import (
 from tokenizers import AddedToken
 from trl.chat_template_utils import phi3_5_training_chat_template, phi3_training_chat_template
 
+from phlora.data import tokenize
 from phlora.data.dataset import load_rows
 from phlora.data.prompts import encode_chat, encode_prompt
 from phlora.data.tokenize import (
@@ -710,3 +711,16 @@ def test_the_pad_token_does_not_take_the_end_token_away():
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (row,) = _run(tokenizer, user("a"), assistant("b")).rows
     assert row.labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_huge_row_is_left_out_before_it_is_encoded(monkeypatch):
+    monkeypatch.setattr(tokenize, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(tokenize, "MAX_CHARACTERS_A_TOKEN", 20)
+    rows = load_rows([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b" * 2001}]).rows
+    for max_length, limit in ((100, 2000), (10, 1000), (None, 1000)):
+        done = tokenize_rows(rows, phi3_tokenizer(), max_length=max_length, on_bad="collect")
+        assert len(done.rows) == 1, limit
+        (skip,) = done.skipped
+        assert skip.kind == "too_long" and str(skip.origin) == "rows:2" and "2,002 characters" in skip.reason
+    with pytest.raises(DataError, match="rows:2: The row has 2,002 characters"):
+        tokenize_rows(rows, phi3_tokenizer(), max_length=10, too_long="error")
