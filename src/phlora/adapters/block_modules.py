@@ -12,11 +12,8 @@ Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +22,6 @@ from peft.tuners.lora import layer as peft_lora
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from phlora.adapters.blockform import (
     block_factors,
@@ -34,6 +30,7 @@ from phlora.adapters.blockform import (
     plain_rank,
     to_block_diagonal,
 )
+from phlora.adapters.plain_weight import PartsOf, PlainWeight
 from phlora.errors import ConfigError, ModelError
 from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.functional import in_rows
@@ -54,127 +51,6 @@ def changes_base(init: Any) -> bool:
     )
 
 
-# What fills a tensor without looking at its places: done to each block as to a tensor of its own.
-_FILLS = frozenset(
-    f"{name}_"
-    for name in ("normal uniform fill zero random exponential bernoulli cauchy log_normal geometric".split())
-)
-
-
-_SET_DATA = Tensor.__dict__.get("data", torch._C.TensorBase.__dict__["data"]).__set__
-_GET_DATA = Tensor.__dict__.get("data", torch._C.TensorBase.__dict__["data"]).__get__
-_SET_REQUIRES_GRAD = torch._C.TensorBase.__dict__["requires_grad"].__set__
-
-
-class _Plain(Tensor):
-    """The plain `lora_B (N, R)` of a `BlockUp` or `lora_A (R, K)` of a `StartedDown`, put together when asked for.
-
-    What is written into it, or into a view of it, goes on into the blocks. What fills all of it, `nn.init` for one,
-    fills each block and leaves the zeros between them. Other values between the blocks are an error, but for those
-    written into `data`, as hot swapping does: they make another adapter of it.
-    """
-
-    _up: BlockUp | StartedDown
-    _whole: Tensor
-    _swaps: bool
-    _kept: weakref.ref[Tensor]
-
-    @classmethod
-    def of(cls, up: BlockUp | StartedDown, plain: Tensor, whole: Tensor, *, swaps: bool = False) -> _Plain:
-        """`plain` is `whole`, or a view of it; `swaps`: it was reached by `data`."""
-        self = plain.as_subclass(cls)
-        # PEFT's hot swapping exchanges the insides of tensors where shapes differ, and a copy would be all that gets
-        # them. torch does not do so with a tensor that has weak references; then `data` is set instead.
-        self._up, self._whole, self._swaps, self._kept = up, whole, swaps, weakref.ref(self)
-        return self
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
-        plains = [x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)]
-        self, owner = (args[0] if args else None), plains[0]._up
-        with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(self, cls) and func == _SET_DATA:
-                return owner.take(args[1])
-            if func in (_SET_REQUIRES_GRAD, Tensor.requires_grad_):
-                owner.requires_grad_(*args[1:], **kwargs)
-                return self
-            whole = plains[0]._whole.shape == plains[0].shape
-            if whole and (
-                getattr(func, "__module__", None) == "torch.nn.init"
-                or (isinstance(self, cls) and name in _FILLS)
-            ):
-                return plains[0]._fill(func, args, kwargs)
-            versions = [_version(plain) for plain in plains]
-            result = func(*args, **kwargs)
-            in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-            for plain, version in zip(plains, versions, strict=True):
-                if _version(plain) != version or (in_place and plain is self):
-                    plain._up.take(plain._whole, swaps=plain._swaps)
-            if isinstance(result, Tensor):
-                return plains[0]._followed(result, swaps=plains[0]._swaps or func == _GET_DATA)
-            if func in (Tensor.numpy, Tensor.__array__):
-                # Nobody would notice what is written into it.
-                result.setflags(write=False)
-            return result
-
-    def _fill(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            for part in self._up.parts:
-                values, named = tree_map_only(_Plain, functools.partial(_instead, part), (args, kwargs))
-                func(*values, **named)
-            self.copy_(self._up.joined())
-        return self
-
-    def _followed(self, result: Tensor, *, swaps: bool) -> Tensor:
-        """The result, whose writes are followed too where it is a view of the whole."""
-        if isinstance(result, _Plain) or result.device.type == "meta":
-            return result
-        shared = result.untyped_storage().data_ptr() == self._whole.untyped_storage().data_ptr()
-        return _Plain.of(self._up, result, self._whole, swaps=swaps) if shared else result
-
-    def _plainly(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self._plainly(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        plain: Any = self._plainly()
-        return plain.__reduce_ex__(protocol)
-
-
-def _instead(part: Tensor, _: Tensor) -> Tensor:
-    return part
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-class _PartsOf(Mapping[str, Any]):
-    """An offloaded `weights_map` of accelerate, which knows one plain `weight`, as that of the parts."""
-
-    def __init__(self, weights: Mapping[str, Any], module: _ByRows) -> None:
-        self._weights, self._module = weights, module
-
-    def __getitem__(self, name: str) -> Any:
-        names = [_name(block) for block in self._module.blocks]
-        try:
-            return self._weights[name]
-        except KeyError:
-            if name not in names:
-                raise
-        return self._module._receive(self._weights["weight"])[names.index(name)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 class _ByRows(nn.Module):
     """One parameter for each adapted row block, in the place where PEFT has one `weight` for all rows, and in the
     state dict that one."""
@@ -186,24 +62,29 @@ class _ByRows(nn.Module):
         """What is trained, in the order of `blocks`: parameters, or what stands in their place for a while."""
         return [getattr(self, _name(block)) for block in self.blocks]
 
+    @property
+    def part_names(self) -> list[str]:
+        """Their names as parameters of this module."""
+        return [_name(block) for block in self.blocks]
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise ModelError(
                 f"The weight of a {type(self).__name__} is put together from its row blocks, and cannot be exchanged",
-                where=", ".join(_name(block) for block in self.blocks),
+                where=", ".join(self.part_names),
                 fix="exchange these parameters, or write into `weight.data`",
             )
         if name == "_hf_hook":
             for hook in getattr(value, "hooks", [value]):
                 if getattr(hook, "weights_map", None) is not None:
-                    hook.weights_map = _PartsOf(hook.weights_map, self)
+                    hook.weights_map = PartsOf(hook.weights_map, self)
         super().__setattr__(name, value)
 
     def joined(self) -> Tensor:
         """The one `weight` for all rows, in a dtype that loses nothing."""
         raise NotImplementedError
 
-    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+    def receive(self, plain: Tensor) -> Sequence[Tensor]:
         """Keep what is not trained of a `weight` for all rows, and return the values for `parts`."""
         raise NotImplementedError
 
@@ -234,7 +115,7 @@ class _ByRows(nn.Module):
         key, names = f"{prefix}weight", [f"{prefix}{_name(block)}" for block in self.blocks]
         known = [key]
         if key in state_dict:
-            values = self._receive(state_dict[key])
+            values = self.receive(state_dict[key])
         elif any(name in state_dict for name in names):
             known = names
             values = self._receive_parts(state_dict, names, missing_keys, error_msgs)
@@ -303,7 +184,7 @@ class BlockUp(_ByRows):
     def weight(self) -> Tensor:
         """The block-diagonal `lora_B (N, ΣR_i)`, made anew; writing into it writes into the blocks."""
         plain = self.joined().to(self.parts[0].dtype)
-        return _Plain.of(self, plain, plain)
+        return PlainWeight.of(self, plain, plain)
 
     def scaled(self, scaling: float) -> list[RowBlock]:
         """The blocks when the plain form's scaling is `scaling`, as PEFT's methods may have set it."""
@@ -336,7 +217,7 @@ class BlockUp(_ByRows):
         """
         plain, like = plain.detach(), self.parts[0]
         if not swaps:
-            return self._put(self._receive(plain))
+            return self._put(self.receive(plain))
         blocks = fitting_blocks(plain, self.blocks)
         values = from_block_diagonal(plain.to(like.device), blocks, dtype=like.dtype)
         if blocks == self.blocks:
@@ -350,7 +231,7 @@ class BlockUp(_ByRows):
     def joined(self) -> Tensor:
         return to_block_diagonal(self.values, self.blocks, out_features=self.out_features)
 
-    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+    def receive(self, plain: Tensor) -> Sequence[Tensor]:
         return from_block_diagonal(plain, self.blocks, dtype=self.parts[0].dtype)
 
 
@@ -401,7 +282,7 @@ class StartedDown(_Started):
     def weight(self) -> Tensor:
         """`lora_A (ΣR_i, K)`, made anew; writing into it writes into the blocks."""
         plain = self.joined()
-        return _Plain.of(self, plain, plain)
+        return PlainWeight.of(self, plain, plain)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., ΣR_i)."""
@@ -413,12 +294,12 @@ class StartedDown(_Started):
         Raises:
             ModelError: its rank is another.
         """
-        self._put(self._receive(plain.detach()))
+        self._put(self.receive(plain.detach()))
 
     def joined(self) -> Tensor:
         return torch.cat([half for pair in zip(self.parts, self.starts, strict=True) for half in pair])
 
-    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+    def receive(self, plain: Tensor) -> Sequence[Tensor]:
         if plain.shape != (self.out_features, self.in_features):
             raise ModelError(
                 f"lora_A has the shape {tuple(plain.shape)}",
@@ -456,10 +337,10 @@ class StartedUp(_Started, BlockUp):
         Raises:
             ModelError: it is none of these blocks and ranks.
         """
-        self._put(self._receive(plain.detach()))
+        self._put(self.receive(plain.detach()))
 
-    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
-        return self._keep([_halved(B, 1) for B in super()._receive(plain)])
+    def receive(self, plain: Tensor) -> Sequence[Tensor]:
+        return self._keep([_halved(B, 1) for B in super().receive(plain)])
 
 
 class BlockMagnitude(_ByRows, DoraLinearLayer):
@@ -501,7 +382,7 @@ class BlockMagnitude(_ByRows, DoraLinearLayer):
 
     def start(self, lengths: Tensor) -> None:
         """Take the lengths `(N,)` of all rows."""
-        self._put(self._receive(lengths))
+        self._put(self.receive(lengths))
 
     def joined(self) -> Tensor:
         lengths = self.lengths.clone()
@@ -509,7 +390,7 @@ class BlockMagnitude(_ByRows, DoraLinearLayer):
             lengths[block.rows] = part
         return lengths
 
-    def _receive(self, plain: Tensor) -> Sequence[Tensor]:
+    def receive(self, plain: Tensor) -> Sequence[Tensor]:
         if plain.shape != self.lengths.shape:
             raise ModelError(
                 f"lora_magnitude_vector has the shape {tuple(plain.shape)}",
