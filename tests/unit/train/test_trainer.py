@@ -128,6 +128,22 @@ def test_resuming_a_finished_run_takes_no_further_step(tmp_path: Path) -> None:
         assert torch.equal(weight, finished[name]), name
 
 
+@pytest.mark.parametrize("how", [True, "checkpoint-3"])
+def test_a_finished_run_is_finished_however_it_is_resumed(tmp_path: Path, how: Any) -> None:
+    trainer_for(tmp_path, max_steps=3).train()
+    trainer = trainer_for(tmp_path, max_steps=3)
+    output = trainer.train(resume_from_checkpoint=how if how is True else str(tmp_path / how))
+    assert output.global_step == trainer.state.global_step == 3
+    finished = load_file(tmp_path / "checkpoint-3" / "adapter_model.safetensors")
+    for name, weight in get_peft_model_state_dict(trainer.model).items():
+        assert torch.equal(weight, finished[name]), name
+
+
+def test_resuming_where_nothing_is_to_be_resumed_is_said_by_the_library(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint"):
+        trainer_for(tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
     whole = trainer_for(tmp_path / "whole", max_steps=4, save_steps=2)
     whole.train()
