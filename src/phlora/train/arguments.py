@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig
+from trl.trainer.sft_config import SFTConfig
 
 from phlora.config import TrainOn
 from phlora.errors import ConfigError, did_you_mean, shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, IterableDataset
 from peft import LoraConfig
@@ -38,7 +38,7 @@ from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import PreparedData, prepare_data
 from phlora.train.request import Request, collect_request, require_one_process, require_rows_outside
 
-Rows = str | Path | Sequence[Any] | Mapping[str, Any] | Dataset | DatasetDict | IterableDataset
+Rows: TypeAlias = str | Path | Sequence[Any] | Mapping[str, Any] | Dataset | DatasetDict | IterableDataset
 
 
 @dataclass(frozen=True)

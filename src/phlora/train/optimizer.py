@@ -11,6 +11,8 @@ at a rate of 1e-6, and knows nothing of the trainer's weight decay.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -53,7 +55,8 @@ def check_optimizer(args: TrainingArguments) -> None:
     """
     weight = nn.Parameter(torch.zeros(1))
     try:
-        kind, keywords = SGD, {}
+        kind: Any = SGD
+        keywords: dict[str, Any] = {}
         # Those that project gradients look at a model.
         if not args.optim_target_modules:
             kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -63,7 +66,7 @@ def check_optimizer(args: TrainingArguments) -> None:
             optimizer,
             num_warmup_steps=args.get_warmup_steps(10),
             num_training_steps=10,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}) or None,
         )
     except (
         ValueError,
