@@ -224,10 +224,11 @@ def convert_data(
 
 
 def _tokenizer(model: str, display: Display) -> LoadedTokenizer:
-    from phlora.models.tokenizer import load_tokenizer
+    from phlora.config import ModelConfig
+    from phlora.models.tokenizer import find_files, read_tokenizer
 
     adopt_loggers()
-    loaded = load_tokenizer(model)
+    loaded = read_tokenizer(find_files(ModelConfig(name=model), needs_weights=False))
     for note in loaded.notes:
         display.note(note)
     return loaded

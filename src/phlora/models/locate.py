@@ -70,10 +70,15 @@ class ModelSource:
     revision: str | None = None
 
 
-def resolve_source(name: str | os.PathLike[str], *, revision: str | None = None) -> ModelSource:
+def resolve_source(
+    name: str | os.PathLike[str], *, revision: str | None = None, needs_weights: bool = True
+) -> ModelSource:
     """Decide what a name means, without reading a weight and without a network.
 
     An embedded name wins over a folder of the same name, which stays reachable as `./name`.
+
+    Args:
+        needs_weights: False: a folder may hold the configuration and the tokenizer alone.
 
     Raises:
         ModelError: a path that does not exist, a folder that holds no model, or a name that can be nothing.
@@ -85,7 +90,7 @@ def resolve_source(name: str | os.PathLike[str], *, revision: str | None = None)
     if not _is_usable(path):
         raise ModelError("No model can have this name", where=shown(text))
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, needs_weights=needs_weights)
         return ModelSource(name=text, kind="folder", location=str(path))
     if path.is_file():
         if path.suffix != ".gguf":
@@ -134,7 +139,7 @@ def path_advice(path: Path) -> str:
     return f"give an existing folder, a hub id such as owner/name, or one of {', '.join(EMBEDDED)}"
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, *, needs_weights: bool) -> None:
     """Refuse a folder without config or weights, and tell an adapter from a model."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         base = read_json(folder / "adapter_config.json", ModelError).get("base_model_name_or_path")
@@ -145,7 +150,7 @@ def _check_folder(folder: Path) -> None:
             fix="load the base model and put the adapter on it",
         )
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    missing += _missing_weights(folder)
+    missing += _missing_weights(folder) if needs_weights else []
     if missing:
         raise ModelError(
             f"The folder lacks {', '.join(missing)}",

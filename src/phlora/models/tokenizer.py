@@ -115,13 +115,17 @@ def load_tokenizer(
     return read_tokenizer(find_files(model_config(model, fields)))
 
 
-def find_files(model: ModelConfig) -> ModelFiles:
+def find_files(model: ModelConfig, *, needs_weights: bool = True) -> ModelFiles:
     """Where the files of a model are, with its configuration; a hub is asked once, here.
+
+    Args:
+        needs_weights: False: a folder may hold the configuration and the tokenizer alone.
 
     Raises:
         ModelError, NetworkError: as `load_tokenizer`.
     """
-    location = locate(resolve_source(model.name, revision=model.revision), offline=model.offline)
+    source = resolve_source(model.name, revision=model.revision, needs_weights=needs_weights)
+    location = locate(source, offline=model.offline)
     with reading(location, "The configuration"):
         # A GGUF file carries no code, and reading its head takes seconds.
         in_gguf = location.source.kind == "gguf"

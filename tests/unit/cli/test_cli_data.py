@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,14 @@ def test_many_files_are_one_line_and_long_values_are_cut(phlora: CommandLine, tm
     assert len(done.out.splitlines()) < 25 and len(done.out) < 5000
     file = write_rows(tmp_path / "x.jsonl", [{"y" * 30_000: 1, **{f"k{n}" * 20: n for n in range(500)}}])
     assert len(phlora("data", "check", str(file)).err) < 4000
+
+
+def test_a_folder_without_weights_has_a_tokenizer(
+    phlora: CommandLine, chats: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin"))
+    assert phlora("data", "check", str(chats), "--model", str(folder)).code == 0
+    assert phlora("data", "preview", str(chats), "--model", str(folder), "--plain").code == 0
+    done = phlora("train", "--model", str(folder), "--data", str(chats), "-o", str(tmp_path / "run"))
+    assert done.code == 2 and "lacks weights" in done.err
