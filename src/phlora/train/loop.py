@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PrinterCallback
 
@@ -114,22 +114,23 @@ def _for_training(model: PeftModel) -> Iterator[None]:
     PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; Phlora never resizes it. The trainer
     turns the cache of keys and values off in the model's configuration.
     """
-    config = model.get_base_model().config
+    config: Any = model.get_base_model().config
     use_cache = config.use_cache
-    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    # On the instance, for the saves that the trainer makes.
+    model.__dict__["save_pretrained"] = functools.partial(model.save_pretrained, save_embedding_layers=False)
     try:
         yield
     finally:
         config.use_cache = use_cache
-        del model.save_pretrained
+        del model.__dict__["save_pretrained"]
 
 
 def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: dict[str, Any]) -> None:
     """Write a plain PEFT adapter with its tokenizer, model card and base fingerprint, whole or not at all."""
     with replaced_folder(path) as part:
-        model.save_pretrained(part, save_embedding_layers=False)
+        model.save_pretrained(str(part), save_embedding_layers=False)
         loaded.tokenizer.tokenizer.save_pretrained(part)
-        base = {
+        base: dict[str, Any] = {
             "base_model": loaded.source.name,
             "base_fingerprint": loaded.fingerprint,
             "stop_token_ids": list(loaded.tokenizer.stop_token_ids),
@@ -137,7 +138,9 @@ def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: di
         if blocks := recorded_blocks(model):
             base["blocks"] = blocks
         write_json(part / ADAPTER_FACTS, {**base, **facts})
-        card = model_card(model.peft_config["default"], {**base, **facts}, kind=loaded.source.kind)
+        lora = model.peft_config["default"]
+        assert isinstance(lora, LoraConfig)
+        card = model_card(lora, {**base, **facts}, kind=loaded.source.kind)
         write_text(part / "README.md", card)
 
 

@@ -61,12 +61,13 @@ def check_optimizer(args: TrainingArguments) -> None:
         if not args.optim_target_modules:
             kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = kind([weight], **keywords)
+        schedule: Any = args.lr_scheduler_kwargs
         get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             num_warmup_steps=args.get_warmup_steps(10),
             num_training_steps=10,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}) or None,
+            scheduler_specific_kwargs=schedule,
         )
     except (
         ValueError,

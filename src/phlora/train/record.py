@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from peft import LoraConfig
+from transformers import TrainingArguments
 
 from phlora.adapters.attach import DEFAULTS, Attached
 from phlora.config import RunConfig, resolved
@@ -83,7 +84,7 @@ def run_facts(
 
     `identity` is what has to be the same for a run to be continued.
     """
-    values = arguments.args.to_dict()
+    values = _plain(arguments.args)
     trained = {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
     identity = {
         "base model": loaded.fingerprint,
@@ -91,7 +92,7 @@ def run_facts(
         "tokenizer and chat template": digest(
             [loaded.tokenizer.tokenizer.chat_template, len(loaded.tokenizer.tokenizer)]
         ),
-        "peft_config": digest({k: v for k, v in lora.to_dict().items() if k != "base_model_name_or_path"}),
+        "peft_config": digest({k: v for k, v in _plain(lora).items() if k != "base_model_name_or_path"}),
         "peft_config.loraplus_lr_ratio": arguments.loraplus_lr_ratio,
         "training_config.z_loss": arguments.z_loss,
         "train_on": config.data.train_on,
@@ -157,7 +158,7 @@ def open_run(
 def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> str:
     """The resolved configuration as YAML that can be run again; each line says where its value came from."""
     values, origins = resolved(config), dict(config.origins)
-    chosen = arguments.args.to_dict()
+    chosen = _plain(arguments.args)
     values["training_config"] = {
         name: value
         for name, value in sorted(chosen.items())
@@ -190,6 +191,11 @@ def plain_lora(lora: LoraConfig) -> dict[str, Any]:
     """Every value of the adapter's configuration that is in force, as `peft_config` takes it."""
     values = {name: plain_setting(getattr(lora, name)) for name in lora_fields()}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _plain(settings: TrainingArguments | LoraConfig) -> dict[str, Any]:
+    values: dict[str, Any] = settings.to_dict()  # type: ignore[no-untyped-call]
+    return values
 
 
 def _lora_origin(name: str) -> str:

@@ -57,7 +57,7 @@ _LOSS_WEIGHTS = "loss_weights"
 _NOTHING = {"input_ids": torch.empty(1, 0, dtype=torch.long)}
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
     """A drop-in for `trl.SFTTrainer`: same arguments, same results to rounding, less work.
 
     Batches hold `input_ids`, `labels` (-100 where not trained) and optionally `attention_mask`, `position_ids` and
@@ -218,7 +218,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if is_new and self.loraplus_lr_ratio is not None:
             raise_rate_of_B(optimizer, self.model if model is None else model, self.loraplus_lr_ratio)
         return optimizer
@@ -226,7 +226,7 @@ class SFTTrainer(trl.SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             # None there is for the library to say.
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # type: ignore[no-untyped-call]
         finished = _finished_step(resume_from_checkpoint, self._num_planned_steps)
         if finished is not None:
             # transformers 5.23 takes one more optimizer step here when the last epoch was cut by max_steps.
@@ -235,7 +235,8 @@ class SFTTrainer(trl.SFTTrainer):
             self.state = TrainerState.load_from_json(state)
             return TrainOutput(finished, 0.0, {})
         with self._worn:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output: TrainOutput = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         with self._worn:
@@ -247,10 +248,10 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _num_planned_steps(self) -> int:
         if self.args.max_steps > 0:
-            return self.args.max_steps
+            return int(self.args.max_steps)
         batches = len(self.get_train_dataloader())
         per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
-        return math.ceil(self.args.num_train_epochs * per_epoch)
+        return math.ceil(float(self.args.num_train_epochs) * int(per_epoch))
 
     def _count(
         self, inputs: dict[str, Any], correct: torch.Tensor, weights: torch.Tensor, total: Any, loss: Any
