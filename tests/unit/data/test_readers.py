@@ -104,7 +104,7 @@ def test_missing_file_names_the_nearest_one(tmp_path, monkeypatch):
         ("odd.xml", b"<x/>", "no known kind of data file"),
         ("odd.parquet", b"PAR0", "no readable Parquet"),
         ("keys.jsonl", b'{"foo": 1, "bar": 2}', "`foo`, `bar`"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-12], "cannot be read"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-12], "cannot be read"),
         ("more.csv", b"question,answer\na,b,c\n", "more cells"),
     ],
 )
@@ -255,7 +255,7 @@ def test_a_damaged_line_among_utf8_is_an_error_with_its_line(tmp_path):
 
 def test_files_under_a_wrong_name_say_what_they_are(tmp_path):
     for name, content, kind in [
-        ("a.jsonl", gzip.compress(b"{}"), "gzip"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "gzip"),
         ("b.csv", b"PK\x03\x04...", "Excel"),
         ("c.jsonl", b"PAR1....", "Parquet"),
         ("d.jsonl", b"\x01\x00\x02\x00\x00", "no text"),
