@@ -120,6 +120,8 @@ def checked(records: Iterator[Record], columns: Mapping[str, str]) -> Iterator[R
             continue
         try:
             found = sound(record)
+            if isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found):
+                found = {"messages": found}  # a chat that is a bare list of its turns
             yield line, renamed(found, columns) if columns and isinstance(found, dict) else found
         except BadRow as bad:
             yield line, bad

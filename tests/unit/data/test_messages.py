@@ -238,3 +238,10 @@ def test_what_is_no_chat_is_one_error_with_its_line(turn):
     with pytest.raises(DataError, match="^rows:2: ") as caught:
         load_rows([{"messages": OPENAI}, {"messages": [*OPENAI, turn]}])
     assert len(str(caught.value)) < 800
+
+
+def test_a_chat_may_be_a_bare_list_of_its_turns(tmp_path):
+    path = tmp_path / "lists.jsonl"
+    path.write_text(json.dumps(OPENAI) + "\n" + json.dumps(OPENAI[:1] + OPENAI[1:]) + "\n")
+    rows = load_rows(path).rows
+    assert [message["content"] for row in rows for message in row.messages] == ["Hi", "Hello"] * 2

@@ -102,7 +102,7 @@ class _Lines:
 
 def _dialect(file: StoredFile, lines: Callable[[], Iterator[Line]]) -> Dialect:
     head = [text for _, text in itertools.islice(lines(), 4 * NUM_RECORDS_LOOKED_AT) if isinstance(text, str)]
-    if head and head[0].lower().startswith("sep="):
+    if head and head[0].lower().startswith("sep=") and head[0][4:5] in _DELIMITERS:
         return Dialect(head[0][4:5])
     delimiter = max(_DELIMITERS, key=lambda mark: _fit(head, mark))
     if _fit(head, delimiter) == (0.0, 0):
@@ -193,7 +193,9 @@ def _broken(error: csv.Error, line: int, start: int) -> BadRow:
     message = str(error)
     if "unexpected end of data" in message:
         return BadRow(
-            "broken_csv", f"a quote opened in this row is not closed before the end, line {line}", "a quote"
+            "broken_csv",
+            f"a quote opened in this row is not closed before the end, line {line}",
+            'a closing quote, or the quote doubled: ""',
         )
     where = f" (in line {line})" if line != start else ""
     return BadRow("broken_csv", f"broken CSV: {message}{where}", 'quotes inside a quoted cell doubled: ""')
