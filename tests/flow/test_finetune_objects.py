@@ -149,6 +149,7 @@ def test_a_model_object_carries_the_adapter_and_no_other_change(
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     config = copy.deepcopy(model.config.to_dict())
+    classes = {name: type(module) for name, module in model.named_modules()}
     run = run_it(model, tmp_path / "run", tokenizer=AutoTokenizer.from_pretrained(model_folder))
     assert_equal(last(run), last(plain))
     assert run.model.get_base_model() is model
@@ -158,6 +159,7 @@ def test_a_model_object_carries_the_adapter_and_no_other_change(
     assert bare is model and all(
         torch.equal(value, weights[name]) for name, value in bare.state_dict().items()
     )
+    assert {name: type(module) for name, module in bare.named_modules()} == classes
     # Its name is known, so that the run can be evaluated and run again.
     assert load_config(run.folder / "config.yaml").model.name == str(model_folder)
 

@@ -27,6 +27,7 @@ from phlora.evaluate.report import Report
 from phlora.extras import require
 from phlora.files import require_room
 from phlora.measure import Clock
+from phlora.models.lean_layers import slow_down
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
@@ -180,6 +181,9 @@ def finetune(
         clock.lap("training")
         report = _proof(request, attached, words, prepared, arguments, folder, clock, display)
         folder.update_facts(status="finished", timing=clock.seconds)
+    if objects.model is not None:
+        # Its layers are the caller's.
+        slow_down(objects.model)
     return Run(folder.path, report, attached.model, words.tokenizer, config_text, plan)
 
 
