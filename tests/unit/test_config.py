@@ -12,7 +12,9 @@ from phlora.config import (
     RunConfig,
     apply_overrides,
     build_config,
+    default_output,
     load_config,
+    parse_columns,
     read_mapping,
     resolved,
     set_value,
@@ -218,3 +220,29 @@ def test_values_that_yaml_itself_stumbles_over_are_one_message(value: str, tmp_p
 def test_no_quantization_may_be_said(word: Any) -> None:
     config = build_config({"model": {"name": "m", "quantization": word}, "data": "x.jsonl"})
     assert config.model.quantization is None
+
+
+def test_the_run_folder_is_named_after_the_data_by_one_rule():
+    names = {
+        "a/chats.jsonl": "chats",
+        "chats.jsonl.gz": "chats",
+        "chats.csv.ZST": "chats",
+        "chats.train.jsonl": "chats.train",
+        "owner/chats": "chats",
+        "owner/chats:train": "chats-train",
+        "*.jsonl": "run",
+    }
+    assert {data: default_output(data) for data in names} == {
+        data: f"runs/{name}" for data, name in names.items()
+    }
+
+
+def test_columns_are_pairs_of_names():
+    assert parse_columns(["question=Frage,answer=a.b[0]", "system=S"]) == {
+        "question": "Frage",
+        "answer": "a.b[0]",
+        "system": "S",
+    }
+    for wrong in ("question", "question=", "=Frage", "a=b,a=c"):
+        with pytest.raises(ConfigError, match="--columns"):
+            parse_columns([wrong])
