@@ -21,6 +21,7 @@ CATEGORIES = (
     "language",
     "lang",
 )
+_CATEGORIES = frozenset(CATEGORIES)
 
 
 def value_at(record: Mapping[str, Any], path: str) -> Any:
@@ -50,6 +51,8 @@ def category_of(record: Mapping[str, Any], stratify_by: str | None) -> str | Non
     """The category of a row: of the column asked for, else of the first known one that holds a text."""
     if stratify_by is not None:
         return required_value(record, stratify_by, "data.stratify_by")
+    if _CATEGORIES.isdisjoint(record):
+        return None
     for name in CATEGORIES:
         value = record.get(name)
         if isinstance(value, str) and value:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from phlora.config import DataFile
 from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
 from phlora.data.readers import Opened, frame_records, open_path, pick_split
-from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Row, row_digest, row_key
+from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Row, key_and_digest, row_digest
 from phlora.data.similarity import row_keys
 from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
@@ -206,8 +206,9 @@ def index_rows(
         if isinstance(item, Problem):
             survey.problems.append(item)
             continue
-        survey.keys.append(bytes.fromhex(row_key(item)))
-        survey.digests.extend(row_digest(item))
+        key, digest = key_and_digest(item)
+        survey.keys.append(key)
+        survey.digests.extend(digest)
         keys = row_keys(item)
         survey.near.extend(keys.near)
         survey.prompts.extend(keys.prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -113,7 +114,7 @@ def _structure(row: Row, train_on: TrainOn) -> list[Problem]:
     if row.messages is None:
         blank = row.completion is not None and not row.completion.strip()
         return [_warning("empty_answer", "The completion is empty", row)] if blank else []
-    roles = [message["role"] for message in row.messages]
+    roles = tuple([message["role"] for message in row.messages])
     found = []
     if "assistant" not in roles and train_on != "all":
         found.append(
@@ -125,13 +126,15 @@ def _structure(row: Row, train_on: TrainOn) -> list[Problem]:
     return found + [_warning(*kind, row) for kind in _empty_turns(row.messages)]
 
 
-def _order_problem(roles: Sequence[str]) -> str | None:
-    turns = [role for role in roles if role != "system"]
+# Few orders make up nearly all chats.
+@lru_cache(maxsize=1024)
+def _order_problem(roles: tuple[str, ...]) -> str | None:
+    turns = tuple(role for role in roles if role != "system")
     if "system" in roles[1:]:
         return "A system message does not stand first"
-    if turns[:1] == ["assistant"]:
+    if turns[:1] == ("assistant",):
         return "The chat begins with an assistant turn"
-    if turns[:1] == ["tool"] or ("user", "tool") in pairwise(turns):
+    if turns[:1] == ("tool",) or ("user", "tool") in pairwise(turns):
         return "A tool turn does not follow an assistant turn"
     for role in ("user", "assistant"):
         if (role, role) in pairwise(turns):
@@ -145,8 +148,13 @@ def _empty_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     blank = {
         message["role"]
         for message in messages
-        if not message["content"].strip() and "tool_calls" not in message
+        # No text that begins with a letter is blank, and most are not copied to find that out.
+        if not message["content"][:1].isalnum()
+        and not message["content"].strip()
+        and "tool_calls" not in message
     }
+    if not blank:
+        return []
     return [
         ("empty_answer" if role == "assistant" else "empty_turn", f"The content of a {role} turn is empty")
         for role in sorted(blank)

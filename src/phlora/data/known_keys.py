@@ -412,10 +412,12 @@ def _with_context(record: Mapping[str, Any], known: set[str]) -> Mapping[str, An
 
 def _turns(turns: Sequence[Any], findings: Findings) -> list[Any] | None:
     """Messages whose keys are in Phlora's terms; None where they are already."""
-    if all(
-        isinstance(turn, Mapping) and _PLAIN.issuperset(turn) and not isinstance(turn.get("content"), list)
-        for turn in turns
-    ):
+    for turn in turns:
+        if not (type(turn) is dict or isinstance(turn, Mapping)):
+            break
+        if not _PLAIN.issuperset(turn) or isinstance(turn.get("content"), list):
+            break
+    else:
         return None
     return [
         _turn(turn, number, findings) if isinstance(turn, Mapping) else turn

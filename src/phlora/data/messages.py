@@ -76,6 +76,10 @@ def messages_of(value: Any, column: str) -> list[Message]:
     found: list[Message] = []
     was_call = False
     for turn, item in enumerate(value, 1):
+        if plain := _plain_turn(item):
+            found.append(plain)
+            was_call = False
+            continue
         is_call = isinstance(item, Mapping) and _role_name(item) in CALL_ROLES
         new = _turn(item, turn)
         if is_call and was_call:
@@ -144,6 +148,17 @@ def _joined(parts: Any, column: str) -> str:
 def _role_name(item: Mapping[str, Any]) -> str:
     value = next((item[key] for key in _ROLE_KEYS if item.get(key) is not None), None)
     return value.strip().lower() if isinstance(value, str) else ""
+
+
+def _plain_turn(item: Any) -> Message | None:
+    """A turn of a known role and a text, as nearly all are; None for `_turn` to look at."""
+    if type(item) is not dict or len(item) != 2:
+        return None
+    role, content = item.get("role"), item.get("content")
+    if role is None:
+        role, content = item.get("from"), item.get("value")
+    known = ROLES.get(role) if type(role) is str else None
+    return {"role": known, "content": content} if known and type(content) is str else None
 
 
 def _turn(item: Any, turn: int) -> list[Message]:

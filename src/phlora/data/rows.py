@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, Literal, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
@@ -72,6 +74,29 @@ class Problem:
 
 def row_key(row: Row) -> str:
     """A digest of what the row says: equal for rows that differ in spacing or Unicode form only."""
+    return _digest(_key_json(row)).hex()
+
+
+def row_digest(row: Row) -> bytes:
+    """A digest of the exact content of a row and its weight."""
+    return _digest(_plain_chat_json(row) if _is_plain_chat(row) else _content_json(row))
+
+
+def key_and_digest(row: Row) -> tuple[bytes, bytes]:
+    """`row_key` as bytes and `row_digest`, in one go."""
+    if not _is_plain_chat(row):
+        return _digest(_key_json(row)), _digest(_content_json(row))
+    keys, contents = [], []
+    for message in row.messages or ():
+        role, content = _quoted(message["role"]), message["content"]
+        exact = _quoted(content)
+        normal = _normal(content)
+        keys.append(f"[{role}, {exact if normal is content else _quoted(normal)}, null]")
+        contents.append(f'{{"content": {exact}, "role": {role}}}')
+    return _digest(f"[[{', '.join(keys)}], null]"), _digest(_chat_json(contents, row.weight))
+
+
+def _key_json(row: Row) -> str:
     if row.messages is not None:
         parts: list[Any] = [
             [message["role"], _normal(message["content"]), message.get("tool_calls")]
@@ -79,14 +104,41 @@ def row_key(row: Row) -> str:
         ]
     else:
         parts = [_normal(part) for part in (row.prompt, row.completion, row.text) if part is not None]
-    text = json.dumps([parts, row.tools], sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return _CONTENT.encode([parts, row.tools])
 
 
-def row_digest(row: Row) -> bytes:
-    """A digest of the exact content of a row and its weight."""
-    content = [row.messages, row.prompt, row.completion, row.text, row.tools, row.weight]
-    return hashlib.blake2b(_CONTENT.encode(content).encode(), digest_size=DIGEST_BYTES).digest()
+def _content_json(row: Row) -> str:
+    return _CONTENT.encode([row.messages, row.prompt, row.completion, row.text, row.tools, row.weight])
+
+
+def _is_plain_chat(row: Row) -> bool:
+    """Whether a row is messages of a role and a content each: their JSON is put together in a third of the time."""
+    if row.messages is None or row.tools is not None or row.text is not None:
+        return False
+    if row.prompt is not None or row.completion is not None:
+        return False
+    for message in row.messages:
+        if len(message) != 2:
+            return False
+    return True
+
+
+def _plain_chat_json(row: Row) -> str:
+    messages = [
+        f'{{"content": {_quoted(message["content"])}, "role": {_quoted(message["role"])}}}'
+        for message in row.messages or ()
+    ]
+    return _chat_json(messages, row.weight)
+
+
+def _chat_json(messages: Iterable[str], weight: float) -> str:
+    """`_content_json` of a plain chat."""
+    number = repr(weight) if type(weight) is float and math.isfinite(weight) else _CONTENT.encode(weight)
+    return f"[[{', '.join(messages)}], null, null, null, null, {number}]"
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
 def fingerprint_of(digests: Iterable[bytes]) -> str:
@@ -98,7 +150,15 @@ def fingerprint_of(digests: Iterable[bytes]) -> str:
 
 
 def _normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return single_spaced(text if text.isascii() else unicodedata.normalize("NFC", text))
+
+
+def single_spaced(text: str) -> str:
+    """The words of a text with one space between them; most texts have that already."""
+    # White space other than the space is not printable.
+    if text.isprintable() and "  " not in text and text[:1] != " " != text[-1:]:
+        return text
+    return " ".join(text.split())
 
 
 def kind_of(value: Any) -> str:

@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
-from phlora.data.rows import Row
+from phlora.data.rows import Row, single_spaced
 
 KEY_BYTES = 8
 # How many questions tell conversations apart that open with the same words.
 NUM_OPENINGS = 3
 _OPENING = "\"'`“‘«„(¿¡"
 _CLOSING = "\"'`”’»),.:;!?…。、，！？؟।"
+# A run of either at the beginning or the end of a word, found by a scan for its first character.
+_BEFORE_WORDS = re.compile(rf"[{re.escape(_OPENING)}](?<!\S.)[{re.escape(_OPENING)}]*+", re.DOTALL)
+_BEHIND_WORDS = re.compile(
+    rf"[{re.escape(_CLOSING)}](?<![{re.escape(_CLOSING)}].)[{re.escape(_CLOSING)}]*+(?!\S)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,8 @@ def row_keys(row: Row) -> RowKeys:
     if row.messages is None:
         return _plain_keys(row)
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
-    last = max((n for n, message in enumerate(row.messages) if message["role"] == "assistant"), default=-1)
+    roles = [message["role"] for message in row.messages]
+    last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else -1
     openings: list[bytes] = []
     prompt = b""
     asks = False
@@ -82,5 +89,5 @@ def _digest(text: str) -> bytes:
 def loose(text: str) -> str:
     """A text as it is compared; see the module."""
     folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
-    words = [word.lstrip(_OPENING).rstrip(_CLOSING) for word in folded.split()]
-    return " ".join(filter(None, words)) or folded.strip()
+    bare = _BEHIND_WORDS.sub("", _BEFORE_WORDS.sub("", folded))
+    return single_spaced(bare) or folded.strip()

@@ -60,6 +60,34 @@ def sound(value: Any, where: str = "", depth: int = 0) -> Any:
     return _converted(value, where, depth)
 
 
+def _plain(value: Any, depth: int = 0) -> Any:
+    """`sound` of a value that is nothing but sound already, in a third of the time.
+
+    Raises:
+        ValueError, TypeError: `sound` has to look.
+    """
+    kind = type(value)
+    if kind is str:
+        if not value.isascii():
+            value.encode()
+        return value
+    if kind is dict or kind is list:
+        if depth > MAX_DEPTH:
+            raise ValueError
+        if kind is list:
+            return [_plain(item, depth + 1) for item in value]
+        if not "".join(value).isascii():
+            raise ValueError
+        return {
+            key: item if type(item) is str and item.isascii() else _plain(item, depth + 1)
+            for key, item in value.items()
+        }
+    is_number = (kind is int and -MAX_NUMBER < value < MAX_NUMBER) or (kind is float and math.isfinite(value))
+    if is_number or kind is bool or value is None:
+        return value
+    raise ValueError
+
+
 def _converted(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, str):
         return sound(str(value), where)
@@ -119,7 +147,10 @@ def checked(records: Iterator[Record], columns: Mapping[str, str]) -> Iterator[R
             yield line, record
             continue
         try:
-            found = sound(record)
+            try:
+                found = _plain(record)
+            except (ValueError, TypeError):
+                found = sound(record)
             if isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found):
                 found = {"messages": found}  # a chat that is a bare list of its turns
             yield line, renamed(found, columns) if columns and isinstance(found, dict) else found

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from phlora.data.dataset import load_rows
+from phlora.data.messages import CALL_ROLES, ROLES, messages_of
 from phlora.errors import DataError
 
 CHAT = [("user", "Hi"), ("assistant", "Hello")]
@@ -245,3 +246,11 @@ def test_a_chat_may_be_a_bare_list_of_its_turns(tmp_path):
     path.write_text(json.dumps(OPENAI) + "\n" + json.dumps(OPENAI[:1] + OPENAI[1:]) + "\n")
     rows = load_rows(path).rows
     assert [message["content"] for row in rows for message in row.messages] == ["Hi", "Hello"] * 2
+
+
+@pytest.mark.parametrize(("role", "content"), [("role", "content"), ("from", "value"), ("from", "content")])
+def test_plain_turns_become_what_others_with_the_same_keys_do(role, content):
+    for name in [*ROLES, "User", " gpt ", *CALL_ROLES]:
+        text = '{"name": "f"}' if name in CALL_ROLES else ""
+        turn = {role: name, content: text}
+        assert messages_of([turn], "messages") == messages_of([{**turn, "name": None}], "messages")

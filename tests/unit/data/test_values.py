@@ -13,7 +13,7 @@ import pytest
 from phlora.config import DataFile
 from phlora.data.dataset import load_rows, read_rows
 from phlora.data.rows import BadRow, row_digest, row_key
-from phlora.data.values import MAX_DEPTH, renamed, sound
+from phlora.data.values import MAX_DEPTH, checked, renamed, sound
 from phlora.errors import DataError, PhloraError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -139,6 +139,21 @@ def mutated(value, chance):
     else:
         parent[key] = chance.choice(BAD)
     return value
+
+
+def test_the_short_way_over_sound_records_finds_what_the_long_one_finds():
+    chance = random.Random(9)
+    values = [mutated(mutated(chance.choice(SEEDS), chance), chance) for _ in range(1500)]
+    values += [{"a": value} for value in (*BAD, True, None, 1, 0.5, "é", (1, 2), {"é": {}}, [[]], nested(64))]
+    for value in [{"a": value} if isinstance(value, list) else value for value in values]:
+        ((_, found),) = checked(iter([(1, value)]), {})
+        try:
+            wanted = sound(value)
+        except BadRow as bad:
+            assert (found.kind, found.message) == (bad.kind, bad.message)
+        else:
+            assert repr(found) == repr(wanted)
+            assert found is not value or not isinstance(value, dict | list)
 
 
 def test_mutated_rows_are_rows_or_problems():

@@ -1,0 +1,34 @@
+"""The loose form in which texts are compared."""
+
+from __future__ import annotations
+
+import random
+import time
+import unicodedata
+
+import pytest
+
+from phlora.data.similarity import _CLOSING, _OPENING, loose
+
+
+def _word_by_word(text):
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = [word.lstrip(_OPENING).rstrip(_CLOSING) for word in folded.split()]
+    return " ".join(filter(None, words)) or folded.strip()
+
+
+def test_loose_form_is_what_words_are_without_marks_around_them():
+    chance = random.Random(1)
+    characters = f"{_OPENING}{_CLOSING}aB é\n\t\x1c\u3000\u2028İß(—-"
+    for _ in range(20000):
+        text = "".join(chance.choices(characters, k=chance.randrange(14)))
+        assert loose(text) == _word_by_word(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["." * 200_000 + "a", "'" * 200_000, "a" + "'" * 200_000 + "b", "a." * 100_000]
+)
+def test_loose_form_takes_a_time_that_grows_with_the_text_alone(text):
+    start = time.process_time()
+    loose(text)
+    assert time.process_time() - start < 1
