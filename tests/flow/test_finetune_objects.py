@@ -27,6 +27,8 @@ from transformers import (
 from phlora import finetune, load_config
 from phlora.display import Display
 from phlora.errors import ConfigError, ModelError, RunError
+from phlora.train.arguments import DEFAULTS
+from phlora.train.config_objects import NOT_FOLLOWED, plain_setting
 
 ROWS = [{"question": f"what is {i}?", "answer": f"it is {i % 5}"} for i in range(20)]
 
@@ -103,32 +105,81 @@ def test_a_dictionary_of_splits_brings_its_held_out_rows(model_folder: Path, tmp
         run_it(model_folder, tmp_path / "b", eval_data={"a": sets["train"], "b": sets["test"]})
 
 
-def test_configuration_objects_mean_what_their_dictionaries_mean(
-    plain: Any, model_folder: Path, tmp_path: Path
-) -> None:
+def test_configuration_objects_mean_what_their_dictionaries_mean(model_folder: Path, tmp_path: Path) -> None:
     args = trl.SFTConfig(
         output_dir=str(tmp_path / "run"), max_steps=2, learning_rate=1e-2, use_cpu=True, bf16=False
     )
     lora = LoraConfig(r=2, lora_alpha=4, task_type="CAUSAL_LM")
     run = run_it(model_folder, None, training_config=args, peft_config=lora)  # type: ignore[arg-type]
     assert run.folder == tmp_path / "run"
-    assert_equal(last(run), last(plain))
+    written = {"max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_steps": 0}
+    written |= {"max_length": 1024, "gradient_checkpointing": True, "eval_strategy": "no"}
+    assert_equal(last(run), last(run_it(model_folder, tmp_path / "b", training_config=written)))
     assert "  max_steps: 2  # SFTConfig" in run.config_text and "  r: 2  # LoraConfig" in run.config_text
-    assert "  num_train_epochs: 2  # Phlora's default" in run.config_text
 
 
-def test_of_an_object_only_what_differs_from_its_defaults_counts(model_folder: Path, tmp_path: Path) -> None:
-    args = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=2, use_cpu=True)
+@pytest.mark.parametrize("kind", [trl.SFTConfig, TrainingArguments])
+def test_an_object_is_followed_where_it_holds_its_librarys_defaults(
+    kind: Any, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = kind(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2)
     lora = LoraConfig(target_modules={"v_proj", "q_proj"}, use_rslora=True)
-    run = run_it(model_folder, tmp_path / "run", training_config=args, peft_config=lora, dry_run=True)
-    values = yaml.safe_load(run.config_text)
-    assert values["training_config"]["per_device_train_batch_size"] == 2
-    assert values["training_config"]["learning_rate"] == 2e-4
-    assert (values["peft_config"]["r"], values["peft_config"]["lora_alpha"]) == (8, 8)
-    assert (
-        values["peft_config"]["target_modules"] == ["q_proj", "v_proj"]
-        and values["peft_config"]["use_rslora"]
+    run = run_it(
+        model_folder,
+        tmp_path / "run",
+        training_config=args,
+        peft_config=lora,
+        dry_run=True,
+        display=Display(),
     )
+    written = yaml.safe_load(run.config_text)["training_config"]
+    followed = set(DEFAULTS) - {*NOT_FOLLOWED, "bf16"}
+    if kind is TrainingArguments:
+        followed.remove("max_length")
+        assert written["max_length"] == DEFAULTS["max_length"][0]
+    for name in {*followed, "per_device_train_batch_size", "per_device_eval_batch_size"}:
+        value = getattr(args, name)
+        assert written[name] == getattr(value, "value", value), name
+    told = [
+        line for line in capsys.readouterr().err.splitlines() if f"{kind.__name__}: it counts whole" in line
+    ]
+    assert len(told) == 1 and f"learning_rate {args.learning_rate} (here 0.0002)" in told[0]
+    adapter = yaml.safe_load(run.config_text)["peft_config"]
+    for name in set(adapter) - {"target_modules", "task_type"}:
+        assert adapter[name] == plain_setting(getattr(lora, name)), name
+    assert adapter["target_modules"] == ["q_proj", "v_proj"] and adapter["r"] == 8
+    bare = finetune(model=str(model_folder), data=ROWS, output=tmp_path / "bare", dry_run=True)
+    assert bare.config_text.count("# argument") == 3
+
+
+def test_only_what_somebody_gave_is_marked_as_an_argument(model_folder: Path, tmp_path: Path) -> None:
+    run = run_it(model_folder, tmp_path / "run", eval_data=ROWS[:2], dry_run=True)
+    marked = [
+        line.split(":")[0].strip() for line in run.config_text.splitlines() if line.endswith("# argument")
+    ]
+    given = [
+        "name",
+        "dtype",
+        "device",
+        "files",
+        "eval",
+        "enabled",
+        "max_steps",
+        "learning_rate",
+        "r",
+        "output",
+    ]
+    assert sorted(marked) == sorted(given)
+
+
+def test_an_output_dir_that_gives_way_is_named(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"max_steps": 1, "output_dir": str(tmp_path / "other"), "group_by_length": True}
+    run_it(model_folder, tmp_path / "run", training_config=settings, dry_run=True, display=Display())
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"training_config.output_dir ({tmp_path / 'other'}) gives way to output" in told
+    assert "group_by_length is now train_sampling_strategy" in told and "no effect" not in told
 
 
 def test_objects_of_another_kind_are_refused_by_their_name(model_folder: Path, tmp_path: Path) -> None:

@@ -256,9 +256,11 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
     values: dict[str, Any] = {}
     for key, value in training_config.items():
         if key in REMOVED and key not in known:
-            notes.append(f"{_WHERE}.{key} has no effect: {REMOVED[key]}")
             if key == "group_by_length" and value is True:
                 values["train_sampling_strategy"] = "group_by_length"
+                notes.append(f"{_WHERE}.{key} is now train_sampling_strategy: group_by_length")
+            else:
+                notes.append(f"{_WHERE}.{key} has no effect: {REMOVED[key]}")
         elif key in RENAMED and key not in known:
             notes.append(f"{_WHERE}.{key} is now called {RENAMED[key]}")
             values.setdefault(RENAMED[key], value)

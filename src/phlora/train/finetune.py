@@ -94,10 +94,10 @@ def finetune(
             `test` or `validation` as held-out rows), or a mapping of `DataConfig` fields. Rows in memory are
             written into the run folder.
         eval_data: held-out rows in the same forms; by default a tenth is split off.
-        training_config: fields of TRL's `SFTConfig`, or such an object, or `TrainingArguments`. Of an object the
-            fields count that differ from its defaults.
-        peft_config: fields of PEFT's `LoraConfig`, and `loraplus_lr_ratio`; or a `LoraConfig`, of which `r`,
-            `lora_alpha` and the fields count that differ from its defaults.
+        training_config: fields of TRL's `SFTConfig`, or such an object, or `TrainingArguments`. An object counts
+            whole, its library's defaults too; Phlora's defaults are for what a dictionary leaves out.
+        peft_config: fields of PEFT's `LoraConfig`, and `loraplus_lr_ratio`; or a `LoraConfig`, which counts whole;
+            where it names no `target_modules`, all linear layers are adapted.
         evaluation: fields of `EvaluationConfig`; among `metrics`, functions of (answer, reference) too.
         output: the run folder; by default `runs/` and the name of the data file.
         callbacks: of transformers' trainer, beside Phlora's own.

@@ -30,14 +30,13 @@ from phlora.runs.folder import (
 from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.runs.trained_rows import write_trained_keys
 from phlora.train.arguments import Arguments
+from phlora.train.config_objects import lora_fields, plain_setting
 from phlora.train.fields import MAPPED, REFUSED
 from phlora.train.plan import Plan
 from phlora.train.prepare import PreparedData, write_rows
 from phlora.train.request import (
     IN_MEMORY,
     Objects,
-    lora_fields,
-    plain_setting,
     write_records,
 )
 

@@ -7,14 +7,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from phlora.config import RunConfig, build_config, default_output
 from phlora.errors import ConfigError, EnvironmentProblem, RunError
@@ -22,16 +20,12 @@ from phlora.evaluate.metrics import Metric
 from phlora.files import replaced_file
 from phlora.runs.folder import EVAL_ROWS_FILE, ROWS_FILE
 from phlora.train.arguments import train_on_of
+from phlora.train.config_objects import lora_values, training_values
 
 IN_MEMORY = "(in memory)"
+# What an argument says that is no mapping of its section.
+_KEY_OF = {"model": "model.name", "data": "data.files", "eval_data": "data.eval"}
 _HELD_OUT_SPLITS = ("test", "validation", "eval", "dev")
-# Of a LoraConfig object: kept by PEFT for itself, or about a file.
-_NOT_ASKED = (
-    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    "runtime_config",
-)
-# Whose default in PEFT is a number that people choose, not a placeholder.
-_ALWAYS_ASKED = ("r", "lora_alpha")
 
 
 @dataclass(frozen=True)
@@ -93,21 +87,21 @@ def collect_request(
     sections = dict(model=model, data=data, eval_data=eval_data, training_config=training_config)
     sections |= dict(peft_config=peft_config, evaluation=evaluation, output=output)
     given = [name for name, value in sections.items() if value is not None]
+    notes: list[str] = []
     beside = dict(callbacks=tuple(callbacks or ()), compute_metrics=compute_metrics, tokenizer=tokenizer)
     if config is not None:
         if given:
             raise ConfigError(
                 f"Both `config` and {', '.join(f'`{n}`' for n in given)} were given", fix="give one"
             )
-        return Request(_derived(config), Objects(**beside))
-    notes: list[str] = []
+        return Request(_derived(config, notes), Objects(**beside), tuple(notes))
     origins: dict[str, str] = {}
     for name in given:
-        section_or_value = sections[name]
-        keys = section_or_value if isinstance(section_or_value, Mapping) else ()
-        origins |= {f"{name}.{key}": "argument" for key in keys} or {name: "argument"}
-    training, training_origins = _training_values(training_config, notes)
-    lora, lora_origins = _lora_values(peft_config, notes)
+        value = sections[name]
+        keys = [f"{name}.{key}" for key in value] if isinstance(value, Mapping) else [_KEY_OF.get(name, name)]
+        origins |= dict.fromkeys(keys, "argument")
+    training, training_origins = training_values(training_config, notes)
+    lora, lora_origins = lora_values(peft_config, notes)
     names, metrics = _metrics(evaluation)
     train, held_out = _rows(data, eval_data, notes)
     section: dict[str, Any] = _data_section(data, eval_data, train, held_out)
@@ -120,7 +114,7 @@ def collect_request(
         "output": None if output is None else str(output),
     }
     values = {name: value for name, value in values.items() if value is not None}
-    built = _derived(build_config(values, {**origins, **training_origins, **lora_origins}))
+    built = _derived(build_config(values, {**origins, **training_origins, **lora_origins}), notes)
     if output is None and built.output == RunConfig.output:
         named = "run" if train is not None else built.data.files[0].path
         built = dataclasses.replace(built, output=default_output(named))
@@ -156,12 +150,14 @@ def write_records(records: Any, path: Path) -> None:
             file.write(json.dumps(record, ensure_ascii=False, default=_plain_value) + "\n")
 
 
-def _derived(config: RunConfig) -> RunConfig:
+def _derived(config: RunConfig, notes: list[str]) -> RunConfig:
     """What the names that scripts have for it say about the run: its folder, and what trains."""
     settings = dict(config.training_config)
     named = settings.pop("output_dir", None)
     if named and config.output == RunConfig.output:
         config = dataclasses.replace(config, output=str(named))
+    elif named and str(named) != config.output:
+        notes.append(f"training_config.output_dir ({named}) gives way to output ({config.output})")
     config = dataclasses.replace(config, training_config=settings)
     train_on = train_on_of(settings)
     if train_on is None or config.data.train_on == train_on:
@@ -305,76 +301,6 @@ def _model_section(model: Any, notes: list[str]) -> Any:
         notes.append(f"The model object ({name}) is trained as it is; afterwards it carries the adapter")
         return {"name": name}
     return str(model) if isinstance(model, Path) else model
-
-
-def _training_values(given: Any, notes: list[str]) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """The fields that were set in an `SFTConfig` or `TrainingArguments` object: those that differ from its defaults."""
-    if given is None or isinstance(given, Mapping):
-        return (None if given is None else dict(given)), {}
-    if not isinstance(given, TrainingArguments):
-        raise ConfigError(
-            f"`training_config` is a `{type(given).__name__}`",
-            expected="a dictionary, a trl.SFTConfig or a transformers.TrainingArguments",
-        )
-    kind = type(given).__name__
-    fresh = type(given)(output_dir=given.output_dir, use_cpu=given.use_cpu, fp16=given.fp16)
-    names = [f.name for f in dataclasses.fields(given) if f.init]
-    values = {
-        name: getattr(given, name) for name in names if getattr(given, name) != getattr(fresh, name, None)
-    }
-    unset = next(f.default for f in dataclasses.fields(given) if f.name == "output_dir")
-    if given.output_dir not in (unset, "trainer_output"):
-        values["output_dir"] = given.output_dir
-    # One field under two names.
-    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        if name in values:
-            values.pop(name.replace("gradient", "activation"), None)
-    values = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
-    notes.append(
-        f"{kind}: took {', '.join(sorted(values)) or 'nothing'}; what equals its defaults gives way to Phlora's, "
-        "as the configuration shows"
-    )
-    return values, {f"training_config.{name}": kind for name in values}
-
-
-def _lora_values(given: Any, notes: list[str]) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """The fields that were set in a `LoraConfig` object, and its rank and alpha in any case."""
-    if given is None or isinstance(given, Mapping):
-        return (None if given is None else dict(given)), {}
-    if not isinstance(given, LoraConfig):
-        kind = type(given).__name__
-        raise ConfigError(
-            f"`peft_config` is a `{kind}`",
-            expected="a dictionary or a peft.LoraConfig"
-            + ("; Phlora trains LoRA adapters" if isinstance(given, PeftConfig) else ""),
-        )
-    fresh = LoraConfig()
-    values = {
-        name: getattr(given, name)
-        for name in lora_fields()
-        if name in _ALWAYS_ASKED or getattr(given, name) != getattr(fresh, name)
-    }
-    values = {name: plain_setting(value) for name, value in values.items()}
-    notes.append(f"LoraConfig: took {', '.join(sorted(values))}")
-    return values, {f"peft_config.{name}": "LoraConfig" for name in values}
-
-
-def lora_fields() -> list[str]:
-    """The fields of a `LoraConfig` that say what an adapter is."""
-    return [f.name for f in dataclasses.fields(LoraConfig) if f.name not in _NOT_ASKED]
-
-
-def plain_setting(value: Any) -> Any:
-    """A value of a `LoraConfig` as a configuration file holds it."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    return (
-        dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type)
-        else value
-    )
 
 
 def _metrics(evaluation: Any) -> tuple[Any, dict[str, Metric]]:
