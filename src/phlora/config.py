@@ -23,6 +23,8 @@ import yaml
 from phlora.errors import ConfigError, did_you_mean, shown
 
 Origins = dict[str, str]
+# Set to 1 it lets code run that comes with the base model of a run, where the run was trained with it.
+TRUST_VARIABLE = "PHLORA_TRUST_REMOTE_CODE"
 _MOST_TOKENS = 1_000_000
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["truncate_history", "drop", "error"]

@@ -33,6 +33,8 @@ def read_json(path: Path, problem: type[InputError]) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise problem(f"The file is no valid JSON ({error})", where=str(path)) from error
+    except RecursionError:
+        raise problem("The file is nested too deeply", where=str(path)) from None
     except OSError as error:
         raise problem(f"The file cannot be read ({error.strerror})", where=str(path)) from error
     if not isinstance(content, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +105,27 @@ def _adapter_file(folder: Path) -> Path:
 
 
 def _survey_adapter(file: Path) -> tuple[int, float]:
-    """How many tensors an adapter file holds, and the norm of all its lora_B."""
+    """How many tensors an adapter file holds, and the norm of all its lora_B.
+
+    Raises:
+        ModelError: the file cannot be read, or a tensor in it is not finite.
+    """
+    squares = []
     try:
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
-            squares = [tensors.get_tensor(n).double().pow(2).sum().item() for n in names if "lora_B" in n]
+            for name in names:
+                # NaN and infinity survive a sum of squares, so that one pass tells both.
+                squared = tensors.get_tensor(name).double().pow(2).sum().item()
+                if not math.isfinite(squared):
+                    raise ModelError(
+                        f"The tensor {name} holds values that are no finite numbers",
+                        where=str(file),
+                        expected="finite numbers: with this one every answer is lost",
+                        fix="train again from a checkpoint before the loss became no number",
+                    )
+                if "lora_B" in name:
+                    squares.append(squared)
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"The adapter cannot be read ({first_line(error)})",
@@ -122,6 +139,8 @@ def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     """Refuse an adapter of other weights; a note where that cannot be told."""
     facts = folder / ADAPTER_FACTS
     recorded = read_json(facts, ModelError).get("base_fingerprint") if facts.is_file() else None
+    if recorded and not isinstance(recorded, str):
+        raise ModelError("`base_fingerprint` is no text", where=str(facts), fix="copy the adapter again")
     if not recorded:
         return ("The adapter does not say which weights it was trained on, so they are not compared",)
     precision = recorded.partition(":")[0]

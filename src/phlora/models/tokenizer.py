@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from phlora.config import ModelConfig, QuantizationConfig, quantization_config
+from phlora.config import TRUST_VARIABLE, ModelConfig, QuantizationConfig, quantization_config
 from phlora.errors import ConfigError, ModelError, did_you_mean
 from phlora.models import families
 from phlora.models.locate import Location, ModelSource, locate, reading, resolve_source
@@ -136,7 +136,8 @@ def find_files(model: ModelConfig, *, needs_weights: bool = True) -> ModelFiles:
             raise ModelError(
                 f"The model type `{raw.get('model_type')}` needs code that comes with the model",
                 where=location.source.location,
-                fix="read that code, then set trust_remote_code: true",
+                fix="read that code, then set model.trust_remote_code: true to train, or "
+                f"{TRUST_VARIABLE}=1 for a run that was trained with it",
             )
         config = AutoConfig.from_pretrained(location.path, trust_remote_code=runs_code, **location.kwargs)
     note = "trust_remote_code is not used: transformers has Phi-3 itself, the model's own copy is outdated"

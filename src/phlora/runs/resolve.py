@@ -24,7 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from phlora.adapters.load import load_adapter
-from phlora.config import ModelConfig, QuantizationConfig, RunConfig, TrainOn, build_config
+from phlora.config import TRUST_VARIABLE, ModelConfig, QuantizationConfig, RunConfig, TrainOn, build_config
 from phlora.errors import EnvironmentProblem, ModelError, RunError
 from phlora.files import ADAPTER_FACTS, read_json
 from phlora.models.device import choose_device
@@ -327,13 +327,22 @@ def _run_around(folder: Path, place: str) -> RunFolder | None:
 
 
 def _base_of(run: RunFolder, facts: Mapping[str, Any]) -> ModelConfig:
-    """The base model of a run as its configuration asked for it; the device may be another one today."""
+    """The base model of a run as its configuration asked for it; the device may be another one today.
+
+    A folder can come from somebody else, so its word alone never lets the code of a model run: whoever runs the
+    command has to give theirs.
+    """
     base = _config_of(run, facts).model
+    base = replace(base, trust_remote_code=base.trust_remote_code and _code_is_trusted())
     try:
         choose_device(base.device)
     except EnvironmentProblem:
         return replace(base, device="auto", attn_implementation="auto")
     return replace(base, attn_implementation="auto")
+
+
+def _code_is_trusted() -> bool:
+    return os.environ.get(TRUST_VARIABLE, "") not in ("", "0")
 
 
 def _config_of(run: RunFolder, facts: Mapping[str, Any]) -> RunConfig:

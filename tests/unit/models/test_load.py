@@ -265,6 +265,24 @@ def test_adapter_that_changes_nothing_is_an_error_unless_allowed(tmp_path):
     assert load_adapter(tiny_phi3()[0], tmp_path, allow_zero=True).report.delta_norm == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["lora_A", "lora_B"])
+def test_an_adapter_with_values_that_are_no_numbers_is_refused(tmp_path, kind, value):
+    make_adapter(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if kind in name)[0, 0] = value
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=f"{kind}.* no finite numbers"):
+        load_adapter(tiny_phi3()[0], tmp_path)
+
+
+def test_a_fingerprint_that_is_no_text_is_told(tmp_path):
+    make_adapter(tmp_path, base_fingerprint=[1])
+    with pytest.raises(ModelError, match="`base_fingerprint` is no text"):
+        load_adapter(tiny_phi3()[0], tmp_path)
+
+
 def test_unusable_adapter_folders_are_told(tmp_path):
     (tmp_path / "adapter").mkdir()
     with pytest.raises(ModelError, match=r"does not exist[\s\S]*adapter`"):

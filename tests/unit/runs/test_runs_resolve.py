@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny_adapters import QUIET, ROWS
 
+from phlora.config import TRUST_VARIABLE
 from phlora.errors import ModelError, PhloraError, RunError
 from phlora.evaluate import run as evaluation
 from phlora.evaluate.run import evaluate_run
@@ -160,6 +161,20 @@ def test_the_device_of_the_run_where_it_is_and_any_other_elsewhere(mine: Path) -
     assert resolve(mine).base.device == "auto"
 
 
+@pytest.mark.parametrize(("said", "trusted"), [("", False), ("0", False), ("1", True)])
+def test_a_run_alone_never_lets_code_of_its_base_run(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, said: str, trusted: bool
+) -> None:
+    folder = RunFolder(mine)
+    config = folder.facts()["config"]
+    folder.update_facts(config={**config, "model": {**config["model"], "trust_remote_code": True}})
+    monkeypatch.setenv(TRUST_VARIABLE, said)
+    for source in SOURCES:
+        assert resolve(mine / source).base.trust_remote_code is trusted
+    folder.update_facts(config=config)
+    assert resolve(mine).base.trust_remote_code is False
+
+
 # ------------------------------------------------------------------------------------------- evaluating again
 
 
@@ -201,8 +216,16 @@ def test_trained_rows_are_counted_and_never_called_held_out(proven: Path, rows: 
     )
 
 
-def test_a_run_that_does_not_say_what_it_trained_on_calls_no_other_rows_held_out(proven: Path) -> None:
-    (proven / "trained.keys").unlink()
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other bytes"])
+def test_a_run_that_does_not_say_what_it_trained_on_calls_no_other_rows_held_out(
+    proven: Path, damage: str
+) -> None:
+    keys = proven / "trained.keys"
+    if damage == "missing":
+        keys.unlink()
+    else:
+        content = {"empty": b"", "cut": keys.read_bytes()[:-3], "other bytes": b"x" * 16}
+        keys.write_bytes(content[damage])
     report = evaluate_run(proven, data=ROWS[14:], max_answers=0, display=QUIET)
     assert report.num_trained_rows is None and "held-out" not in report.verdict
     assert "may have seen" in report.to_html()
