@@ -9,6 +9,7 @@ invisible space breaks the control token up.
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -53,7 +54,7 @@ class Encoder:
             for ids, encoding in zip(encoded["input_ids"], encoded.encodings, strict=True)
         ]
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
+    def ids(self, texts: list[str]) -> list[array[int]]:
         """As `texts`, without offsets, which take a fifth of the time of encoding."""
         backend = self.tokenizer.backend_tokenizer
         with self.lock:
@@ -61,7 +62,8 @@ class Encoder:
             backend.encode_special_tokens = False
             backend.no_truncation()
             backend.no_padding()
-            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [array("i", encoding.ids) for encoding in encodings]
 
     def plain(self, text: str) -> Encoded:
         """Text that no template rendered: it begins with the one BOS token that the tokenizer would add."""

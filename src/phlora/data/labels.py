@@ -54,9 +54,10 @@ class Labeller:
             return None
         if any(m["role"] == "assistant" and m["content"][:1].isspace() for m in rendering.messages):
             return None
-        if frame not in self.positions:
-            self.positions[frame] = self._find_positions(frame)
-        return self.positions[frame]
+        try:
+            return self.positions[frame]
+        except KeyError:
+            return self.positions.setdefault(frame, self._find_positions(frame))
 
     def _find_positions(self, frame: Frame) -> TurnPositions | None:
         """With generation markers that are heeded: where a chat of this shape shows what they enclose."""
@@ -65,7 +66,7 @@ class Labeller:
             return positions
         probe = frame.fill([{"role": role, "content": "x" if says else ""} for role, says in frame.shape])
         (ids,) = self.encoder.ids([probe.text])
-        mask, ranges = self._generation_mask(probe.messages, ids), positions.ranges(ids)
+        mask, ranges = self._generation_mask(probe.messages, ids.tolist()), positions.ranges(ids)
         if mask is None or ranges is None:
             return positions if ranges else None
         marks = find_marks(positions, ids, ranges, mask)
@@ -76,8 +77,13 @@ class Labeller:
 
     def _is_trained(self, message: Message, *, is_last: bool) -> bool:
         """A message's own `train` wins over `train_on`."""
-        by_default = {"all": True, "assistant": message["role"] == "assistant", "last": is_last}
-        return bool(message.get("train", by_default[self.train_on])) and message.get("weight") != 0
+        if "train" in message:
+            wanted = bool(message["train"])
+        elif self.train_on == "last":
+            wanted = is_last
+        else:
+            wanted = self.train_on == "all" or message["role"] == "assistant"
+        return wanted and message.get("weight") != 0
 
     def place(
         self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row, *, stripped: bool
@@ -94,7 +100,7 @@ class Labeller:
         return self._mark(rendering, ids, tokens_of, mask, row)
 
     def place_between(
-        self, rendering: Rendering, ids: list[int], positions: TurnPositions, ranges: list[Span], row: Row
+        self, rendering: Rendering, ids: Sequence[int], positions: TurnPositions, ranges: list[Span], row: Row
     ) -> tuple[bytearray, list[float] | None]:
         """As `place`, with the tokens of each turn known."""
         mask = None
@@ -111,7 +117,7 @@ class Labeller:
     def _mark(
         self,
         rendering: Rendering,
-        ids: list[int],
+        ids: Sequence[int],
         tokens_of: Callable[[int], Span],
         mask: Sequence[int] | None,
         row: Row,
@@ -120,7 +126,8 @@ class Labeller:
             return bytearray(len(ids)), None
         trains_all = self.train_on == "all"
         trained = bytearray(b"\x01" * len(ids) if trains_all else len(ids))
-        weights = [float(row.weight)] * len(ids)
+        has_weights = row.weight != 1 or any("weight" in message for message in rendering.messages)
+        weights = [float(row.weight)] * len(ids) if has_weights else []
         last = last_assistant(rendering.messages)
         for index, message in enumerate(rendering.messages):
             is_trained = self._is_trained(message, is_last=index == last)
@@ -132,8 +139,9 @@ class Labeller:
             else:
                 heeds = mask is not None and message["role"] == "assistant"
                 trained[first:end] = bytes(mask[first:end]) if mask and heeds else b"\x01" * (end - first)
-            weights[first:end] = [row.weight * message.get("weight", 1.0)] * (end - first)
-        if row.weight == 1 and not any("weight" in message for message in rendering.messages):
+            if has_weights:
+                weights[first:end] = [row.weight * message.get("weight", 1.0)] * (end - first)
+        if not has_weights:
             return trained, None
         return trained, [
             weight if is_trained else 0.0 for is_trained, weight in zip(trained, weights, strict=True)
@@ -207,6 +215,7 @@ def _stripped(message: Message) -> Message:
 
 def last_assistant(messages: Sequence[Message]) -> int:
     """The index of the last assistant turn, or -1."""
-    return max(
-        (index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1
-    )
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index]["role"] == "assistant":
+            return index
+    return -1

@@ -14,7 +14,8 @@ KEYS = ("reasoning_content", "reasoning", "thinking")
 
 def has_reasoning(messages: Sequence[Message]) -> bool:
     """Whether any message says what was thought."""
-    return any(key in message for message in messages for key in KEYS)
+    # Most messages are a role and a content.
+    return any([len(message) > 2 and any(key in message for key in KEYS) for message in messages])
 
 
 def with_reasoning_as_text(messages: Sequence[Message]) -> list[Message]:

@@ -210,7 +210,7 @@ class _Options:
 class _TokenRow:
     """A row as tokens, with a byte for each that says whether it is trained."""
 
-    input_ids: list[int]
+    input_ids: Sequence[int]
     trained: bytearray
     weights: list[float] | None
     origin: Origin
@@ -276,7 +276,7 @@ class _RowTokenizer:
     def run_batches(self, rows: Iterable[Row]) -> Iterator[list[_TokenRow | Skipped]]:
         """As `run`, batch after batch; one is rendered while the Rust tokenizer encodes the one before it."""
         remaining = iter(rows)
-        waiting: tuple[list[_Draft | Skipped], Future[Iterator[Encoded]]] | None = None
+        waiting: tuple[list[_Draft | Skipped], Future[Iterator[Encoded | array[int]]]] | None = None
         with ThreadPoolExecutor(1) as pool:
             while batch := list(islice(remaining, BATCH_ROWS)):
                 drafts = [self._draft(row) for row in batch]
@@ -291,15 +291,15 @@ class _RowTokenizer:
         limit = self.options.max_length
         return max(MAX_CHARACTERS, limit * MAX_CHARACTERS_A_TOKEN) if limit else MAX_CHARACTERS
 
-    def _encode(self, drafts: Sequence[_Draft | Skipped]) -> Iterator[Encoded]:
-        """Ids and offsets of the simple drafts, in their order; no offsets where positions do."""
+    def _encode(self, drafts: Sequence[_Draft | Skipped]) -> Iterator[Encoded | array[int]]:
+        """Ids and offsets of the simple drafts, in their order; ids alone where positions do."""
         simple = [draft for draft in drafts if isinstance(draft, _Draft) and draft.is_simple]
         ids = iter(self.encoder.ids([draft.text for draft in simple if draft.positions]))
         full = iter(self.encoder.texts([draft.text for draft in simple if not draft.positions]))
-        return iter([(next(ids), []) if draft.positions else next(full) for draft in simple])
+        return iter([next(ids) if draft.positions else next(full) for draft in simple])
 
     def _finish_all(
-        self, drafts: Sequence[_Draft | Skipped], encoded: Iterator[Encoded]
+        self, drafts: Sequence[_Draft | Skipped], encoded: Iterator[Encoded | array[int]]
     ) -> list[_TokenRow | Skipped]:
         return [
             draft
@@ -354,7 +354,7 @@ class _RowTokenizer:
         self._note(["reasoning_dropped"], row.origin)
         return without_reasoning(messages)
 
-    def _finish(self, draft: _Draft, encoded: Encoded | None) -> _TokenRow | Skipped:
+    def _finish(self, draft: _Draft, encoded: Encoded | array[int] | None) -> _TokenRow | Skipped:
         result = self._tokens(draft, encoded)
         self.full_lengths.append(len(result.input_ids))
         limit = self.options.max_length
@@ -362,15 +362,16 @@ class _RowTokenizer:
             return self._shorten(draft.row, len(result.input_ids), limit)
         return _unless_untrained(result)
 
-    def _tokens(self, draft: _Draft, encoded: Encoded | None = None) -> _TokenRow:
+    def _tokens(self, draft: _Draft, encoded: Encoded | array[int] | None = None) -> _TokenRow:
         """The draft as a token row, whatever its length; encoded here when it was not in the batch."""
+        if isinstance(encoded, array):
+            ranges = draft.positions.ranges(encoded) if draft.positions else None
+            if ranges is not None and draft.rendering and draft.positions:
+                return self._chat_between(draft, draft.rendering, encoded, draft.positions, ranges)
+            encoded = None
         if draft.rendering is None:
             return self._plain(draft, encoded or self.encoder.texts([draft.text])[0])
-        if encoded and draft.positions:
-            ranges = draft.positions.ranges(encoded[0])
-            if ranges is not None:
-                return self._chat_between(draft, draft.rendering, encoded[0], draft.positions, ranges)
-        elif encoded:
+        if encoded:
             return self._chat(draft, draft.rendering, *encoded)
         return self._chat(draft, *self.encoder.rendering(draft.rendering, self.template))
 
@@ -418,7 +419,7 @@ class _RowTokenizer:
         self,
         draft: _Draft,
         rendering: Rendering,
-        ids: list[int],
+        ids: array[int],
         positions: TurnPositions,
         ranges: list[Span],
     ) -> _TokenRow:
@@ -470,7 +471,7 @@ class _RowTokenizer:
 
 
 def _unless_untrained(row: _TokenRow) -> _TokenRow | Skipped:
-    if any(row.trained):
+    if row.trained.count(0) < len(row.trained):
         return row
     return Skipped(row.origin, "none of the row's tokens is trained", "no_trained_token")
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from phlora.data.chat_template import ChatTemplate, Frame, Span
 from phlora.data.encoding import Encoder
+from phlora.data.table import Array
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,15 @@ class TurnPositions:
     control_ids: frozenset[int]
     num_messages: int
     order: tuple[int, ...]
-    headers: tuple[tuple[int, list[int]], ...]
+    headers: tuple[tuple[int, array[int]], ...]
     ends: tuple[int | None, ...]
     num_controls: int
     marks: GenerationMarks | None = None
 
-    def ranges(self, ids: list[int]) -> list[Span] | None:
+    def ranges(self, ids: array[int]) -> list[Span] | None:
         """The tokens of each turn, content and end; None where a header is merged with its content."""
-        places = [place for place, token in enumerate(ids) if token in self.control_ids]
+        are_control = np.take(_truths(self.control_ids), np.frombuffer(ids, np.int32), mode="clip")
+        places = are_control.nonzero()[0].tolist()
         if len(places) != self.num_controls:
             return None
         found = [(0, 0)] * self.num_messages
@@ -54,6 +60,14 @@ class TurnPositions:
             owned[index] = (ranges[index - 1][1] if index else 0, following)
             following = ranges[index][0]
         return owned
+
+
+@lru_cache(maxsize=16)
+def _truths(ids: frozenset[int]) -> Array:
+    """Whether each token up to one beyond the last of these is one of them."""
+    truths: Array = np.zeros(max(ids, default=0) + 2, dtype=bool)
+    truths[list(ids)] = True
+    return truths
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ def find_turn_positions(frame: Frame, template: ChatTemplate, encoder: Encoder) 
             header = encoder.texts([literal[matches[-1].start() :]])[0][0]
             if header[0] not in control_ids or tokenizer.unk_token_id in header:
                 return None
-            headers.append((num_controls, header[1:]))
+            headers.append((num_controls, array("i", header[1:])))
     return TurnPositions(
         frozenset(control_ids), len(frame.shape), frame.order, tuple(headers), tuple(ends), num_controls
     )
