@@ -12,8 +12,10 @@ from typing import Any
 from phlora.config import DataFile
 from phlora.data.dataset import read_all
 from phlora.data.exports import DEFAULT_GAP_HOURS, chats_of, export_of
+from phlora.data.inspection import oddities
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.readers import Opened, open_path
+from phlora.data.readers.files import BINARY_KINDS, COMPRESSIONS, TEXT_KINDS
 from phlora.data.rows import Origin, Problem, Record, Row
 from phlora.data.values import checked
 from phlora.errors import DataError, InputError
@@ -72,7 +74,8 @@ def convert(
 ) -> Converted:
     """Write the rows of all sources to one JSONL file, which appears whole or not at all.
 
-    Chats become `{"messages": [...]}` with their `tools`; plain texts and prompts stay what they are. Rows that
+    Chats become `{"messages": [...]}` with their `tools`; plain texts and prompts stay what they are. What a row said
+    of its weight stands in it as `weight` (0: it is not trained), what the split goes by as `category`. Rows that
     cannot be used are left out and named in the result.
 
     Args:
@@ -111,9 +114,16 @@ def _check_output(path: Path, files: Sequence[DataFile], overwrite: bool) -> Non
             "The output exists already", where=str(path), fix="choose another name, or add --overwrite"
         )
     if path.suffix not in (".jsonl", ".ndjson"):
-        raise InputError("The output is plain JSONL", where=str(path), fix=f"name it {path.stem}.jsonl")
+        raise InputError("The output is plain JSONL", where=str(path), fix=f"name it {_plain_name(path)}")
     if not path.parent.is_dir():
         raise InputError("The folder of the output does not exist", where=str(path), fix="make it first")
+
+
+def _plain_name(path: Path) -> str:
+    stem = path.name
+    while Path(stem).suffix.lower() in (*COMPRESSIONS, *TEXT_KINDS, *BINARY_KINDS, ".zip"):
+        stem = Path(stem).stem
+    return f"{stem}.jsonl"
 
 
 def _nothing(problems: Sequence[Problem], source: str) -> DataError:
@@ -151,6 +161,7 @@ def _records(
                 if isinstance(item, Problem):
                     problems.append(item)
                 else:
+                    problems += oddities(item, "all")
                     yield _plain(item)
 
 
@@ -173,8 +184,12 @@ def _sound(records: Iterable[Record], name: str, problems: list[Problem]) -> Ite
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    if row.messages is None:
-        parts = {"prompt": row.prompt, "completion": row.completion, "text": row.text}
-        return {name: text for name, text in parts.items() if text is not None}
-    record: dict[str, Any] = {"messages": list(row.messages)}
-    return record | ({"tools": row.tools} if row.tools else {})
+    """The record that is read as this row again: its text, its weight, and its category for the split."""
+    beside = {
+        "tools": row.tools or None,
+        "weight": None if row.weight == 1.0 else row.weight,
+        "category": row.category,
+    }
+    texts = {"prompt": row.prompt, "completion": row.completion, "text": row.text}
+    said = texts if row.messages is None else {"messages": list(row.messages)}
+    return {name: value for name, value in (said | beside).items() if value is not None}

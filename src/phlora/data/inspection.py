@@ -66,7 +66,7 @@ def inspect_data(
     structural: list[Problem] = []
 
     def inspect(row: Row) -> None:
-        structural.extend(_structure(row, train_on))
+        structural.extend(oddities(row, train_on))
         if reading:
             reading(1)
 
@@ -109,7 +109,7 @@ def inspect_data(
 # ------------------------------------------------------------------------------------------------ structure
 
 
-def _structure(row: Row, train_on: TrainOn) -> list[Problem]:
+def oddities(row: Row, train_on: TrainOn) -> list[Problem]:
     """What is odd about one row, whatever the model."""
     if row.messages is None:
         blank = row.completion is not None and not row.completion.strip()
@@ -156,9 +156,12 @@ def _empty_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     if not blank:
         return []
     return [
-        ("empty_answer" if role == "assistant" else "empty_turn", f"The content of a {role} turn is empty")
+        ("empty_answer" if role == "assistant" else "empty_turn", f"The content of {_A[role]} turn is empty")
         for role in sorted(blank)
     ]
+
+
+_A = {"assistant": "an assistant", "user": "a user", "system": "a system", "tool": "a tool"}
 
 
 def _warning(kind: str, message: str, row: Row) -> Problem:

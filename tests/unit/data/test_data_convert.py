@@ -163,3 +163,42 @@ def test_trees_of_openassistant(tmp_path):
             [message["content"] for message in row["messages"]] for row in written(tmp_path / "out.jsonl")
         ]
         assert texts == [["Hi", "good", "more?", "yes"]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"question": "a", "answer": "b", "weight": 0.5}, {"question": "c", "answer": "d", "train": False}],
+        [{"messages": CHAT, "sample_weight": 0}, {"messages": CHAT, "topic": "travel"}],
+        [{"prompt": "a", "completion": "b", "weight": 2}, {"prompt": "c", "completion": "d", "lang": "fa"}],
+        [{"text": "a", "weight": 0.25}, {"text": "b", "category": "x", "train": False}],
+    ],
+)
+def test_what_a_row_says_of_its_training_and_of_the_split_is_kept(tmp_path, rows):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = DataFile(path=str(source), weight=3.0)
+    convert([file], out)
+    before, after = (
+        [(row.messages, row.prompt, row.text, row.weight, row.category) for row in load_rows(kind).rows]
+        for kind in (file, out)
+    )
+    assert before == after
+
+
+@pytest.mark.parametrize("name", ["chats.jsonl.gz", "chats.csv", "chats.json.zst"])
+def test_the_name_that_is_advised_is_a_plain_one(tmp_path, name):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"messages": CHAT}))
+    with pytest.raises(InputError) as caught:
+        convert([str(source)], tmp_path / name)
+    assert caught.value.fix == "name it chats.jsonl"
+
+
+def test_what_is_odd_about_a_row_is_said_while_it_is_written(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"question": "a", "answer": " "}\n{"question": "", "answer": "b"}\n')
+    done = convert([str(source)], tmp_path / "out.jsonl")
+    assert done.num_rows == 2 and done.num_left_out == 0
+    assert "The content of an assistant turn is empty" in done.render()
+    assert "The content of a user turn is empty" in done.render()
