@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,12 @@ def chat(
             "--system",
             metavar="TEXT",
             help='System prompt; "" for none  [default: that of the training rows]',
+        ),
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            "--tools", metavar="FILE.json", help="Tools that may be called: a list of descriptions."
         ),
     ] = None,
     max_new_tokens: Annotated[
@@ -61,14 +68,17 @@ def chat(
     """
     if offline:
         forbid_network()
+    from phlora.data.prompts import read_tools
     from phlora.serve.chat import open_chat
     from phlora.serve.terminal import converse
 
     display = make_display(quiet=False)
+    offered = read_tools(tools) if tools else None
     with standard_output_kept():
         session = open_chat(
             source,
             system=system,
+            tools=offered,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

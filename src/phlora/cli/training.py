@@ -31,6 +31,7 @@ _OPTION_KEYS = {
     "--eval-data": "data.eval",
     "--quantization": "model.quantization",
     "--output": "output",
+    "--format": "data.format",
     "--strict": "data.strict",
     "--offline": "model.offline",
 }
@@ -61,6 +62,13 @@ def train(
     eval_data: Annotated[
         list[str] | None,
         typer.Option("--eval-data", metavar="FILE", help="Held-out chats; without it some are split off."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Of the data, where it is not to be found out: messages, alpaca, preference_chosen, …",
+        ),
     ] = None,
     columns: Columns = None,
     output: Annotated[
@@ -102,6 +110,7 @@ def train(
             "--eval-data": eval_data,
             "--quantization": quantization,
             "--output": output,
+            "--format": format,
             "--strict": strict,
             "--offline": offline,
         },

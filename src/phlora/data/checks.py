@@ -16,7 +16,7 @@ from phlora.data.chat_template import Tokenizer
 from phlora.data.dataset import Source
 from phlora.data.inspection import InspectedData, SplitSettings, inspect_data
 from phlora.data.leaks import num_leaks
-from phlora.data.lengths import Bin, histogram, percentiles, whole_at
+from phlora.data.lengths import Bin, histogram, limits_text, percentiles, percentiles_text, whole_at
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.rows import Origin, Problem, Row
 from phlora.data.tokenize import (
@@ -103,16 +103,8 @@ class CheckReport:
 
     def _limits(self) -> list[str]:
         """Percentiles, and what the limit and others keep."""
-        half, most, nearly_all, longest = self.percentiles.values()
-        lines = [
-            f"tokens per row, before anything is cut: half have at most {half}, 90 % {most}, 99 % {nearly_all}; "
-            f"the longest has {longest}"
-        ]
-        kept = [
-            f"{limit} keeps {share:.4g} %"
-            for limit, share in ((n, 100 * s) for n, s in self.whole_at.items())
-        ]
-        return [*lines, f"max_length {', '.join(kept)} of the rows whole"] if kept else lines
+        lines = [percentiles_text(self.percentiles)]
+        return [*lines, limits_text(self.whole_at)] if self.whole_at else lines
 
     def _histogram(self) -> list[str]:
         if not self.lengths:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,21 @@ def percentiles(lengths: Sequence[int]) -> dict[int, int]:
         return {}
     found = np.percentile(np.asarray(lengths), _SHARES, method="inverted_cdf")
     return {share: int(length) for share, length in zip(_SHARES, found, strict=True)}
+
+
+def limits_text(shares: Mapping[int, float]) -> str:
+    """What `whole_at` found, as a line."""
+    kept = ", ".join(f"{limit} keeps {100 * share:.4g} %" for limit, share in shares.items())
+    return f"max_length {kept} of the rows whole"
+
+
+def percentiles_text(found: Mapping[int, int]) -> str:
+    """What `percentiles` found, as a line."""
+    half, most, nearly_all, longest = found.values()
+    return (
+        f"tokens per row, before anything is cut: half have at most {half}, 90 % {most}, 99 % {nearly_all}; "
+        f"the longest has {longest}"
+    )
 
 
 def whole_at(lengths: Sequence[int], max_length: int) -> dict[int, float]:

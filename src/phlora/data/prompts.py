@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from phlora.data.chat_template import TemplateRefusal, Tokenizer, chat_template
 from phlora.data.encoding import Encoder
 from phlora.data.labels import last_assistant
-from phlora.data.rows import Message, Origin, Row
-from phlora.data.tools_text import tools_as_text
+from phlora.data.messages import tools_of
+from phlora.data.readers.records import parse_json
+from phlora.data.rows import BadRow, Message, Origin, Row
+from phlora.data.tools_text import read_calls, tools_as_text
+from phlora.data.values import sound
 from phlora.errors import DataError
 
 
@@ -66,3 +70,37 @@ def encode_chat(
     encoder = Encoder(tokenizer)
     rendering = chat_template(tokenizer).render(messages, tools, generation=True)
     return encoder.rendering(rendering, chat_template(tokenizer), generation=True)[1]
+
+
+def answer_of(text: str, tools: list[Any] | None, tokenizer: Tokenizer) -> Message:
+    """What a model has said as a message of the chat, its calls as calls where it was offered tools."""
+    if not tools:
+        return {"role": "assistant", "content": text}
+    content, calls = read_calls(text)
+    if calls:
+        return {"role": "assistant", "content": content, "tool_calls": calls}
+    is_text = chat_template(tokenizer).writes_tools_as_text([{"role": "user", "content": ""}], tools)
+    return {"role": "assistant", "content": content if is_text else text}
+
+
+def read_tools(path: Path) -> list[Any]:
+    """The descriptions of tools in a JSON file, as a training row has them in `tools`.
+
+    Raises:
+        DataError: it cannot be read, or holds none.
+    """
+    try:
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The tools cannot be read: {error}", where=str(path)) from None
+    try:
+        if isinstance(value, BadRow):
+            raise value
+        tools = tools_of(sound(value))
+    except BadRow as bad:
+        raise DataError(
+            bad.message[:1].upper() + bad.message[1:], where=str(path), expected=bad.expected
+        ) from None
+    if not tools:
+        raise DataError("The file holds no tools", where=str(path), expected="a list of tool descriptions")
+    return tools

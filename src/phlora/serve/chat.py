@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from phlora.data.chat_template import TemplateRefusal
-from phlora.data.prompts import encode_chat
+from phlora.data.prompts import answer_of, encode_chat
 from phlora.display import Display, printable
 from phlora.errors import ConfigError, InputError, ModelError
 from phlora.models.families import context_lengths
@@ -50,6 +50,7 @@ class ChatSession:
         top_p: above temperature 0, draw among the fewest tokens whose probabilities reach this sum.
         seed: of the first reply; each further one counts on, so that a whole chat can be repeated.
         speakers: who answers, in order.
+        tools: descriptions of tools that the model may call, as in a training row; None for none.
         exchanges: all questions, in order, whoever was asked.
     """
 
@@ -63,6 +64,7 @@ class ChatSession:
     top_p: float = 1.0
     seed: int | None = None
     speakers: tuple[Speaker, ...] = ()
+    tools: list[Any] | None = None
     exchanges: list[Exchange] = field(default_factory=list)
     _num_asked: int = 0
 
@@ -97,13 +99,14 @@ class ChatSession:
                 self.exchanges.append(Exchange(text, replies))
                 self._num_asked += 1
 
-    def messages(self, speaker: Speaker) -> list[dict[str, str]]:
+    def messages(self, speaker: Speaker) -> list[dict[str, Any]]:
         """The chat as one model knows it: its system prompt, the questions it was asked, and its own replies."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         for exchange in self.exchanges:
             if speaker in exchange.replies:
                 messages.append({"role": "user", "content": exchange.question})
-                messages.append({"role": "assistant", "content": exchange.replies[speaker]})
+                reply = exchange.replies[speaker]
+                messages.append(answer_of(reply, self.tools, self.tokenizer.tokenizer))
         return messages
 
     def num_unseen(self, speaker: Speaker) -> int:
@@ -136,7 +139,7 @@ class ChatSession:
     def _prompt_ids(self, speaker: Speaker, text: str) -> list[int]:
         messages = [*self.messages(speaker), {"role": "user", "content": text}]
         try:
-            ids = encode_chat(messages, self.tokenizer.tokenizer)
+            ids = encode_chat(messages, self.tokenizer.tokenizer, tools=self.tools)
         except TemplateRefusal as refusal:
             raise InputError(f"The model's chat template refuses the chat: {refusal}") from None
         most = self._max_tokens()
@@ -175,6 +178,7 @@ def open_chat(
     source: str,
     *,
     system: str | None = None,
+    tools: list[Any] | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -186,7 +190,7 @@ def open_chat(
     Args:
         source: what to open.
         system: the system prompt; None takes the one that the adapter's training rows share, "" none.
-        max_new_tokens, temperature, top_p, seed: as in `ChatSession`.
+        tools, max_new_tokens, temperature, top_p, seed: as in `ChatSession`.
         display: where progress and notes go.
 
     Raises:
@@ -211,6 +215,7 @@ def open_chat(
         has_adapter=found.adapter is not None,
         system=trained_system if system is None else system or None,
         trained_system=trained_system,
+        tools=tools,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TextIO
 
+from phlora.data.tools_text import read_calls
 from phlora.display import Display, printable
 from phlora.errors import InputError, did_you_mean
-from phlora.serve.chat import ChatSession
+from phlora.serve.chat import ChatSession, Speaker
 
 HELP = """\
 /base          the base model answers
@@ -129,8 +131,19 @@ def _say(session: ChatSession, text: str, stdout: TextIO, display: Display) -> N
             stdout.flush()
     stdout.write("\n")
     stdout.flush()
+    _tell_calls(session, display, [speaker for speaker in session.speakers if speaker not in silent])
     for speaker in silent:
         display.note(f"The {speaker} model ended its reply without a word; it does not remember the question")
+
+
+def _tell_calls(session: ChatSession, display: Display, speakers: Sequence[Speaker]) -> None:
+    """Name the tools that the last replies call."""
+    replies = session.exchanges[-1].replies if session.exchanges and speakers else {}
+    for speaker in speakers:
+        for call in read_calls(replies.get(speaker, ""))[1]:
+            function = call["function"]
+            arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+            display.note(printable(f"The {speaker} model calls {function['name']} with {arguments}"))
 
 
 def _obey(session: ChatSession, command: str, display: Display) -> bool:

@@ -16,6 +16,7 @@ from phlora.data.cache import TokenCache, digest_tokenizer, token_key
 from phlora.data.checks import warnings_of
 from phlora.data.dataset import RowIndex, RowSubset
 from phlora.data.inspection import SplitSettings, inspect_data
+from phlora.data.lengths import limits_text, percentiles, percentiles_text, whole_at
 from phlora.data.packing import TokenSequences
 from phlora.data.problems import merge_problems
 from phlora.data.rows import Origin, Problem, Row, fingerprint_of
@@ -261,6 +262,11 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display
         (display.warn if note.severity == "warning" else display.note)(
             f"{note.message} ({note.count} {name} rows: {_named(note.origins, note.count)})"
         )
+    limit = arguments.args.max_length
+    if name == "training" and tokenized.full_lengths:  # the cache keeps none
+        kept = f"; {limits_text(whole_at(tokenized.full_lengths, limit))}" if limit else ""
+        text = percentiles_text(percentiles(tokenized.full_lengths))
+        display.note(f"{text[:1].upper()}{text[1:]}{kept}")
     if tokenized.cut:
         display.warn(
             f"{len(tokenized.cut)} {name} rows lost their oldest turns to fit max_length="

@@ -245,3 +245,14 @@ def test_an_early_interruption_says_that_nothing_is_kept(
     Path("runs/file").mkdir(parents=True)
     Path("runs/file/run.json").touch()
     assert "runs/file again with --overwrite" in phlora("train", "run.yaml").err
+
+
+def test_the_format_of_preference_data_can_be_named(phlora: CommandLine, place: Path) -> None:
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}
+    write_rows(place / "pairs.jsonl", [{**pair, "prompt": f"Hi {n}"} for n in range(8)])
+    arguments = ["--model", "base", "--data", "pairs.jsonl", *TINY, "--dry-run"]
+    assert "--format" in phlora("train", *arguments).err
+    done = phlora("train", *arguments, "--format", "preference_chosen", "--json")
+    assert done.code == 0, done.err
+    assert done.json["origins"]["data.format"] == "--format"
+    assert "256 keeps 100 % of the rows whole" in done.err

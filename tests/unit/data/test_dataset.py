@@ -7,7 +7,7 @@ import json
 import pytest
 
 from phlora.config import DataFile
-from phlora.data.dataset import RowSubset, index_rows, load_rows
+from phlora.data.dataset import RowSubset, index_rows, load_rows, read_rows
 from phlora.data.rows import fingerprint_of, row_digest, row_key
 from phlora.errors import ConfigError, DataError
 
@@ -91,3 +91,14 @@ def test_what_can_be_read_only_once_is_kept_and_what_changes_is_told(tmp_path):
         path.write_text(changed, encoding="utf-8")
         with pytest.raises(DataError, match="changed while it was read"):
             list(index.all())
+
+
+def test_rows_are_read_one_by_one_past_what_is_only_noted():
+    rows = [
+        {"prompt": "Hi", "completion": "Hello", "label": True},
+        {"prompt": "Hi", "completion": "Go away", "label": False},
+        {"prompt": "Bye", "completion": "So long", "label": True},
+    ]
+    found = list(read_rows(rows, format="preference_chosen"))
+    assert [row.messages[-1]["content"] for row in found] == ["Hello", "So long"]
+    assert [problem.severity for problem in load_rows(rows, format="preference_chosen").problems] == ["note"]

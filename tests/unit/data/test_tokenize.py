@@ -473,6 +473,19 @@ def test_a_control_token_that_cannot_be_plain_text_is_broken_up():
     assert _kinds(result) == {"control_tokens_broken"}
 
 
+def test_tools_stay_where_a_control_token_is_broken_up():
+    tokenizer = _tokenizer("chatml")
+    tokenizer.add_tokens(["<turn>"])
+    named = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    tokenizer.chat_template = named + CHATML.replace("'\n' + message", "'<turn>' + message")
+    tools = [{"type": "function", "function": {"name": "probe", "parameters": {}}}]
+    chat = [user("a <turn> b"), assistant("c")]
+    result = tokenize_rows(load_rows([{"messages": chat, "tools": tools}]).rows, tokenizer)
+    assert "control_tokens_broken" in _kinds(result)
+    expected = [user("a <\u200bturn> b"), assistant("c")]
+    assert result.rows[0].input_ids == tokenizer.apply_chat_template(expected, tools=tools)["input_ids"]
+
+
 def test_swallowed_white_space_is_told():
     result = _run(_tokenizer("phi3"), user("a"), assistant("\n\n    def f()"))
     assert _kinds(result) == {"leading_whitespace"}

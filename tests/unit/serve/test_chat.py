@@ -15,8 +15,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from phlora.data.prompts import encode_chat, read_tools
 from phlora.display import Display
-from phlora.errors import ConfigError, InputError, ModelError, RunError
+from phlora.errors import ConfigError, DataError, InputError, ModelError, RunError
 from phlora.models.embedded import tiny_phi3
 from phlora.models.fingerprint import fingerprint
 from phlora.models.tokenizer import prepare_tokenizer
@@ -595,3 +596,46 @@ def test_a_run_that_never_finished_says_so(run_folder: Path) -> None:
     (run_folder / "adapter").rename(run_folder / "elsewhere")
     with pytest.raises(RunError, match="no adapter yet"):
         opened(run_folder)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+
+def test_tools_are_offered_as_training_rows_have_them_and_calls_are_named(
+    fake: ChatSession, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[int]] = []
+
+    def stream(model: FakeModel, ids: list[int], tokenizer: Any, **options: Any) -> Iterator[str]:
+        asked.append(ids)
+        yield from ("Let me see.\n", CALL)
+
+    monkeypatch.setattr(module, "stream", stream)
+    fake.tools, fake.system = TOOLS, "Be brief."
+    fake.model.config.max_position_embeddings = 2048
+    stdout = io.StringIO()
+    converse(fake, display=Display(), stdin=io.StringIO("Weather?\nAnd <tool_call>?\n"), stdout=stdout)
+    system, first = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather?"}
+    called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    answer = {"role": "assistant", "content": "Let me see.", "tool_calls": [called]}
+    second = {"role": "user", "content": "And <tool_call>?"}
+    tokenizer = fake.tokenizer.tokenizer
+    assert asked == [
+        encode_chat([system, first], tokenizer, tools=TOOLS),
+        encode_chat([system, first, answer, second], tokenizer, tools=TOOLS),
+    ]
+    assert "weather" in tokenizer.decode(asked[0])
+    assert 'calls weather with {"city": "Oslo"}' in capsys.readouterr().err
+
+
+def test_tools_come_from_a_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps(TOOLS))
+    assert read_tools(path) == TOOLS
+    for text in ("", "[]", "[1]", '"x"', "{", "\udcff"):
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(DataError, match="tools.json"):
+            read_tools(path)
+    with pytest.raises(DataError):
+        read_tools(tmp_path / "missing.json")
