@@ -460,7 +460,7 @@ def _named_layout(name: str, enable: Sequence[str], blocks: BlockSizes) -> Layou
 
 
 def _block_diagonal(*blocks: Tensor) -> Tensor:
-    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    whole: Tensor = torch.block_diag(*blocks)
     return whole
 
 

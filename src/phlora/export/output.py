@@ -61,9 +61,9 @@ def save_model(model: Any, tokenizer: LoadedTokenizer, folder: Path) -> None:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers_logging.enable_progress_bar()

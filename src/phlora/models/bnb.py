@@ -68,7 +68,7 @@ class NF4Weight(_Dequantized):
         """On a GPU few tokens cost less than the dense matrix; bitsandbytes picks by shape."""
         dtype = self.compute_dtype or x.dtype
         bias = None if bias is None else bias.to(dtype)
-        y = bitsandbytes.matmul_4bit(
+        y: Tensor = bitsandbytes.matmul_4bit(
             x.to(dtype), self.weight.data.t(), bias=bias, quant_state=self.weight.quant_state
         )
         return y.to(x.dtype)
@@ -115,8 +115,11 @@ def linear_nf4(
 ) -> Linear4bit:
     """An NF4 copy of a dense layer on `device`; the bias is shared and stays as it is."""
     with torch.device("meta"):
-        layer = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype)
-    weight = bitsandbytes.nn.Params4bit(
+        kind: Any = Linear4bit
+        layer: Linear4bit = kind(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype
+        )
+    weight: Any = bitsandbytes.nn.Params4bit(
         linear.weight.detach(), requires_grad=False, compress_statistics=double_quant, quant_type="nf4"
     )
     layer.weight, layer.bias = weight.to(device), linear.bias
@@ -127,10 +130,11 @@ def linear_int8(linear: nn.Linear, *, compute_dtype: torch.dtype | None, device:
     """An int8 copy of a dense layer on `device`; the bias is shared and stays as it is."""
     with torch.device("meta"):
         layer = Linear8bit(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-    weight = bitsandbytes.nn.Int8Params(linear.weight.detach().cpu(), requires_grad=False)
-    layer.weight, layer.bias = weight.to(device), linear.bias
+    on_cpu: Any = bitsandbytes.nn.Int8Params(linear.weight.detach().cpu(), requires_grad=False)
+    weight = on_cpu.to(device)
+    layer.weight, layer.bias = weight, linear.bias
     # The codes twice would be twice the bytes after a move to another device.
-    layer.weight.CB = None
+    weight.CB = None
     layer.compute_dtype, layer.dense_dtype = compute_dtype, linear.weight.dtype
     return layer.train(linear.training)
 
@@ -141,8 +145,10 @@ def operand(layer: nn.Module) -> NF4Weight | Int8Weight:
     if isinstance(layer, bitsandbytes.nn.Linear4bit):
         _unpack(layer)
         return NF4Weight(layer.weight, compute_dtype)
-    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return Int8Weight(layer.weight.data, scales, compute_dtype)
+    assert isinstance(layer, bitsandbytes.nn.Linear8bitLt)
+    weight: Any = layer.weight
+    scales: Any = weight.SCB if weight.SCB is not None else layer.state.SCB
+    return Int8Weight(weight.data, scales, compute_dtype)
 
 
 def dense_weight(layer: nn.Module) -> Tensor:

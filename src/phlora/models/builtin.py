@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     Phi3Config,
-    PreTrainedTokenizerFast,
+    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -165,6 +166,7 @@ def _convert_gguf(source: Path, folder: Path, *, pad_token: str) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.pad_token = pad_token
     tokenizer.model_max_length = llama.config.max_position_embeddings
+    assert isinstance(llama.config, LlamaConfig)
     config = _phi3_config(llama.config, tokenizer)
     folder.mkdir()
     save_file(_fuse_projections(llama.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
@@ -188,8 +190,8 @@ def silent_gguf() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _phi3_config(llama: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> Phi3Config:
-    copied = {
+def _phi3_config(llama: LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> Phi3Config:
+    copied: dict[str, Any] = {
         key: getattr(llama, key)
         for key in (
             "vocab_size",
@@ -203,11 +205,12 @@ def _phi3_config(llama: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> Phi3
             "tie_word_embeddings",
         )
     }
+    copied["head_dim"] = llama.hidden_size // llama.num_attention_heads
+    rope: Any = llama.rope_parameters
     return Phi3Config(
         **copied,
-        head_dim=llama.hidden_size // llama.num_attention_heads,
         original_max_position_embeddings=llama.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": llama.rope_parameters["rope_theta"]},
+        rope_parameters={"rope_type": "default", "rope_theta": rope["rope_theta"]},
         sliding_window=None,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

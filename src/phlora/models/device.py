@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+from torch import nn
 from transformers import Phi3Config, Phi3Model
 
 from phlora.errors import ConfigError, EnvironmentProblem, did_you_mean
@@ -123,10 +124,12 @@ def _cpu_layer_seconds(dtype: torch.dtype) -> tuple[float, float]:
         num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=2,
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
-        layers = {kind: Phi3Model(config).requires_grad_(False).to(kind) for kind in (torch.float32, dtype)}
+        layers = {kind: _frozen(Phi3Model(config), kind) for kind in (torch.float32, dtype)}
     seconds: dict[torch.dtype, list[float]] = {kind: [] for kind in layers}
     # The first round warms up, threads start and kernels are chosen: it never stands alone.
     for number in range(5):
@@ -138,6 +141,10 @@ def _cpu_layer_seconds(dtype: torch.dtype) -> tuple[float, float]:
         if number and sum(map(sum, seconds.values())) > _MEASURING_SECONDS:
             break
     return min(seconds[torch.float32]), min(seconds[dtype])
+
+
+def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return model.requires_grad_(False).to(dtype)
 
 
 def choose_attention(

@@ -150,7 +150,7 @@ def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> str:
             expected="a chat template that ends assistant turns with a special token, or an `eos_token`",
             fix="add `eos_token` to tokenizer_config.json",
         )
-    return tokenizer.eos_token
+    return str(tokenizer.eos_token)
 
 
 def _text_after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -162,6 +162,7 @@ def _text_after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
     except TemplateError:
         return ""
+    assert isinstance(text, str)
     return text.partition("probe-answer")[2]
 
 
@@ -178,7 +179,7 @@ def stop_token_ids(
 ) -> tuple[int, ...]:
     """Ids that end a reply, the end of a turn first: by template, family, `eos_token`, the model's list."""
     tokens = [turn_end_token(tokenizer), *(family.stop_tokens if family else ())]
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    ids: list[Any] = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
     own = generation_config.eos_token_id if generation_config is not None else None
     for more in (tokenizer.eos_token_id, own):
         ids += more if isinstance(more, Iterable) else [] if more is None else [more]
@@ -202,7 +203,7 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]
     ]
     for token in (tokenizer.pad_token, tokenizer.unk_token, *reserved, tokenizer.bos_token):
         if token is not None and tokenizer.convert_tokens_to_ids(token) not in stops:
-            return token
+            return str(token)
     raise ModelError(
         "Every special token of the tokenizer ends a reply, so none is left for padding",
         where=str(tokenizer.name_or_path),

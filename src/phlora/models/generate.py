@@ -29,6 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phlora.errors import ConfigError
+from phlora.models.causal_lm import CausalLM, as_causal_lm
 from phlora.models.families import context_lengths
 
 # A prefix shorter than this saves less than the extra forward pass costs.
@@ -68,18 +69,17 @@ def generate(
     _check(prompts, batch_size)
     max_new_tokens = min(max_new_tokens, context_lengths(model.config).max_tokens or max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
-    together, alone = _split_at_rope_limit(model, prompts, max_new_tokens)
+    lm = as_causal_lm(model)
+    together, alone = _split_at_rope_limit(lm, prompts, max_new_tokens)
     done = 0
     with evaluating(model):
         for row in alone:
-            tokens = _tokens(model, prompts[row], pick=_greedy, stops=frozenset(stop_token_ids))
+            tokens = _tokens(lm, prompts[row], pick=_greedy, stops=frozenset(stop_token_ids))
             answers[row] = list(itertools.islice(tokens, max_new_tokens))
             done = _report(progress, done + 1, len(prompts))
-        for rows, shared, cache in _batches(model, prompts, together, max_new_tokens, batch_size):
+        for rows, shared, cache in _batches(lm, prompts, together, max_new_tokens, batch_size):
             rests = [list(prompts[row][shared:]) for row in rows]
-            new = _decode(
-                model, rests, shared, cache, max_new_tokens, frozenset(stop_token_ids), pad_token_id
-            )
+            new = _decode(lm, rests, shared, cache, max_new_tokens, frozenset(stop_token_ids), pad_token_id)
             for row, answer in zip(rows, new, strict=True):
                 answers[row] = answer
             done = _report(progress, done + len(rows), len(prompts))
@@ -115,7 +115,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _split_at_rope_limit(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Rows that stay within the short rotary factors, and rows that may pass them."""
     limit = context_lengths(model.config).original_max_tokens
@@ -125,7 +125,7 @@ def _split_at_rope_limit(
 
 
 def _batches(
-    model: PreTrainedModel,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
     max_new_tokens: int,
@@ -156,11 +156,11 @@ def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
         yield rows[i * len(rows) // count : (i + 1) * len(rows) // count]
 
 
-def _rows_that_fit(model: PreTrainedModel, tokens: int) -> int:
+def _rows_that_fit(model: CausalLM, tokens: int) -> int:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * tokens * model.dtype.itemsize
+    row_bytes: int = 2 * config.num_hidden_layers * kv_heads * head_dim * tokens * model.dtype.itemsize
     return max(1, min(_MAX_AUTO_ROWS, _AUTO_CACHE_BYTES // row_bytes))
 
 
@@ -175,13 +175,13 @@ def _shared_tokens(prompts: list[Sequence[int]]) -> int:
     return shared if shared >= _MIN_SHARED_TOKENS else 0
 
 
-def _prefix_cache(model: PreTrainedModel, prefix: Sequence[int]) -> Any:
+def _prefix_cache(model: CausalLM, prefix: Sequence[int]) -> Any:
     ids = torch.tensor([list(prefix)], device=model.device)
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
 def _decode(
-    model: PreTrainedModel,
+    model: CausalLM,
     rests: list[list[int]],
     shared: int,
     prefix_cache: Any,
@@ -232,7 +232,7 @@ def _decode(
 
 
 def stream(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     prompt_ids: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -263,11 +263,11 @@ def stream(
             f"temperature={temperature}, top_p={top_p}", expected="temperature >= 0 and 0 < top_p <= 1"
         )
     pick = _greedy if temperature == 0 else _sampler(temperature, top_p, seed)
-    tokens = _tokens(model, prompt_ids, pick=pick, stops=frozenset(stop_token_ids))
+    tokens = _tokens(as_causal_lm(model), prompt_ids, pick=pick, stops=frozenset(stop_token_ids))
     return _text_pieces(_first_tokens(model, tokens, max_new_tokens), tokenizer)
 
 
-def _first_tokens(model: PreTrainedModel, tokens: Iterator[int], max_new_tokens: int) -> Iterator[int]:
+def _first_tokens(model: nn.Module, tokens: Iterator[int], max_new_tokens: int) -> Iterator[int]:
     for _ in range(max_new_tokens):
         with evaluating(model):
             token = next(tokens, None)
@@ -278,7 +278,7 @@ def _first_tokens(model: PreTrainedModel, tokens: Iterator[int], max_new_tokens:
 
 @torch.inference_mode()
 def _tokens(
-    model: PreTrainedModel,
+    model: CausalLM,
     prompt: Sequence[int],
     *,
     pick: Callable[[torch.Tensor], int],
@@ -335,8 +335,11 @@ def _text_pieces(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> I
     start = shown = 0
 
     def fresh() -> str:
-        before = tokenizer.decode(ids[start:shown], skip_special_tokens=True)
-        return tokenizer.decode(ids[start:], skip_special_tokens=True)[len(before) :]
+        before, text = (
+            tokenizer.decode(part, skip_special_tokens=True) for part in (ids[start:shown], ids[start:])
+        )
+        assert isinstance(text, str)
+        return text[len(before) :]
 
     for token in tokens:
         ids.append(token)

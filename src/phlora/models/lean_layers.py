@@ -111,7 +111,7 @@ class LeanRMSNorm(Phi3RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not _is_recorded(x) or self.weight.requires_grad:
             return super().forward(x)
-        y, rstd = _RMSNorm.apply(x, self.weight, self.variance_epsilon)
+        y, rstd = _RMSNorm.apply(x, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
         again = functools.partial(_normalize_again, eps=self.variance_epsilon)
         # Not detached: a second derivative goes through what was computed again.
         return attach_recompute(y, Recompute(again, (x, rstd, self.weight)))
@@ -124,16 +124,18 @@ class LeanMLP(Phi3MLP):
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
-        return module.config.hidden_act in ("silu", "swish")
+        return isinstance(module, Phi3MLP) and module.config.hidden_act in ("silu", "swish")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if sees_through():
             return super().forward(hidden_states)
         gate_up = self.gate_up_proj(hidden_states)
         if not _is_recorded(gate_up):
-            return self.down_proj(_gate(gate_up))
-        product = _Gate.apply(gate_up)
-        return self.down_proj(attach_recompute(product, Recompute(_gate, (gate_up,))))
+            projected: Tensor = self.down_proj(_gate(gate_up))
+            return projected
+        product = _Gate.apply(gate_up)  # type: ignore[no-untyped-call]
+        projected = self.down_proj(attach_recompute(product, Recompute(_gate, (gate_up,))))
+        return projected
 
 
 class LeanAttention(Phi3Attention):
@@ -154,13 +156,14 @@ class LeanAttention(Phi3Attention):
         *,
         wanted: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
+        # transformers declares three results and returns two: the states and, if asked for, the attention weights.
         recorded = torch.is_grad_enabled() and not sees_through()
         if (past_key_values is not None or not recorded) and wanted is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
             )
-        q, k, v = _SplitAndRotate.apply(
+        q, k, v = _SplitAndRotate.apply(  # type: ignore[no-untyped-call]
             self.qkv_proj(hidden_states), *position_embeddings, self.num_key_value_heads, self.head_dim
         )
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -198,7 +201,8 @@ class LastLayer(Phi3DecoderLayer):
             return super().forward(hidden_states, *args, **kwargs)
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), wanted=asked, **kwargs)
         x = _at(hidden_states, asked) + self.resid_attn_dropout(attended)
-        return x + self.resid_mlp_dropout(self.mlp(self.post_attention_layernorm(x)))
+        y: Tensor = x + self.resid_mlp_dropout(self.mlp(self.post_attention_layernorm(x)))
+        return y
 
 
 _LEAN: dict[type[nn.Module], Any] = {
@@ -336,7 +340,9 @@ def _recorded_join(
 def _heads(qkv: Tensor, num_kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
     """Views of q (B, T, H, E), k and v (B, T, G, E)."""
     heads = qkv.unflatten(-1, (-1, head_dim))
-    return heads.split([heads.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=2)
+    counts = [heads.shape[2] - 2 * num_kv_heads, num_kv_heads, num_kv_heads]
+    parts: tuple[Tensor, ...] = heads.split(counts, dim=2)
+    return parts
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, direction: int, out: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from phlora.errors import ModelError
 from phlora.lora import matmul
 from phlora.lora.autograd import first_derivatives_only, sees_through
 from phlora.lora.frozen import is_plain_linear
+from phlora.models.causal_lm import Decoder, as_causal_lm
 from phlora.models.prefix_attention import segment_inputs
 from phlora.models.rotary import rotated_by_row
 
@@ -54,26 +55,27 @@ class LossTerms:
 _CROSS_ENTROPY = LossTerms()
 
 
-def trunk_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def trunk_and_head(model: nn.Module) -> tuple[Decoder, nn.Module]:
     """The decoder without its head, and the head; for a PeftModel, both with its adapters active.
 
     Raises:
         ModelError: the model has no head of its own, or changes its logits after the head.
     """
-    head = model.get_output_embeddings()
+    lm = as_causal_lm(model)
+    head = lm.get_output_embeddings()
     if head is None:
         raise ModelError(
             f"{type(model).__name__} has no language-model head", expected="a causal language model"
         )
     for name, neutral in _AFTER_THE_HEAD.items():
-        value = getattr(model.config, name, None)
+        value = getattr(lm.config, name, None)
         if value not in (None, neutral):
             raise ModelError(
                 f"The model changes its logits after the head ({name} = {value})",
-                where=model.config.model_type,
+                where=lm.config.model_type,
                 expected="a Phi-3 or Llama layout, whose head has the last word",
             )
-    return model.get_decoder(), head
+    return lm.get_decoder(), head
 
 
 def targets_and_weights(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -130,8 +132,8 @@ def token_losses(
     # A last layer that takes `asked` returns those alone.
     selected = hidden if len(hidden) == len(asked) else hidden[asked.to(hidden.device)]
     targets = targets[trained].to(hidden.device)
-    chunk = chunk or max(1, _CHUNK_BYTES // (4 * model.config.vocab_size))
-    losses, correct = _head_losses(head, selected, targets, chunk, terms)
+    rows = chunk or max(1, _CHUNK_BYTES // (4 * as_causal_lm(model).config.vocab_size))
+    losses, correct = _head_losses(head, selected, targets, rows, terms)
     return losses, correct, torch.ones_like(losses) if weights is None else weights[trained].to(losses)
 
 
@@ -143,7 +145,8 @@ def _head_losses(
     if sees_through():
         return _chunk_losses(head, hidden, targets, terms)
     if frozen or not torch.is_grad_enabled():
-        return _HeadLosses.apply(hidden, targets, head, chunk, terms)
+        losses, correct = _HeadLosses.apply(hidden, targets, head, chunk, terms)  # type: ignore[no-untyped-call]
+        return losses, correct
     parts = [
         checkpoint(_chunk_losses, head, *part, terms, use_reentrant=False)
         for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)

@@ -7,9 +7,10 @@ import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -18,6 +19,7 @@ from transformers import (
 from phlora.config import ModelConfig
 from phlora.errors import ModelError, NoRoomError
 from phlora.extras import require
+from phlora.models.causal_lm import embedding_weight
 from phlora.models.device import (
     Choice,
     choose_attention,
@@ -100,7 +102,7 @@ def load_model(
     with _needing_room(weights, device):
         if wanted.quantization:
             notes += (str(quantize(weights, wanted.quantization, device=device)),)
-        weights.to(device)
+        nn.Module.to(weights, device)
     return LoadedModel(
         model=weights,
         tokenizer=tokenizer,
@@ -116,8 +118,10 @@ def load_model(
 def _load_weights(
     files: ModelFiles, *, dtype: torch.dtype, attention: str
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    model: PreTrainedModel
+    loading: dict[str, Any]
     with reading(files.location, "The weights"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.location.path,
             config=copy.deepcopy(files.config),
             dtype=dtype,
@@ -126,6 +130,7 @@ def _load_weights(
             output_loading_info=True,
             **files.location.kwargs,
         )
+        model, loading = loaded
     missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
     if missing:
         raise ModelError(
@@ -150,7 +155,7 @@ def _needing_room(model: PreTrainedModel, device: torch.device) -> Iterator[None
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: LoadedTokenizer, *, where: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embedding_weight(model).shape[0]
     largest = max(tokenizer.tokenizer.get_vocab().values())
     if largest >= rows:
         raise ModelError(

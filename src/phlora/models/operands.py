@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from phlora.errors import ModelError
 from phlora.lora.operands import DenseWeight, FrozenWeight
@@ -22,7 +22,9 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
 
         return bnb.operand(module)
     if type(module).__name__ == "Conv1D":
-        return DenseWeight(module.weight.t())
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return DenseWeight(weight.t())
     if isinstance(module, nn.Linear) and module.weight.is_floating_point():
         return DenseWeight(module.weight)
     raise ModelError(

@@ -36,6 +36,7 @@ from transformers.masking_utils import sdpa_mask
 from phlora.data.prefixes import Group, Segments
 from phlora.errors import ModelError
 from phlora.lora.autograd import first_derivatives_only, sees_through
+from phlora.models.causal_lm import Decoder, as_causal_lm
 
 SEGMENTS = "phlora_segments"
 # Tails of one padded batch are at most this many times as long as its shortest one.
@@ -52,8 +53,8 @@ _PLAIN_ATTENTION = ("llama", "mistral", "phi3", "qwen2")
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 
 # Private in torch, and the only ones on CPU that give the log-sum-exp; None where a version lacks them.
-_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def sharing_obstacle(model: nn.Module, *, training: bool) -> str | None:
@@ -63,7 +64,7 @@ def sharing_obstacle(model: nn.Module, *, training: bool) -> str | None:
         model: of transformers, plain or as a PeftModel.
         training: whether dropout would be at work.
     """
-    config = model.config
+    config = as_causal_lm(model).config
     if config.model_type not in _PLAIN_ATTENTION:
         return f"the attention of {config.model_type} is not known to be plain"
     if config._attn_implementation not in ("sdpa", SEGMENTS):
@@ -87,12 +88,12 @@ def _dropout_at_work(config: Any, adapters: Mapping[str, Any]) -> str | None:
 
 def copy_cost(model: nn.Module, device: torch.device, *, longest: int) -> float:
     """What a shared key laid before one more tail takes, in positions (`share_in_passes`); rows to `longest` tokens."""
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(as_causal_lm(model).config, "sliding_window", None)
     merged = device.type == "cpu" and (window is None or longest <= window)
     return 0.0 if merged and _flash and _flash_backward else _COPY_COST
 
 
-def segment_inputs(trunk: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def segment_inputs(trunk: Decoder, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a trunk for a batch with `segments`; the trunk's attention is set to `SEGMENTS`.
 
     The setting stays: gradient checkpointing runs the layers again in backward, and batches without `segments` take
@@ -198,7 +199,7 @@ def attend_padded(
 def attend_merged(query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scaling: float) -> Tensor:
     """As `attend_densely` without a window, on CPU, with no mask and no copy of shared keys."""
     layout = _layout(segments, query.device, alone=_ALONE)
-    output: Tensor = _MergedAttention.apply(query, key, value, layout, scaling)
+    output: Tensor = _MergedAttention.apply(query, key, value, layout, scaling)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -274,7 +275,7 @@ def _causal_backward(grad: Tensor, saved: Sequence[Tensor], scaling: float) -> S
     query, key, value, output, norm = saved
     grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for span, stop, mask in _stretches(query):
-        ours = _flash_backward(
+        ours: Sequence[Tensor] = _flash_backward(
             grad[:, :, span],
             query[:, :, span],
             key[:, :, :stop],
@@ -348,7 +349,7 @@ class _Block:
     def batch(self, x: Tensor, *, padding: float | None = None) -> Tensor:
         """(1, H, T, ...) -> (num_rows, H, width, ...); with `padding`, that value where padding is."""
         flat = x[0, :, self.span] if self.padded is None else x[0].index_select(1, self.padded)
-        taken = flat.unflatten(1, (self.num_rows, self.width)).transpose(0, 1)
+        taken: Tensor = flat.unflatten(1, (self.num_rows, self.width)).transpose(0, 1)
         if padding is None or self.is_real is None:
             return taken
         real = self.is_real.view(self.num_rows, 1, self.width, *[1] * (x.dim() - 3))

@@ -116,7 +116,8 @@ def decide_sharing(
 def _row_lengths(sequences: Sequence[Sequence[TokenizedRow]]) -> list[int]:
     """Tokens of each row."""
     if isinstance(sequences, TokenSequences):
-        return sequences.rows.lengths.tolist()
+        lengths: list[int] = sequences.rows.lengths.tolist()
+        return lengths
     return [len(row.input_ids) for rows in sequences for row in rows]
 
 

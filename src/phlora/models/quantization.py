@@ -12,6 +12,7 @@ int8: each row of a weight has one scale and 255 steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from phlora.config import QuantizationConfig, quantization_config
 from phlora.errors import ConfigError, ModelError
 from phlora.extras import require
+from phlora.models.causal_lm import embedding_weight
 from phlora.models.device import DTYPES
 from phlora.models.families import block_linears
 from phlora.models.fingerprint import keep_fingerprint
@@ -86,13 +88,15 @@ def quantize(
     keep_fingerprint(model, _storage_name(quantization))
     model_before, layers_before = stored_bytes(model), _layer_bytes(model, names)
     for name in names:
-        model.set_submodule(name, _quantized_linear(model.get_submodule(name), quantization, device))
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(name, _quantized_linear(linear, quantization, device))
     return QuantizationReport(
         storage=quantization.type,
         num_layers=len(names),
         layer_bytes=(layers_before, _layer_bytes(model, names)),
         model_bytes=(model_before, stored_bytes(model)),
-        dense_dtype=model.get_input_embeddings().weight.dtype,
+        dense_dtype=embedding_weight(model).dtype,
     )
 
 
@@ -135,7 +139,7 @@ def quantization_of(storage: str) -> QuantizationConfig | None:
     return quantization_config({"type": kind, "double_quant": not single})
 
 
-def _quantized_linear(linear: nn.Module, quantization: QuantizationConfig, device: torch.device) -> nn.Module:
+def _quantized_linear(linear: nn.Linear, quantization: QuantizationConfig, device: torch.device) -> nn.Module:
     from phlora.models import bnb
 
     compute_dtype = DTYPES.get(quantization.compute_dtype)
@@ -146,7 +150,7 @@ def _quantized_linear(linear: nn.Module, quantization: QuantizationConfig, devic
     )
 
 
-def _dense_linear(layer: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
+def _dense_linear(layer: Any, dtype: torch.dtype | None) -> nn.Linear:
     from phlora.models import bnb
 
     with torch.device("meta"):
@@ -154,7 +158,7 @@ def _dense_linear(layer: nn.Module, dtype: torch.dtype | None) -> nn.Linear:
     weight = bnb.dense_weight(layer) if dtype is None else bnb.operand(layer).dense(dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = layer.bias
-    return linear.train(layer.training)
+    return linear.train(bool(layer.training))
 
 
 def _layer_bytes(model: nn.Module, names: list[str]) -> int:

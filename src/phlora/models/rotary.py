@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from phlora.data.prefixes import Segments
 from phlora.errors import ModelError
+from phlora.models.causal_lm import Decoder
 from phlora.models.families import longrope_limit
 
 
 @contextmanager
-def rotated_by_row(trunk: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+def rotated_by_row(trunk: Decoder, inputs: Mapping[str, Any]) -> Iterator[None]:
     """Within it, the trunk rotates each row of these inputs with the factors that it would have alone.
 
     Raises:
@@ -53,7 +54,9 @@ def rotated_by_row(trunk: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None
 
 def _row_lengths(inputs: Mapping[str, Any], limit: int) -> Tensor:
     """Tokens of the row that each position belongs to: (B, T), or (B, 1) where a batch row is one row."""
-    ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    ids: Tensor = inputs["input_ids"]
+    mask: Tensor | None = inputs.get("attention_mask")
+    positions: Tensor | None = inputs.get("position_ids")
     if inputs.get("segments") is not None:
         return torch.tensor([_lengths_along(inputs["segments"], limit)], device=ids.device)
     if positions is not None:

@@ -245,7 +245,7 @@ def load_as_trained(found: Resolved, *, tokenizer: LoadedTokenizer, device: str)
     loaded = load_base(
         found, tokenizer=tokenizer, device=device, dtype=found.trained_dtype, quantization=exact
     )
-    loaded.model.float()  # type: ignore[no-untyped-call]
+    loaded.model.float()
     return loaded
 
 

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 
-from phlora.adapters.attach import recorded_blocks
+from phlora.adapters.save import load_weights, save_adapter
 from phlora.adapters.speed import at_speed
 from phlora.data.packing import TokenSequences
 from phlora.display import Display
 from phlora.errors import RunError
-from phlora.files import ADAPTER_FACTS, read_json, replaced_folder, write_json, write_text
+from phlora.files import ADAPTER_FACTS, read_json
+from phlora.models.causal_lm import as_causal_lm
 from phlora.models.families import longrope_limit
 from phlora.models.load import LoadedModel
 from phlora.runs.folder import RunFolder
@@ -32,7 +32,6 @@ from phlora.train.callbacks import (
     GentleStop,
     TrainingProgress,
 )
-from phlora.train.card import model_card
 from phlora.train.prepare import PreparedData
 from phlora.train.request import Objects
 from phlora.train.trainer import SFTTrainer
@@ -114,39 +113,14 @@ def _for_training(model: PeftModel) -> Iterator[None]:
     PEFT's "auto" asks the hub, at every save, whether the vocabulary was resized; Phlora never resizes it. The trainer
     turns the cache of keys and values off in the model's configuration.
     """
-    config: Any = model.get_base_model().config
+    config = as_causal_lm(model.get_base_model()).config
     use_cache = config.use_cache
-    # On the instance, for the saves that the trainer makes.
-    model.__dict__["save_pretrained"] = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    vars(model)["save_pretrained"] = functools.partial(model.save_pretrained, save_embedding_layers=False)
     try:
         yield
     finally:
         config.use_cache = use_cache
-        del model.__dict__["save_pretrained"]
-
-
-def save_adapter(model: PeftModel, loaded: LoadedModel, path: Path, *, facts: dict[str, Any]) -> None:
-    """Write a plain PEFT adapter with its tokenizer, model card and base fingerprint, whole or not at all."""
-    with replaced_folder(path) as part:
-        model.save_pretrained(str(part), save_embedding_layers=False)
-        loaded.tokenizer.tokenizer.save_pretrained(part)
-        base: dict[str, Any] = {
-            "base_model": loaded.source.name,
-            "base_fingerprint": loaded.fingerprint,
-            "stop_token_ids": list(loaded.tokenizer.stop_token_ids),
-        }
-        if blocks := recorded_blocks(model):
-            base["blocks"] = blocks
-        write_json(part / ADAPTER_FACTS, {**base, **facts})
-        lora = model.peft_config["default"]
-        assert isinstance(lora, LoraConfig)
-        card = model_card(lora, {**base, **facts}, kind=loaded.source.kind)
-        write_text(part / "README.md", card)
-
-
-def load_weights(model: PeftModel, path: Path) -> None:
-    """Put the weights of a saved adapter into the model's active one."""
-    set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
+        del vars(model)["save_pretrained"]
 
 
 def _trainer(

@@ -226,7 +226,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         if resume_from_checkpoint is True:
             # None there is for the library to say.
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True  # type: ignore[no-untyped-call]
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         finished = _finished_step(resume_from_checkpoint, self._num_planned_steps)
         if finished is not None:
             # transformers 5.23 takes one more optimizer step here when the last epoch was cut by max_steps.

@@ -81,7 +81,7 @@ def _probe_hub(name: str) -> None:
     )
 
     # The hub library's own HTTP client: which package that is depends on its version.
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+    from huggingface_hub.utils import httpx
 
     try:
         HfApi().dataset_info(name, timeout=5)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from peft import LoraConfig, PeftModel
 
+from phlora.adapters.model_card import model_card
 from phlora.testing import tiny_adapter
-from phlora.train.card import model_card
 
 FACTS: dict[str, Any] = {"base_model": "base", "stop_token_ids": [7, 9], "step": 12}
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=["v_proj", "q_proj"])
