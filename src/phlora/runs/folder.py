@@ -50,6 +50,8 @@ HELD_OUT_FILE = "heldout.jsonl"
 ROWS_FILE, EVAL_ROWS_FILE = "rows.jsonl", "eval_rows.jsonl"
 TRAINED_KEYS_FILE = "trained.keys"
 CONFIG_FILE = "config.yaml"
+# In run.json under `model`: the whole path of a base that was named from the working folder.
+BASE_LOCATION = "location"
 EVALUATIONS = "evaluations"
 _ALMOST_NOTHING_BYTES = 10_000_000
 _OPENING = "opening"

@@ -32,7 +32,7 @@ from phlora.models.fingerprint import split_fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import quantization_of
 from phlora.models.tokenizer import LoadedTokenizer, find_files, read_tokenizer
-from phlora.runs.folder import COMPLETE_FILE, HELD_OUT_FILE, RUN_FILE, RunFolder
+from phlora.runs.folder import BASE_LOCATION, COMPLETE_FILE, HELD_OUT_FILE, RUN_FILE, RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _CHECKPOINT = "checkpoint-"
@@ -160,8 +160,15 @@ def require_base(found: Resolved) -> None:
     """Refuse an adapter that does not say what its base is.
 
     Raises:
-        ModelError: see above.
+        ModelError: see above; or the base of the run lies neither where it was nor where its name points to today.
     """
+    place = _place_of(found.facts)
+    if place and found.base.name == _name_of(found.facts) and not Path(found.base.name).expanduser().exists():
+        raise ModelError(
+            f"The base model of the run, `{found.base.name}`, is not there any more",
+            where=place,
+            fix="put it back, or where there is such an option name it: --model BASE",
+        )
     if not found.base.name:
         raise ModelError(
             "The adapter does not say what its base model is",
@@ -334,6 +341,9 @@ def _base_of(run: RunFolder, facts: Mapping[str, Any]) -> ModelConfig:
     """
     base = _config_of(run, facts).model
     base = replace(base, trust_remote_code=base.trust_remote_code and _code_is_trusted())
+    place = _place_of(facts)
+    if place and Path(place).exists() and Path(base.name).absolute() != Path(place):
+        base = replace(base, name=place)
     try:
         choose_device(base.device)
     except EnvironmentProblem:
@@ -343,6 +353,20 @@ def _base_of(run: RunFolder, facts: Mapping[str, Any]) -> ModelConfig:
 
 def _code_is_trusted() -> bool:
     return os.environ.get(TRUST_VARIABLE, "") not in ("", "0")
+
+
+def _place_of(facts: Mapping[str, Any]) -> str | None:
+    """Where the base lay when the run began, of a run that named it from its working folder."""
+    model = facts.get("model")
+    place = model.get(BASE_LOCATION) if isinstance(model, Mapping) else None
+    return place if isinstance(place, str) else None
+
+
+def _name_of(facts: Mapping[str, Any]) -> str | None:
+    """The base as the run was given it."""
+    model = facts.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _config_of(run: RunFolder, facts: Mapping[str, Any]) -> RunConfig:

@@ -15,7 +15,9 @@ from phlora.config import RunConfig, resolved
 from phlora.display import Display
 from phlora.files import write_text
 from phlora.models.load import LoadedModel
+from phlora.models.locate import ModelSource
 from phlora.runs.folder import (
+    BASE_LOCATION,
     CONFIG_FILE,
     EVAL_ROWS_FILE,
     HELD_OUT_FILE,
@@ -108,6 +110,7 @@ def run_facts(
         "environment": environment(),
         "model": {
             "name": config.model.name,
+            **_place(loaded.source),
             "kind": loaded.source.kind,
             "family": loaded.tokenizer.family.name,
             "fingerprint": loaded.fingerprint,
@@ -127,6 +130,13 @@ def run_facts(
         },
         "num_optimizer_steps": plan.num_optimizer_steps,
     }
+
+
+def _place(source: ModelSource) -> dict[str, str]:
+    """Where a base lies that was named from the working folder; from another one it is found by this."""
+    path = Path(source.location)
+    named = source.kind in ("folder", "gguf") and path.exists() and not path.is_absolute()
+    return {BASE_LOCATION: str(path.absolute())} if named else {}
 
 
 def open_run(

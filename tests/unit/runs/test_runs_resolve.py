@@ -15,10 +15,12 @@ from phlora.evaluate import run as evaluation
 from phlora.evaluate.run import evaluate_run
 from phlora.export import convert as conversion
 from phlora.export import merge as merging
+from phlora.files import read_json, write_json
 from phlora.runs import resolve as module
 from phlora.runs.folder import RunFolder
 from phlora.runs.resolve import Resolved, load_pair, load_tokenizer_of, resolve, resolve_adapter
 from phlora.serve import chat
+from phlora.train.finetune import finetune
 
 SOURCES = {
     "": "adapter/best",
@@ -112,6 +114,62 @@ def test_a_link_to_an_adapter_finds_its_run(mine: Path, tmp_path: Path) -> None:
 def test_a_moved_run_is_found_where_it_is(mine: Path, tmp_path: Path) -> None:
     moved = mine.rename(tmp_path / "čudno ime #1 (kopija)")
     assert resolve(moved / "adapter").adapter == moved / "adapter" / "best"
+
+
+@pytest.fixture
+def named_from_here(mine: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run of a base that was named from the working folder, which is another one now."""
+    Path(shutil.copytree(model_folder, tmp_path / "here" / "base"))
+    monkeypatch.chdir(tmp_path / "here")
+    done = finetune(
+        model={"name": "base", "dtype": "float32", "device": "cpu"},
+        data=ROWS[:6],
+        training_config={"max_steps": 2, "learning_rate": 2e-2},
+        evaluation={"enabled": False},
+        output="run",
+        display=QUIET,
+    )
+    assert done.folder is not None
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "here" / "run"
+
+
+def test_a_base_named_from_the_working_folder_is_found_from_another(
+    named_from_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for given in ("", "adapter/best", "checkpoints/checkpoint-2"):
+        assert load_pair(resolve(named_from_here / given)).model.get_base_model() is not None
+    assert resolve(named_from_here).base.name == str(tmp_path / "here" / "base")
+    # Another model of that name is not the one that was trained on.
+    (tmp_path / "elsewhere" / "base").mkdir()
+    assert resolve(named_from_here).base.name == str(tmp_path / "here" / "base")
+    (tmp_path / "elsewhere" / "base").rmdir()
+
+    monkeypatch.chdir(tmp_path / "here")
+    assert resolve(named_from_here).base.name == "base"
+    # Everything moved together: the name leads there again.
+    moved = (tmp_path / "here").rename(tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    assert resolve("run").base.name == "base" and load_tokenizer_of(resolve("run"))
+
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ModelError) as gone:
+        load_tokenizer_of(resolve(moved / "run"))
+    assert "`base`" in str(gone.value) and str(tmp_path / "here" / "base") in str(gone.value)
+    assert resolve_adapter(moved / "run", needs_base=False).adapter is not None
+    assert resolve(moved / "run", model=str(moved / "base")).base.name == str(moved / "base")
+
+
+def test_a_run_that_does_not_say_where_its_base_lay_is_taken_by_the_name(
+    named_from_here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = read_json(named_from_here / "run.json", RunError)
+    del facts["model"]["location"]
+    write_json(named_from_here / "run.json", facts)
+    assert resolve(named_from_here).base.name == "base"
+    monkeypatch.chdir(tmp_path / "here")
+    assert load_tokenizer_of(resolve("run"))
 
 
 def test_a_model_has_no_adapter(model_folder: Path) -> None:
