@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -14,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from phlora import cli, convert, evaluate_run, finetune, load_model, load_tokenizer, merge_run
+from phlora import convert, evaluate_run, finetune, load_model, load_tokenizer, merge_run
 from phlora.config import load_config
 from phlora.display import Display
+from phlora.testing import invoke
 
 try:
     from phlora import load_adapter
@@ -41,17 +41,14 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def phlora(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Phlora:
+def phlora(monkeypatch: pytest.MonkeyPatch) -> Phlora:
     """Runs a command line, which has to succeed, and returns its standard output."""
     monkeypatch.delenv("PHLORA_DEBUG", raising=False)
 
     def run(*arguments: str, stdin: str = "") -> str:
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
-        with pytest.raises(SystemExit) as end:
-            cli.main(list(arguments))
-        captured = capsys.readouterr()
-        assert end.value.code in (0, None), captured.err + captured.out
-        return captured.out
+        done = invoke(*arguments, stdin=stdin)
+        assert done.code == 0, done.err + done.out
+        return done.out
 
     return run
 
@@ -213,10 +210,9 @@ def test_an_interrupted_run_ends_as_the_one_that_was_not(
             assert not exact or torch.equal(resumed[name], weight), (which, name)
 
 
-def test_a_finished_run_is_left_as_it_is(stored: Path, phlora: Phlora) -> None:
+def test_a_finished_run_is_left_as_it_is(stored: Path) -> None:
     file = Path("finished", "adapter", "last", "adapter_model.safetensors")
     before = file.read_bytes()
-    with pytest.raises(SystemExit) as end:
-        cli.main(["train", "finished/config.yaml", "--set", "output=finished"])
-    assert end.value.code == 2  # a run is there already
+    done = invoke("train", "finished/config.yaml", "--set", "output=finished")
+    assert done.code == 2  # a run is there already
     assert file.read_bytes() == before

@@ -76,12 +76,19 @@ def _process_kept() -> Iterator[None]:
     loggers = {logging.getLogger(name) for name in names}
     before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     shows = warnings.showwarning
+    captured = shows is getattr(logging, "_showwarning", None)
+    # Asked for twice it does nothing, though pytest may have put its own `showwarning` there in between.
+    logging.captureWarnings(False)
+    if not captured:
+        warnings.showwarning = shows
+    shows = warnings.showwarning
     try:
         with mock.patch.dict(os.environ):
             yield
     finally:
         logging.captureWarnings(False)
         warnings.showwarning = shows
+        logging.captureWarnings(captured)
         for logger, handlers, level, propagate in before:
             logger.handlers[:] = handlers
             logger.setLevel(level)

@@ -166,6 +166,17 @@ def test_warnings_of_libraries_go_to_the_log(
     assert "a warning" in log and "python's own" in log
 
 
+def test_warnings_go_to_the_log_also_where_another_program_captured_them_before(
+    phlora: CommandLine, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    logging.captureWarnings(True)
+    try:
+        with warnings.catch_warnings(record=True):
+            test_warnings_of_libraries_go_to_the_log(phlora, place, monkeypatch, tmp_path)
+    finally:
+        logging.captureWarnings(False)
+
+
 def test_importing_phlora_leaves_logging_alone() -> None:
     code = "import logging, phlora.cli; print(logging.getLogger().handlers, logging.getLogger().level)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
