@@ -203,7 +203,7 @@ def plain_lora(lora: LoraConfig) -> dict[str, Any]:
 
 
 def _plain(settings: TrainingArguments | LoraConfig) -> dict[str, Any]:
-    values: dict[str, Any] = settings.to_dict()
+    values: dict[str, Any] = settings.to_dict()  # type: ignore[no-untyped-call]
     return values
 
 
