@@ -29,6 +29,7 @@ from torch import nn
 
 from phlora.adapters.block_modules import BLOCK_INITS, changes_base, put_blocks, start_blocks
 from phlora.adapters.blockform import from_block_diagonal, plain_alpha, plain_rank
+from phlora.adapters.lora_fields import require_known_names, require_supported
 from phlora.adapters.lora_values import LARGEST_RANK, check_types
 from phlora.adapters.peft_layer import speed_up
 from phlora.adapters.targets import (
@@ -132,17 +133,12 @@ def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
     values = {key: value for key, value in values.items() if key not in _OPTIMIZER_KEYS}
     values["r"] = _whole(values["r"], "r")
     check_types(values)
+    require_supported(values)
     values["lora_alpha"] = _positive(values.get("lora_alpha", 2 * values["r"]), "lora_alpha")
     values["lora_dropout"] = _share(values.get("lora_dropout", 0.0), "lora_dropout")
     for key in ("rank_pattern", "alpha_pattern"):
         for name, value in (values.get(key) or {}).items():
             (_whole if key == "rank_pattern" else _positive)(value, f"{key}.{name}")
-    if values.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise ConfigError(
-            f"`{values['bias']}` is not known",
-            where=f"{_WHERE}.bias",
-            fix=did_you_mean(str(values["bias"]), ["none", "all", "lora_only"]),
-        )
     try:
         return LoraConfig(**values)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
@@ -161,6 +157,7 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     """
     if not isinstance(lora, LoraConfig):
         lora = lora_settings(lora)
+    require_known_names(model, lora)
     targets = resolve_targets(
         model, _as_names(lora.target_modules), exclude_modules=_as_names(lora.exclude_modules)
     )

@@ -133,8 +133,8 @@ def test_each_block_starts_as_peft_starts_a_layer_of_its_size(init: Any) -> None
 @pytest.mark.parametrize(
     ("peft_config", "message"),
     [
-        ({"init_lora_weights": "lora_ga"}, "`lora_ga` changes the base weight"),
-        ({"init_lora_weights": "lora_ga"}, "name qkv_proj as a whole"),
+        ({"init_lora_weights": "mica"}, "`mica` changes the base weight"),
+        ({"init_lora_weights": "mica"}, "name qkv_proj as a whole"),
         ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "drop out parts of the base weight too"),
         ({"init_lora_weights": "pissa", "r": 40}, "v_proj: rank 40 is more than a weight (32, 64) has"),
         ({"init_lora_weights": "pissa_niter_x"}, "q_proj: "),

@@ -142,7 +142,7 @@ def test_layers_to_transform_narrows_the_targets() -> None:
         ({"r": "16"}, "whole number"),
         ({"lora_alpha": 0}, "above 0"),
         ({"lora_dropout": 1.0}, "below 1"),
-        ({"bias": "some"}, "`some` is not known"),
+        ({"bias": "some"}, "one of none, all, lora_only"),
         ({"rank_pattern": {"o_proj": 0}}, "rank_pattern.o_proj"),
     ],
 )
