@@ -5,6 +5,7 @@
     formats.py    records of every common schema -> Row
     dataset.py    all rows of several sources: loaded, or indexed and read again
     known_keys.py         every known column and message key of other tools, and what is done with it
+    heeding.py            doing with the keys of a row what that table says
     columns.py, preferences.py, reasoning.py  what the table needs of them
     similarity.py         digests by which rows are the same conversation, or nearly the same
     split.py, leaks.py    which conversations are held out, and what training sees of them

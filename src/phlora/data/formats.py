@@ -14,7 +14,8 @@ from typing import Any
 from phlora.data.columns import CATEGORIES, category_of, required_value
 from phlora.data.dialects import from_chatgpt, from_claude, from_gemini, from_xlam
 from phlora.data.exports import export_of
-from phlora.data.known_keys import LABELS, Findings, heed
+from phlora.data.heeding import Findings, heed
+from phlora.data.known_keys import LABELS
 from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system, without_none
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
 from phlora.data.reasoning import has_reasoning, with_reasoning_as_text

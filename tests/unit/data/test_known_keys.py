@@ -271,7 +271,7 @@ def test_unknown_message_keys_are_noted_once():
 
 
 def test_rows_without_known_keys_pay_nothing():
-    from phlora.data.known_keys import Findings, heed
+    from phlora.data.heeding import Findings, heed
     from phlora.data.rows import Origin
 
     record = {"messages": _chat()}

@@ -1,0 +1,313 @@
+"""Reads rows by the table of `known_keys`: what is known is used, converted, told or refused.
+
+A key that says what may be trained is never dropped in silence. Empty values (null, an empty text or list) say nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from phlora.data.known_keys import (
+    COLUMNS,
+    CONTEXTS,
+    HELD_OUT_SPLITS,
+    LABELS,
+    MEDIA,
+    MESSAGE_KEYS,
+    ROW_WEIGHTS,
+    TRAINED,
+    UNTRAINED,
+    WEIGHTS,
+    Treatment,
+)
+from phlora.data.rows import BadRow, Origin, Problem, Severity, kind_of
+
+MAX_NAMED_ORIGINS = 1000
+_COLUMN = {name: known for known in COLUMNS for name in known.names}
+_MESSAGE_KEY = {name: known for known in MESSAGE_KEYS for name in known.names}
+# Keys that need no look.
+_PLAIN = frozenset(
+    ("role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id")
+)
+_PLAIN |= {"reasoning_content", "reasoning", "thinking", "id"}
+_SPEAKER = frozenset(("role", "from"))
+_CHATS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "chat", "turns")
+_QUIET = frozenset(("id", "conversation_id", "prompt_id", "source", "meta", "metadata"))
+
+
+@dataclass
+class Findings:
+    """What rows of one source said that is not done: an entry a kind and message, all counted, the first named."""
+
+    found: dict[tuple[str, Severity, str], tuple[list[Origin], list[int]]] = field(default_factory=dict)
+    unknown_keys: set[str] = field(default_factory=set)
+
+    def add(self, kind: str, severity: Severity, message: str, origin: Origin) -> None:
+        origins, count = self.found.setdefault((kind, severity, message), ([], [0]))
+        count[0] += 1
+        if len(origins) < MAX_NAMED_ORIGINS:
+            origins.append(origin)
+
+    def problems(self, file: Origin) -> Iterator[Problem]:
+        """All of it; what is said of a whole file stands at `file`."""
+        for (kind, severity, message), (origins, count) in self.found.items():
+            yield Problem(kind, severity, message, tuple(origins), count[0])
+        if self.unknown_keys:
+            keys = ", ".join(f"`{key}`" for key in sorted(self.unknown_keys)[:12])
+            message = f"Messages have keys that nothing but a chat template could read: {keys}"
+            yield Problem("unknown_message_keys", "note", message, (file,))
+
+
+@dataclass(frozen=True, slots=True)
+class Heeded:
+    """A record whose known keys are in Phlora's own terms.
+
+    Attributes:
+        record: without what was converted.
+        weight: of the row's trained tokens.
+        known: columns that are spoken for, so that nobody calls them ignored.
+    """
+
+    record: Mapping[str, Any]
+    weight: float = 1.0
+    known: frozenset[str] = frozenset()
+
+
+def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Origin) -> Heeded:
+    """Do with a record's known keys what the table says.
+
+    Args:
+        schema: the name of the file's schema.
+
+    Raises:
+        BadRow: a key that forbids training the row as it stands, or whose value cannot be understood.
+    """
+    known: set[str] = set()
+    weight = 1.0
+    changed: dict[str, Any] | None = None
+    for name in _noticed(tuple(record)):
+        value = record[name]
+        if isinstance(value, str) and name in ("messages", "conversations"):
+            value = _parsed(value)
+        if isinstance(value, list) and name in _CHATS:
+            turns = _turns(value, findings)
+            if turns is not None:
+                changed = {**(changed or record), name: turns}
+            continue
+        if value is None or (isinstance(value, str | list | dict) and not value):
+            known.add(name)
+            continue
+        if name in ROW_WEIGHTS and not isinstance(value, bool):
+            weight *= _weight(value, f"`{name}`")
+        elif name in ("train", "trainable", "loss"):
+            weight *= _flag(value, f"`{name}`")
+        elif name in ("system_prompt", "system_message", "functions"):
+            wanted = "tools" if name == "functions" else "system"
+            changed = dict(changed or record)
+            if not changed.get(wanted):
+                changed[wanted] = changed.pop(name)
+        elif not _say(name, value, schema, record, findings, origin):
+            continue
+        known.add(name)
+    heeded: Mapping[str, Any] = changed or record
+    if schema == "qa":
+        heeded = _with_context(heeded, known) or heeded
+    return Heeded(heeded, weight, frozenset(known))
+
+
+@lru_cache(maxsize=1024)
+def _noticed(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns that need a look at their values."""
+    asked = {
+        *MEDIA,
+        *LABELS,
+        *ROW_WEIGHTS,
+        *_CHATS,
+        "train",
+        "trainable",
+        "loss",
+        "system_prompt",
+        "system_message",
+    }
+    asked |= {"functions", "split", *_names_of("warned"), *_names_of("refused")} - _QUIET
+    return tuple(name for name in names if name in asked)
+
+
+def _names_of(treatment: Treatment) -> set[str]:
+    return {name for known in COLUMNS if known.treatment == treatment for name in known.names}
+
+
+def _parsed(text: str) -> Any:
+    """A list that a table holds as JSON; what is wrong with it is said where it is read."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else text
+    except (ValueError, RecursionError):
+        return text
+
+
+def _say(
+    name: str, value: Any, schema: str, record: Mapping[str, Any], findings: Findings, origin: Origin
+) -> bool:
+    """Refuse a column, or warn of it; False where it means nothing in this schema."""
+    known = _COLUMN.get(name)
+    if known is None or known.treatment == "used":
+        return False
+    if schema in ("preference_chosen", "classification"):
+        return False  # what was asked for reads them itself
+    if name == "split":
+        if str(value).strip().lower() not in HELD_OUT_SPLITS:
+            return True
+        findings.add(
+            "held_out_split",
+            "warning",
+            f"The row says `split: {value}`, and is trained on all the same; {known.fix}",
+            origin,
+        )
+        return True
+    if name in LABELS:
+        is_kto = name == "label" and isinstance(value, bool) and schema != "text"
+        if schema != "text" and not is_kto:
+            findings.add("unused_column", "warning", f"`{name}` is not used", origin)
+            return True
+        if is_kto:
+            raise BadRow("preference", "`label` marks answers as good or bad (KTO)", known.fix)
+        raise BadRow(
+            "labels",
+            f"the row is a text with a label (`{name}`), and training on the text would drop it",
+            "`--format classification` to answer with the label, or `text` alone",
+        )
+    if name in ("parent_id", "message_id", "message_tree_id", "ts", "thread_ts"):
+        if schema != "text":
+            return False
+        raise BadRow(
+            "single_message",
+            f"the row has `{name}`: {known.what.partition(': ')[2]}, as of {known.seen}",
+            known.fix,
+        )
+    if known.treatment == "refused":
+        raise BadRow(
+            "preference" if name not in MEDIA else "media", f"the row has `{name}`: {known.what}", known.fix
+        )
+    fix = f"; {known.fix}" if known.fix else ""
+    findings.add("unused_column", "warning", f"`{name}` is not used: {known.what}{fix}", origin)
+    return True
+
+
+def _with_context(record: Mapping[str, Any], known: set[str]) -> Mapping[str, Any] | None:
+    """A question with the passage that it asks about."""
+    names = {str(key).lower(): key for key in record}
+    question = next(
+        (names[key] for key in ("question", "query", "prompt", "input", "q") if key in names), None
+    )
+    context = next(
+        (key for key in CONTEXTS if isinstance(record.get(key), str) and record[key].strip()), None
+    )
+    if question is None or context is None or not isinstance(record[question], str):
+        return None
+    known.add(context)
+    return {**record, question: f"{record[context]}\n\n{record[question]}"}
+
+
+# ------------------------------------------------------------------------------------------------ messages
+
+
+def _turns(turns: Sequence[Any], findings: Findings) -> list[Any] | None:
+    """Messages whose keys are in Phlora's terms; None where they are already."""
+    for turn in turns:
+        if not (type(turn) is dict or isinstance(turn, Mapping)):
+            break
+        if not _PLAIN.issuperset(turn) or isinstance(turn.get("content"), list):
+            break
+    else:
+        return None
+    return [
+        _turn(turn, number, findings) if isinstance(turn, Mapping) else turn
+        for number, turn in enumerate(turns, 1)
+    ]
+
+
+def _turn(turn: Mapping[str, Any], number: int, findings: Findings) -> dict[str, Any]:
+    trained: list[bool] = []
+    weight, has_weight = 1.0, False
+    rest: dict[str, Any] = {}
+    for key, value in turn.items():
+        where = f"turn {number} has `{key}`"
+        if key in ("content", "value") and isinstance(value, list):
+            rest[key] = [_part(part, where) for part in value]
+        elif value is None or key in _PLAIN:
+            rest[key] = value
+        elif key == "loss" and isinstance(value, float) and value not in (0.0, 1.0):
+            weight, has_weight = weight * _weight(value, where), True
+        elif key in TRAINED:
+            trained.append(_flag(value, where))
+        elif key in UNTRAINED:
+            trained.append(not _flag(value, where))
+        elif key in WEIGHTS:
+            weight, has_weight = weight * _weight(value, where), True
+        elif key == "train_detail":
+            trained.append(_whole_turn(value, where))
+        elif key in ("mask", "rejected"):
+            raise BadRow("ambiguous", f"{where}: {_MESSAGE_KEY[key].what}", _MESSAGE_KEY[key].fix)
+        else:
+            if key not in _MESSAGE_KEY and _SPEAKER.intersection(turn):
+                findings.unknown_keys.add(str(key)[:40])
+            rest[key] = value
+    if trained:
+        rest["train"] = all(trained)
+    if has_weight:
+        rest["weight"] = weight
+    return rest
+
+
+def _part(part: Any, where: str) -> Any:
+    """A part of a content with its flags as `train`; whether parts agree is asked where they are joined."""
+    names = {*TRAINED, *UNTRAINED, *WEIGHTS}
+    if not isinstance(part, Mapping) or not names.intersection(part):
+        return part
+    flags = []
+    for name in names.intersection(part):
+        if part[name] is None:
+            continue
+        flag = _flag(part[name], f"{where}, a part of it `{name}`")
+        flags.append(not flag if name in UNTRAINED else flag)
+    rest = {key: value for key, value in part.items() if key not in names}
+    return {**rest, "train": all(flags)} if flags else rest
+
+
+def _whole_turn(value: Any, where: str) -> bool:
+    """Axolotl's offsets, where they say the same of all of a turn."""
+    spans = value if isinstance(value, list) else []
+    flags = {span.get("train") for span in spans if isinstance(span, Mapping)}
+    if len(flags) != 1 or not isinstance(flag := flags.pop(), bool):
+        raise BadRow(
+            "partly_trained", f"{where}: a part of a turn cannot be trained", _MESSAGE_KEY["train_detail"].fix
+        )
+    return flag
+
+
+def _flag(value: Any, where: str) -> bool:
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
+        return value.strip().lower() in ("true", "1")
+    raise BadRow("wrong_type", f"{where}: {kind_of(value)[:60]}", "true or false")
+
+
+def _weight(value: Any, where: str) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise BadRow("wrong_type", f"{where}: a text that is no number", "a number, at least 0") from None
+    try:
+        weight = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        weight = math.inf
+    if not 0 <= weight < math.inf:
+        raise BadRow("wrong_type", f"{where}: {kind_of(value)[:60]}", "a number, at least 0")
+    return weight
