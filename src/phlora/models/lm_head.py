@@ -19,21 +19,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from phlora.data.table import IGNORED
 from phlora.errors import ModelError
 from phlora.lora import matmul
 from phlora.lora.autograd import first_derivatives_only, sees_through
 from phlora.lora.frozen import is_plain_linear
-from phlora.models.causal_lm import Decoder, as_causal_lm
+from phlora.models.causal_lm import Decoder
 from phlora.models.prefix_attention import segment_inputs
 from phlora.models.rotary import rotated_by_row
 
 # fp32 logits that may exist at once when the caller names no chunk.
 _CHUNK_BYTES = 64 << 20
 _NOT_FOR_THE_TRUNK = ("labels", "shift_labels", "loss_weights", "rows", "num_tokens")
-# What some families do to logits after the head; none of it happens here.
-_AFTER_THE_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+# What some families do to logits after the head (TRL 1.16's list); none of it happens here.
+_AFTER_THE_HEAD = {
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "output_multiplier": 1.0,
+    "lm_head_multiplier": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -55,27 +62,61 @@ class LossTerms:
 _CROSS_ENTROPY = LossTerms()
 
 
+@dataclass
+class TrainedTokens(CausalLMOutputWithPast):
+    """What a forward pass says of its S trained tokens, as an output of transformers: `loss` is set, `logits` never.
+
+    In the order of the batch's rows, and of the positions within one.
+
+    Args:
+        loss: the weighted mean of the losses: ().
+        losses: of each token (S,), in float32 or wider.
+        correct: 1 where the token is the most likely one, else 0: (S,).
+        weights: of each token (S,), 1 without `loss_weights`.
+        entropies: `-Σ p log p` of each prediction (S,), without gradient; None unless asked for.
+    """
+
+    losses: Tensor | None = None
+    correct: Tensor | None = None
+    weights: Tensor | None = None
+    entropies: Tensor | None = None
+
+
+def why_not_by_token(model: nn.Module) -> str | None:
+    """Why `token_losses` are not the model's own losses, as the rest of a sentence about it; None where they are."""
+    lm = _without_adapter(model)
+    if lm.get_output_embeddings() is None:
+        return "has no language-model head"
+    if lm.base_model is lm:
+        return "has no trunk that runs without its head"
+    config = lm.config.get_text_config()
+    for name, neutral in _AFTER_THE_HEAD.items():
+        value = getattr(config, name, None)
+        if value not in (None, neutral):
+            return f"changes its logits after the head ({name} = {value})"
+    return None
+
+
 def trunk_and_head(model: nn.Module) -> tuple[Decoder, nn.Module]:
     """The decoder without its head, and the head; for a PeftModel, both with its adapters active.
 
     Raises:
         ModelError: the model has no head of its own, or changes its logits after the head.
     """
-    lm = as_causal_lm(model)
-    head = lm.get_output_embeddings()
-    if head is None:
+    reason = why_not_by_token(model)
+    lm = _without_adapter(model)
+    if reason is not None:
         raise ModelError(
-            f"{type(model).__name__} has no language-model head", expected="a causal language model"
+            f"{type(lm).__name__} {reason}",
+            where=lm.config.model_type,
+            expected="a causal language model of a Phi-3 or Llama layout, whose head has the last word",
         )
-    for name, neutral in _AFTER_THE_HEAD.items():
-        value = getattr(lm.config, name, None)
-        if value not in (None, neutral):
-            raise ModelError(
-                f"The model changes its logits after the head ({name} = {value})",
-                where=lm.config.model_type,
-                expected="a Phi-3 or Llama layout, whose head has the last word",
-            )
-    return lm.get_decoder(), head
+    return lm.base_model, lm.get_output_embeddings()
+
+
+def _without_adapter(model: Any) -> Any:
+    """The model of transformers in a PeftModel, with the adapter's layers in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def targets_and_weights(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -103,6 +144,23 @@ def token_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of each trained token: `-log softmax(head(h_t))[target_t]`, in float32 or wider.
 
+    As `trained_tokens`: losses (S,), correct (S,) as bool, weights (S,).
+    """
+    tokens = trained_tokens(model, batch, chunk=chunk, terms=terms)
+    assert tokens.losses is not None and tokens.correct is not None and tokens.weights is not None
+    return tokens.losses, tokens.correct.bool(), tokens.weights
+
+
+def trained_tokens(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    chunk: int | None = None,
+    terms: LossTerms = _CROSS_ENTROPY,
+    entropy: bool = False,
+) -> TrainedTokens:
+    """The loss of each trained token: `-log softmax(head(h_t))[target_t]`, in float32 or wider.
+
     Differentiable when gradients are enabled. A frozen plain head then runs once per chunk and keeps `(S, D)` for
     backward; any other head is recomputed in backward.
 
@@ -112,17 +170,14 @@ def token_losses(
             tokens. The rest (`attention_mask`, `position_ids`, ...) goes to the trunk.
         chunk: trained tokens whose logits exist at once; None: as many as fit into 64 MiB of float32.
         terms: label smoothing and z-loss; by default neither.
-
-    Returns:
-        losses (S,), correct (S,) bool: whether the token is the most likely one, weights (S,),
-        1 without `loss_weights`. In the order of the batch's rows, and of the positions within one.
+        entropy: whether that of each prediction is wanted too.
     """
     trunk, head = trunk_and_head(model)
     inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_TRUNK}
     targets, weights = targets_and_weights(batch)
     trained = targets != IGNORED
     asked = trained.flatten().nonzero().squeeze(1).to(inputs["input_ids"].device)
-    if getattr(trunk.layers[-1], "takes_asked", False) and len(asked):
+    if _takes_asked(trunk) and len(asked):
         inputs["asked"] = asked
     if inputs.get("segments") is not None:
         inputs = segment_inputs(trunk, inputs)
@@ -132,37 +187,61 @@ def token_losses(
     # A last layer that takes `asked` returns those alone.
     selected = hidden if len(hidden) == len(asked) else hidden[asked.to(hidden.device)]
     targets = targets[trained].to(hidden.device)
-    rows = chunk or max(1, _CHUNK_BYTES // (4 * as_causal_lm(model).config.vocab_size))
-    losses, correct = _head_losses(head, selected, targets, rows, terms)
-    return losses, correct, torch.ones_like(losses) if weights is None else weights[trained].to(losses)
+    vocabulary: int = _without_adapter(model).config.get_text_config().vocab_size
+    rows = chunk or max(1, _CHUNK_BYTES // (4 * vocabulary))
+    losses, correct, entropies = _head_losses(head, selected, targets, rows, terms, entropy=entropy)
+    weights = torch.ones_like(losses) if weights is None else weights[trained].to(losses)
+    mean = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
+    return TrainedTokens(
+        loss=mean, losses=losses, correct=correct.to(losses), weights=weights, entropies=entropies
+    )
+
+
+def _takes_asked(trunk: Decoder) -> bool:
+    layers = getattr(trunk, "layers", None) or [None]
+    return bool(getattr(layers[-1], "takes_asked", False))
 
 
 def _head_losses(
-    head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int, terms: LossTerms
-) -> tuple[Tensor, Tensor]:
-    """Losses and hits (S,) of hidden states (S, D) and their targets (S,)."""
+    head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int, terms: LossTerms, *, entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses, hits and entropies (S,) of hidden states (S, D) and their targets (S,)."""
     frozen = is_plain_linear(head) and not any(p.requires_grad for p in head.parameters())
     if sees_through():
-        return _chunk_losses(head, hidden, targets, terms)
+        return _chunk_losses(head, hidden, targets, terms, entropy)
     if frozen or not torch.is_grad_enabled():
-        losses, correct = _HeadLosses.apply(hidden, targets, head, chunk, terms)  # type: ignore[no-untyped-call]
-        return losses, correct
+        losses, correct, entropies = _HeadLosses.apply(  # type: ignore[no-untyped-call]
+            hidden, targets, head, chunk, terms, entropy
+        )
+        return losses, correct, entropies
     parts = [
-        checkpoint(_chunk_losses, head, *part, terms, use_reentrant=False)
+        checkpoint(_chunk_losses, head, *part, terms, entropy, use_reentrant=False)
         for part in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
-    return torch.cat([losses for losses, _ in parts]), torch.cat([correct for _, correct in parts])
+    return (
+        torch.cat([losses for losses, _, _ in parts]),
+        torch.cat([correct for _, correct, _ in parts]),
+        torch.cat([entropies for _, _, entropies in parts]) if entropy else None,
+    )
 
 
 def _chunk_losses(
-    head: nn.Module, hidden: Tensor, targets: Tensor, terms: LossTerms
-) -> tuple[Tensor, Tensor]:
+    head: nn.Module, hidden: Tensor, targets: Tensor, terms: LossTerms, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The formula of `LossTerms`, left to autograd."""
     logits = _wide(head(hidden))
     of_target = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     log_sums = logits.logsumexp(-1)
     losses = _combined(log_sums, of_target, logits.mean(-1), terms)
-    return losses, logits.argmax(-1) == targets
+    entropies = _entropies(logits.detach().softmax(-1)) if entropy else None
+    return losses, logits.argmax(-1) == targets, entropies
+
+
+def _entropies(softmax: Tensor) -> Tensor:
+    """`-Σ p log p`, where 0 log 0 is 0: (S, V) -> (S,)."""
+    smallest = torch.finfo(softmax.dtype).tiny
+    means: Tensor = torch.linalg.vecdot(softmax, softmax.clamp(min=smallest).log_())
+    return -means
 
 
 def _combined(log_sums: Tensor, of_target: Tensor, means: Tensor, terms: LossTerms) -> Tensor:
@@ -185,12 +264,19 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Linear, chunk: int, terms: LossTerms
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        head: nn.Linear,
+        chunk: int,
+        terms: LossTerms,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         needs_gradient = ctx.needs_input_grad[0]
         slopes = torch.empty_like(hidden) if needs_gradient else None
         losses = torch.empty(len(hidden), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        entropies = torch.empty_like(losses) if entropy else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             logits = head(hidden[part])
@@ -199,15 +285,31 @@ class _HeadLosses(torch.autograd.Function):
             if slopes is not None:
                 slope = _slope_(logits, target, log_sums, terms).to(dtype)
                 slopes[part] = matmul.matmul(slope, head.weight.to(dtype))
+                if entropies is not None:
+                    along = (_wide(slopes[part]) * hidden[part]).sum(-1)
+                    if head.bias is not None:
+                        along += slope.to(along) @ head.bias.to(along)
+                    entropies[part] = _entropies_by_slope(along, losses[part], log_sums.squeeze(-1), terms)
+            elif entropies is not None:
+                entropies[part] = _entropies(logits)
         ctx.save_for_backward(slopes)
-        ctx.mark_non_differentiable(correct)
-        return losses, correct
+        ctx.mark_non_differentiable(correct, *([] if entropies is None else [entropies]))
+        return losses, correct, entropies
 
     @staticmethod
     @first_derivatives_only("The loss of trained tokens")
-    def backward(ctx: Any, loss_grads: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, loss_grads: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return (slopes * loss_grads.unsqueeze(-1)).to(slopes.dtype), None, None, None, None
+        return (slopes * loss_grads.unsqueeze(-1)).to(slopes.dtype), None, None, None, None, None
+
+
+def _entropies_by_slope(along: Tensor, losses: Tensor, log_sums: Tensor, terms: LossTerms) -> Tensor:
+    """`log Σ exp z - Σ p z` from `Σ z · d loss / d z` (S,), which costs a product of (S, D) and no pass over (S, V).
+
+    `Σ z · d loss / d z = (1 + 2 c · lse) Σ p z - (1 - e) z_y - e · mean(z)`, and the last two are in the loss.
+    """
+    means = (along + log_sums + terms.z_loss * log_sums.square() - losses) / (1 + 2 * terms.z_loss * log_sums)
+    return (log_sums - means).clamp(min=0)
 
 
 def _losses_and_exponentials_(

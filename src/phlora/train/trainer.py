@@ -18,13 +18,15 @@ What is overridden, and why:
 - `create_optimizer`: with `loraplus_lr_ratio` every B of the adapter has a learning rate of its own.
 
 Everything else is TRL's. Whatever needs all logits (`compute_metrics`, a caller's loss function, `loss_type="dft"`)
-goes through TRL's own path.
+goes through TRL's own path, and so does all that this loss cannot give exactly, with one line that says so: a model
+that changes its logits after the head (Gemma 2, Granite, Cohere), prompt tuning and its kin, batches of embeddings.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import math
 import types
 import warnings
@@ -46,13 +48,22 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from phlora.data.collate import share_step
 from phlora.errors import ConfigError, NonFiniteError, RunError
 from phlora.files import read_json
-from phlora.models.lm_head import LossTerms, trained_weight
-from phlora.models.lm_head import token_losses as _token_losses
+from phlora.models.lm_head import (
+    LossTerms,
+    TrainedTokens,
+    trained_tokens,
+    trained_weight,
+    why_not_by_token,
+)
 from phlora.models.prefix_attention import copy_cost
 from phlora.train.optimizer import raise_rate_of_B
 from phlora.train.worn import Worn
 
+_log = logging.getLogger(__name__)
+
 _LOSS_WEIGHTS = "loss_weights"
+# What batches may hold that only this trainer's own loss can read, in the words of a message.
+_OWN_INPUTS = {"segments": "share their first tokens", _LOSS_WEIGHTS: "carry loss weights"}
 # In the place of a micro-batch whose rows stand in another one of its step.
 _NOTHING = {"input_ids": torch.empty(1, 0, dtype=torch.long)}
 
@@ -66,12 +77,17 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
 
         sum over its trained tokens of weight * cross-entropy / sum over its trained tokens of weight,
 
-    whatever the number of micro-batches.
+    whatever the number of micro-batches. `mean_token_accuracy`, `entropy` and the held-out loss are means over the
+    trained tokens since the last log, or of the held-out rows, by the same weights; TRL's are means over batches.
+
+    Where this loss is not exactly the model's own (logits changed after the head, prompt learning, batches without
+    `input_ids`), and where all logits are needed, TRL's loss is taken, and the log says so once. A forward hook on the
+    model finds `models.lm_head.TrainedTokens`, whose `loss` is the mean over the batch and whose `logits` are None.
 
     Args:
         loraplus_lr_ratio: the learning rate of every `lora_B`, as a multiple of that of all else (LoRA+).
-        z_loss: weight of the squared log-normaliser of each trained token (`models.head.LossTerms`); the held-out loss
-            is without it. The other arguments are those of `trl.SFTTrainer`.
+        z_loss: weight of the squared log-normaliser of each trained token (`models.lm_head.LossTerms`); the held-out
+            loss is without it. The other arguments are those of `trl.SFTTrainer`.
 
     Raises:
         ConfigError: `loraplus_lr_ratio` beside an optimizer of one's own, or for a model without LoRA; `z_loss` beside
@@ -83,6 +99,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         self, *args: Any, loraplus_lr_ratio: float | None = None, z_loss: float = 0.0, **kwargs: Any
     ) -> None:
         given = args[0] if args else kwargs.get("model")
+        if z_loss and isinstance(given, nn.Module):
+            _refuse_z_loss(_why_trls_loss(given))
         before = _trained_values(given) if isinstance(given, PeftModel) else None
         self._worn = Worn(given if isinstance(given, nn.Module) else None)
         with warnings.catch_warnings():
@@ -101,12 +119,13 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
                 fix="leave out one of the two",
             )
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        if z_loss and self._needs_logits:
-            raise ConfigError(
-                "Another loss than cross-entropy is asked for, which would leave z_loss out",
-                where="z_loss",
-                fix="leave out z_loss, or loss_type and compute_loss_func",
-            )
+        self._why_trls_loss = _why_trls_loss(self.model)
+        if z_loss:
+            asked = "Another loss than cross-entropy is asked for" if self._needs_logits else None
+            _refuse_z_loss(asked or self._why_trls_loss)
+        self._said: set[str] = set()
+        if not self._needs_logits:
+            self._say(self._why_trls_loss)
         smoothing = self.args.label_smoothing_factor
         self._terms = {True: LossTerms(smoothing, z_loss), False: LossTerms(smoothing)}
         _offer_token_losses(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
@@ -126,25 +145,53 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if return_outputs or self._needs_logits:
-            if _LOSS_WEIGHTS in inputs:
-                raise ConfigError(
-                    "The rows carry loss weights, which TRL's own loss would ignore",
-                    fix="leave out the weights, or loss_type, compute_metrics and loss functions",
-                )
-            with self._worn:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        why = self._why_trls_loss
+        if "input_ids" not in inputs and not self._needs_logits:
+            why = "The batches hold no input_ids"
+        if return_outputs or self._needs_logits or why is not None:
+            return self._trls_loss(model, inputs, return_outputs, num_items_in_batch, why)
         with self._worn:
-            losses, correct, weights = model(**inputs, token_losses=self._terms[self.model.training])
-        divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
+            tokens = model(**inputs, token_losses=self._terms[self.model.training])
+        divisor = tokens.weights.sum() if num_items_in_batch is None else num_items_in_batch
         # Clamped so that a batch without trained tokens is a finite zero.
-        total = (losses * weights).sum()
-        loss = total / torch.as_tensor(divisor, device=losses.device).clamp(min=1e-12)
-        self._count(inputs, correct, weights, total, loss)
+        total = (tokens.losses * tokens.weights).sum()
+        loss = total / torch.as_tensor(divisor, device=total.device).clamp(min=1e-12)
+        self._count(inputs, tokens, total)
+        if self.model.training:
+            self._step_losses.append(loss.detach())
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every process, and DDP averages the gradients over them.
             loss = loss * self.accelerator.num_processes
         return loss
+
+    def _trls_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+        why: str | None,
+    ) -> Any:
+        """The loss as TRL computes it, for what this trainer's own is not exact for, or has no logits for."""
+        for name, words in _OWN_INPUTS.items():
+            if inputs.get(name) is not None:
+                raise ConfigError(
+                    f"The rows {words}, which TRL's own loss would ignore",
+                    where=why or "",
+                    fix="leave them out; or loss_type, compute_metrics and loss functions where they are given",
+                )
+        self._say(why)
+        self._count_tokens(inputs)
+        with self._worn:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            self._step_losses.append((result[0] if return_outputs else result).detach())
+        return result
+
+    def _say(self, why: str | None) -> None:
+        if why is not None and why not in self._said and self.accelerator.is_main_process:
+            self._said.add(why)
+            _log.warning("%s: TRL's own loss is used.", why)
 
     @property
     def _needs_logits(self) -> bool:
@@ -253,21 +300,26 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
         return math.ceil(float(self.args.num_train_epochs) * int(per_epoch))
 
-    def _count(
-        self, inputs: dict[str, Any], correct: torch.Tensor, weights: torch.Tensor, total: Any, loss: Any
-    ) -> None:
+    def _count(self, inputs: dict[str, Any], tokens: TrainedTokens, total: torch.Tensor) -> None:
         """Sums for the next log, kept on the device."""
-        mode = "train" if self.model.training else "eval"
-        sums = self._sums[mode]
-        sums["correct"] += (correct * weights).sum()
-        sums["trained"] += weights.sum()
+        assert tokens.correct is not None and tokens.weights is not None and tokens.entropies is not None
+        sums = self._sums["train" if self.model.training else "eval"]
+        sums["mean_token_accuracy"] += (tokens.correct * tokens.weights).sum()
+        sums["entropy"] += (tokens.entropies * tokens.weights).sum()
+        sums["trained"] += tokens.weights.sum()
         sums["loss"] += total.detach()
-        if mode == "train":
-            self._step_losses.append(loss.detach())
-            mask, positions = inputs.get("attention_mask"), inputs["input_ids"].numel()
-            self.num_positions += positions
-            self.num_passes += 1
-            self._tokens_seen += inputs.get("num_tokens", positions if mask is None else mask.sum())
+        self._count_tokens(inputs)
+
+    def _count_tokens(self, inputs: dict[str, Any]) -> None:
+        if not self.model.training:
+            return
+        mask = inputs.get("attention_mask")
+        positions = (
+            inputs["input_ids"].numel() if "input_ids" in inputs else inputs["inputs_embeds"][..., 0].numel()
+        )
+        self.num_positions += positions
+        self.num_passes += 1
+        self._tokens_seen += inputs.get("num_tokens", positions if mask is None else mask.sum())
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the library's, with the loss of all trained tokens in the place of the mean over batches."""
@@ -280,13 +332,15 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        sums = self._sums[mode]
+        sums, metrics = self._sums[mode], self._metrics[mode]
         if sums["trained"] > 0:
-            self._metrics[mode]["mean_token_accuracy"] = [
-                self._across(sums["correct"]) / self._across(sums["trained"])
-            ]
-            self._metrics[mode]["num_tokens"] = [self._across(self._tokens_seen)]
-            sums.clear()
+            trained = self._across(sums["trained"])
+            for name in ("mean_token_accuracy", "entropy"):
+                metrics[name] = [self._across(sums[name]) / trained]
+            metrics["num_tokens"] = []
+        if "num_tokens" in metrics:
+            metrics["num_tokens"] = [self._across(self._tokens_seen)]
+        sums.clear()
         super().log(logs, start_time)
 
     def _across(self, count: torch.Tensor | int) -> float:
@@ -295,8 +349,26 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         return float(self.accelerator.reduce(total, reduction="sum"))
 
 
+def _why_trls_loss(model: nn.Module) -> str | None:
+    """Why the loss of this trainer is not exactly that of the model, as a sentence; None where it is."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return f"{model.active_peft_config.peft_type.value} puts virtual tokens before each row"
+    reason = why_not_by_token(model)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return None if reason is None else f"{type(inner).__name__} {reason}"
+
+
+def _refuse_z_loss(why: str | None) -> None:
+    if why is not None:
+        raise ConfigError(
+            f"{why}, which would leave z_loss out",
+            where="z_loss",
+            fix="leave out z_loss, or loss_type and compute_loss_func where they are given",
+        )
+
+
 def _offer_token_losses(model: nn.Module) -> None:
-    """Let `model(**batch, token_losses=LossTerms())` return the losses of the trained tokens.
+    """Let `model(**batch, token_losses=LossTerms())` return `TrainedTokens`.
 
     They go through the model's own forward, so that whatever wraps it (DDP, FSDP, activation offloading) sees one.
     """
@@ -304,7 +376,7 @@ def _offer_token_losses(model: nn.Module) -> None:
 
     def forward(self: nn.Module, *args: Any, token_losses: LossTerms | None = None, **kwargs: Any) -> Any:
         if token_losses:
-            return _token_losses(self, kwargs, terms=token_losses)
+            return trained_tokens(self, kwargs, terms=token_losses, entropy=True)
         # A copy that was made while training (a moving average of the weights) is no part of this trainer.
         return original(*args, **kwargs) if self is model else type(self).forward(self, *args, **kwargs)
 

@@ -8,7 +8,14 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phlora.errors import ModelError
-from phlora.models.lm_head import IGNORED, LossTerms, _head_losses, token_losses, trunk_and_head
+from phlora.models.lm_head import (
+    IGNORED,
+    LossTerms,
+    _head_losses,
+    token_losses,
+    trained_tokens,
+    trunk_and_head,
+)
 
 VOCABULARY = 97
 # float32 sums of a few dozen terms in another order.
@@ -115,6 +122,26 @@ def test_label_smoothing_and_z_loss_equal_their_formulas(terms, settings) -> Non
         torch.testing.assert_close(
             token_losses(model, batch, terms=terms)[0], expected, rtol=1e-12, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("how", ["frozen", "biased", "trained", "evaluated"])
+@pytest.mark.parametrize("terms", [LossTerms(), LossTerms(0.1, 0.003)], ids=str)
+def test_entropies_are_those_of_the_predictions(terms, how) -> None:
+    model, batch = (
+        tiny_peft_model(**({"modules_to_save": ["lm_head"]} if how == "trained" else {})),
+        padded_batch(),
+    )
+    if how == "biased":
+        bias = torch.randn(model.config.vocab_size, generator=torch.Generator().manual_seed(1))
+        model.get_base_model().lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    model = model.double()
+    with torch.set_grad_enabled(how != "evaluated"):
+        tokens = trained_tokens(model, batch, chunk=5, terms=terms, entropy=True)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = torch.distributions.Categorical(logits=logits[batch["labels"][:, 1:] != IGNORED]).entropy()
+    torch.testing.assert_close(tokens.entropies, expected.detach(), rtol=1e-10, atol=1e-10)
+    assert not tokens.entropies.requires_grad
+    assert trained_tokens(model, batch, terms=terms).entropies is None
 
 
 def test_gradient_follows_the_weight_of_each_token() -> None:

@@ -13,10 +13,10 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config
 
 from phlora import SFTTrainer
-from phlora.data.collate import Collator
+from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.errors import ConfigError, NonFiniteError
 from phlora.models.embedded import tiny_phi3
 
@@ -25,7 +25,13 @@ ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15,
 
 
 def trainer_for(
-    folder: Path, *, model: Any = None, peft_config: Any = LORA, z_loss: float = 0.0, **settings: Any
+    folder: Path,
+    *,
+    model: Any = None,
+    peft_config: Any = LORA,
+    z_loss: float = 0.0,
+    collator: Any = None,
+    **settings: Any,
 ) -> SFTTrainer:
     tiny, tokenizer = tiny_phi3()
     args = trl.SFTConfig(
@@ -49,7 +55,7 @@ def trainer_for(
         eval_dataset=Dataset.from_list(ROWS[:2]),
         peft_config=copy.deepcopy(peft_config),
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer.pad_token_id),
+        data_collator=collator or Collator(tokenizer.pad_token_id),
     )
 
 
@@ -180,3 +186,87 @@ def test_z_loss_is_trained_on_but_not_part_of_the_held_out_loss(tmp_path: Path) 
     assert first[1] > first[0] + 1
     with pytest.raises(ConfigError, match="z_loss"):
         trainer_for(tmp_path, z_loss=0.5, loss_type="dft")
+
+
+def gemma2(tokenizer_size: int = 300) -> Any:
+    config = Gemma2Config(
+        vocab_size=tokenizer_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+    )
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("on", ["base", "adapter"])
+def test_a_hook_on_the_model_finds_an_output_with_its_loss(tmp_path: Path, on: str) -> None:
+    model = get_peft_model(tiny_phi3()[0], LORA)
+    seen: list[Any] = []
+    hooked = model if on == "adapter" else model.get_base_model()
+    hooked.register_forward_hook(lambda module, inputs, output: seen.append(copy.copy(output)))
+    trainer = trainer_for(tmp_path, model=model, peft_config=None, max_steps=1)
+    trainer.train()
+    assert [output.logits for output in seen] == [None]
+    assert float(seen[0].loss.detach()) == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-6)
+    assert all(value.is_floating_point() for value in seen[0].to_tuple())
+
+
+def test_what_looks_at_every_output_of_the_model_can(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, max_steps=1, debug="underflow_overflow")
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_model_that_changes_its_logits_takes_the_loss_of_trl_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_for(tmp_path, model=gemma2())
+    said = "Gemma2ForCausalLM changes its logits after the head (final_logit_softcapping = 0.5)"
+    assert [r.getMessage() for r in caplog.records if r.name == "phlora.train.trainer"] == [
+        f"{said}: TRL's own loss is used."
+    ]
+    trainer.train()
+    trainer.evaluate()
+    assert sum(r.name == "phlora.train.trainer" for r in caplog.records) == 1
+    assert [entry["num_tokens"] for entry in trainer.state.log_history if "loss" in entry] == [
+        40,
+        80,
+        120,
+        160,
+    ]
+    with pytest.raises(ConfigError, match="final_logit_softcapping.*leave z_loss out"):
+        trainer_for(tmp_path, model=gemma2(), z_loss=0.5)
+
+
+def test_the_guard_against_garbage_holds_for_the_loss_of_trl_too(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, model=gemma2(), logging_nan_inf_filter=False)
+    trainer.add_callback(_Poison(1, "loss"))
+    with pytest.raises(NonFiniteError, match="The loss is nan at optimizer step 2"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("loss_type", ["dft", "nll"])
+def test_shared_rows_are_never_given_to_a_loss_that_cannot_read_them(tmp_path: Path, loss_type: str) -> None:
+    trainer = trainer_for(
+        tmp_path,
+        model=gemma2() if loss_type == "nll" else None,
+        loss_type=loss_type,
+        collator=SharedPrefixCollator(),
+    )
+    with pytest.raises(ConfigError, match="share their first tokens"):
+        trainer.train()
+
+
+# TRL's word on the logits for metrics.
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_tokens_are_counted_where_all_logits_are_evaluated(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.compute_metrics = lambda prediction: {"zero": 0.0}
+    trainer.train()
+    evaluated = [entry for entry in trainer.state.log_history if "eval_zero" in entry]
+    assert [entry["eval_num_tokens"] for entry in evaluated] == [40, 80]
