@@ -26,7 +26,7 @@ from transformers import (
 
 from phlora import finetune, load_config
 from phlora.display import Display
-from phlora.errors import ConfigError, ModelError, RunError
+from phlora.errors import ConfigError, ModelError, PhloraError, RunError
 from phlora.train.arguments import DEFAULTS
 from phlora.train.config_objects import NOT_FOLLOWED, plain_setting
 
@@ -201,11 +201,20 @@ def test_a_model_object_carries_the_adapter_and_no_other_change(
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     config = copy.deepcopy(model.config.to_dict())
     classes = {name: type(module) for name, module in model.named_modules()}
-    run = run_it(model, tmp_path / "run", tokenizer=AutoTokenizer.from_pretrained(model_folder))
+    attention = model.config._attn_implementation
+    generation = copy.deepcopy(model.generation_config.to_dict())
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    pad_token = tokenizer.pad_token
+    run = run_it(model, tmp_path / "run", tokenizer=tokenizer)
     assert_equal(last(run), last(plain))
     assert run.model.get_base_model() is model
     changed = {name for name, value in model.config.to_dict().items() if config.get(name) != value}
-    assert changed <= {"pad_token_id"}
+    assert not changed
+    assert model.config._attn_implementation == attention and model.generation_config.to_dict() == generation
+    assert tokenizer.pad_token == pad_token
+    for given, way in ((model, "unload"), (run.model, "merge_and_unload")):
+        with pytest.raises(ModelError, match=rf"(?s)carries an adapter already.*{way}\(\)"):
+            run_it(given, tmp_path / "again", tokenizer=tokenizer)
     bare = run.model.unload()
     assert bare is model and all(
         torch.equal(value, weights[name]) for name, value in bare.state_dict().items()
@@ -215,9 +224,31 @@ def test_a_model_object_carries_the_adapter_and_no_other_change(
     assert load_config(run.folder / "config.yaml").model.name == str(model_folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training_config": {"use_liger_kernel": True}}, "liger-kernel"),
+        ({"training_config": {"debug": "underflow_overflow"}}, "`debug` cannot be set here"),
+        ({"peft_config": {"target_modules": ["qkv_proj", "lm_head"]}}, "modules_to_save"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is_written(
+    changes: dict[str, Any], message: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phlora.extras.is_installed", lambda module: module != "liger_kernel")
+    with pytest.raises(PhloraError, match=message):
+        run_it(model_folder, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_offloading_has_no_effect_where_there_is_nowhere_to_go(model_folder: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 1, "activation_offloading": True}
+    run_it(model_folder, tmp_path / "run", training_config=settings)
+
+
 def test_a_model_object_brings_its_tokenizer_by_its_name(model_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    run_it(model, tmp_path / "run", dry_run=True)
+    model = run_it(model, tmp_path / "run", dry_run=True).model.unload()
     model.config._name_or_path = ""
     with pytest.raises(ModelError, match="give it too|does not say where"):
         run_it(model, tmp_path / "run", dry_run=True)

@@ -180,6 +180,8 @@ def training_arguments(
     values = _for_the_trainer(values, notes, device)
     _check_ranges(values)
     _check_trackers(values.get("report_to"))
+    if values.get("use_liger_kernel"):
+        require({"liger_kernel": "its kernels"}, where=f"{_WHERE}.use_liger_kernel", instead="leave it out")
     _fit_device(values, device, notes)
     origins = dict.fromkeys(values, "user")
     for key, (default, _) in DEFAULTS.items():
@@ -457,6 +459,9 @@ def _fit_device(values: dict[str, Any], device: str, notes: list[str]) -> None:
             notes.append(
                 f"{_WHERE}.{key} has no effect on this {device} device: model.dtype decides the precision"
             )
+    if values.get("activation_offloading") and device == "cpu":
+        values["activation_offloading"] = False
+        notes.append(f"{_WHERE}.activation_offloading has no effect on this {device} device")
     if values.get("tf32") and device != "cuda":
         values["tf32"] = None
         notes.append(f"{_WHERE}.tf32 has no effect on this {device} device")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from phlora.config import ModelConfig
-from phlora.errors import ModelError
+from phlora.errors import ConfigError, ModelError
 from phlora.models.device import Choice, choose_device
 from phlora.models.fingerprint import fingerprint
+from phlora.models.lean_layers import slow_down
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.locate import ModelSource, resolve_source
 from phlora.models.operands import is_quantized
@@ -44,10 +49,12 @@ def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
     if objects.model is not None:
         checked = _checked(objects.model)
         return prepare_tokenizer(
-            objects.tokenizer, config=checked.config, generation_config=checked.generation_config
+            copy.deepcopy(objects.tokenizer),
+            config=checked.config,
+            generation_config=checked.generation_config,
         )
     own = load_tokenizer(model)
-    prepared = prepare_tokenizer(objects.tokenizer, config=own.files.config)  # type: ignore[union-attr]
+    prepared = prepare_tokenizer(copy.deepcopy(objects.tokenizer), config=own.files.config)  # type: ignore[union-attr]
     return replace(prepared, files=own.files)
 
 
@@ -84,16 +91,60 @@ def _checked(model: nn.Module) -> PreTrainedModel:
     Raises:
         ModelError: no plain model of transformers.
     """
-    if isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False):
+    carries = hasattr(model, "peft_config") or any(isinstance(m, BaseTunerLayer) for m in model.modules())
+    if isinstance(model, PreTrainedModel) and not carries:
         return model
     found = f"The model is a `{type(model).__name__}`"
-    if hasattr(model, "peft_config"):
+    fix = "give the base model, as from AutoModelForCausalLM.from_pretrained; finetune attaches the adapter"
+    if carries:
         found += ", which carries an adapter already"
-    raise ModelError(
-        found,
-        expected="a causal language model of transformers, without an adapter",
-        fix="give the base model, as from AutoModelForCausalLM.from_pretrained; finetune attaches the adapter",
-    )
+        fix += (
+            ". A model around which PEFT put an adapter, as run.model after finetune, gives it back by unload(), or "
+            "with the adapter in its weights by merge_and_unload()"
+        )
+    raise ModelError(found, expected="a causal language model of transformers, without an adapter", fix=fix)
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """What training changes on a model object besides its adapter, as it was before."""
+
+    model: PreTrainedModel
+    attention: str | None
+    settings: tuple[tuple[Any, str, Any], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> HandedOver:
+        given = _checked(model)
+        kept = [
+            (config, name, getattr(config, name))
+            for config in (given.config, given.generation_config)
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
+            if config is not None and hasattr(config, name)
+        ]
+        return cls(given, given.config._attn_implementation, tuple(kept))
+
+    def give_back(self) -> None:
+        """Leave nothing on the object but the adapter."""
+        slow_down(self.model)
+        self.model.config._attn_implementation = self.attention
+        for config, name, value in self.settings:
+            setattr(config, name, value)
+
+
+def require_no_adapted_head(model: nn.Module) -> None:
+    """The loss is computed from the head's own weight.
+
+    Raises:
+        ConfigError: an adapter sits on the head, where it would not train.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, LoraLayer):
+        raise ConfigError(
+            "An adapter on the head (lm_head) would not train: the loss is computed from the head's own weight",
+            where="peft_config.target_modules",
+            fix="leave it out, or train the whole head by modules_to_save: [lm_head]",
+        )
 
 
 def _source(name: str) -> ModelSource:

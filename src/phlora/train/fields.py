@@ -46,7 +46,7 @@ HONOURED = frozenset(
         ),
         *("include_for_metrics", "save_strategy", "save_steps", "save_total_limit", "save_on_each_node"),
         *("seed", "data_seed", "full_determinism", "ignore_data_skip", "train_sampling_strategy"),
-        *("restore_callback_states_from_checkpoint", "accelerator_config", "debug"),
+        *("restore_callback_states_from_checkpoint", "accelerator_config"),
         *(
             "dataloader_drop_last",
             "dataloader_num_workers",
@@ -140,6 +140,10 @@ REFUSED: Mapping[str, Refused] = {
     "push_to_hub": Refused("upload the adapter afterwards: hf upload REPO RUN/adapter/best"),
     "resume_from_checkpoint": Refused(
         "--resume, or finetune(resume=True), continues from the last whole checkpoint"
+    ),
+    "debug": Refused(
+        "a loss or gradient that is no number stops the run by itself; phlora.SFTTrainer takes it in a script",
+        harmless=(None, "", []),
     ),
     "use_cpu": Refused("say it in the `model` section: device: cpu"),
     "bf16_full_eval": Refused("the held-out loss is taken in the precision of the training; see model.dtype"),

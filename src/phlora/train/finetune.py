@@ -27,13 +27,12 @@ from phlora.evaluate.report import Report
 from phlora.extras import require
 from phlora.files import require_room
 from phlora.measure import Clock
-from phlora.models.lean_layers import slow_down
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
 from phlora.train import record
 from phlora.train.arguments import Arguments, needed_by_trackers, training_arguments
-from phlora.train.base import device_of, model_of, tokenizer_of
+from phlora.train.base import HandedOver, device_of, model_of, require_no_adapted_head, tokenizer_of
 from phlora.train.loop import fit
 from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import PreparedData, prepare_data
@@ -134,6 +133,7 @@ def finetune(
     require_rows_outside(config, objects, overwrite=overwrite)
     folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
     device = device_of(config.model, objects)
+    given = HandedOver.of(objects.model) if objects.model is not None else None
     arguments, lora = _settings(config, folder, device=device.type)
 
     display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
@@ -147,6 +147,7 @@ def finetune(
     # The adapter's first weights are drawn here, before the trainer seeds itself.
     set_seed(arguments.args.seed)
     attached = attach(loaded.model, lora)
+    require_no_adapted_head(attached.model)
     plan = make_plan(prepared, attached.summary, arguments, attached.model, objects)
     record.tell_choices(display, loaded, arguments, attached, request.notes)
     display.show(plan.render())
@@ -181,9 +182,8 @@ def finetune(
         clock.lap("training")
         report = _proof(request, attached, words, prepared, arguments, folder, clock, display)
         folder.update_facts(status="finished", timing=clock.seconds)
-    if objects.model is not None:
-        # Its layers are the caller's.
-        slow_down(objects.model)
+    if given:
+        given.give_back()
     return Run(folder.path, report, attached.model, words.tokenizer, config_text, plan)
 
 
