@@ -27,6 +27,7 @@ from peft.utils import load_peft_weights
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from phlora.adapters.base_view import keep_trained
 from phlora.adapters.block_modules import BLOCK_INITS, changes_base, put_blocks, start_blocks
 from phlora.adapters.blockform import from_block_diagonal, plain_alpha, plain_rank
 from phlora.adapters.lora_fields import require_known_names, require_supported
@@ -167,6 +168,7 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     blocks, start = _lay_out(model, targets, lora), lora
     if blocks:
         lora = _plain_config(model, lora, targets, blocks)
+    base = dict(model.named_parameters())
     try:
         adapted = get_peft_model(model, lora)
     # Each of PEFT's many ways to start an adapter looks at its settings in its own way.
@@ -176,6 +178,7 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     for module, rows in blocks.items():
         layer = _plain_layer(adapted, module)
         start_blocks(layer, "default", rows, config=start)
+    keep_trained(adapted, base)
     speed_up(adapted)
     return Attached(adapted, summarize(adapted), targets.notes)
 
@@ -287,8 +290,8 @@ def _lay_out(model: nn.Module, targets: Targets, lora: LoraConfig) -> dict[str, 
     """The row blocks of each module, with the rank and scaling that the patterns give them by name."""
     _require_block_settings(lora, targets)
     named, started = dict(targets.blocks), changes_base(lora.init_lora_weights)
-    if named and started:
-        # One configuration says for all modules whether PEFT changes their base when it loads the adapter.
+    if started:
+        # PEFT would take the start out of a whole weight: what is compared with the base would not be the base.
         named |= {m: (m.rpartition(".")[2],) for m in targets.modules if m not in named}
     laid_out = {}
     for module, names in named.items():
@@ -334,6 +337,13 @@ def _by_pattern(patterns: Mapping[str, _Value], name: str, *, default: _Value) -
 
 def _require_block_settings(lora: LoraConfig, targets: Targets) -> None:
     """Refuse what has no meaning on row blocks, or none that a plain adapter could carry."""
+    if changes_base(lora.init_lora_weights) and lora.lora_dropout:
+        raise ConfigError(
+            f"`{lora.lora_dropout}` was given with `init_lora_weights: {lora.init_lora_weights}`, whose start is "
+            "taken out of the base weight and would be dropped out too",
+            where=f"{_WHERE}.lora_dropout",
+            expected="0",
+        )
     if not targets.blocks:
         return
     asked = ", ".join(dict.fromkeys(name for names in targets.blocks.values() for name in names))
@@ -351,16 +361,7 @@ def _require_block_settings(lora: LoraConfig, targets: Targets) -> None:
 
 
 def _require_block_init(lora: LoraConfig, asked: str, *, fix: str) -> None:
-    started = changes_base(lora.init_lora_weights)
-    if started and lora.lora_dropout:
-        raise ConfigError(
-            f"`{lora.lora_dropout}` was given with `init_lora_weights: {lora.init_lora_weights}`, which would drop out "
-            f"parts of the base weight too where only {asked} are adapted",
-            where=f"{_WHERE}.lora_dropout",
-            expected="0",
-            fix=fix,
-        )
-    if not started and lora.init_lora_weights not in BLOCK_INITS:
+    if not changes_base(lora.init_lora_weights) and lora.init_lora_weights not in BLOCK_INITS:
         raise ConfigError(
             f"`{lora.init_lora_weights}` changes the base weight, which cannot be done for {asked} alone",
             where=f"{_WHERE}.init_lora_weights",

@@ -40,6 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phlora.adapters.base_view import BASE_CHANGING_INITS
 from phlora.adapters.blockform import from_block_diagonal, to_block_diagonal
 from phlora.adapters.saved_config import read_adapter_config
 from phlora.errors import ConfigError, ModelError, did_you_mean
@@ -56,7 +57,6 @@ _PREFIX = "base_model.model."
 _EMBEDDING_NAMES = ("wte", "wpe")
 # What changes the meaning of A and B without leaving a tensor of its own.
 _FOREIGN = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora", "arrow_config")
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 BlockSizes = Mapping[str, Mapping[str, int]]
 
@@ -413,7 +413,7 @@ def _alpha(config: LoraConfig, name: str, rank: int) -> float:
 def _refuse_foreign(config: LoraConfig, folder: Path) -> None:
     used = [key for key in _FOREIGN if getattr(config, key, None)]
     init = str(config.init_lora_weights).lower()
-    if init.startswith(_BASE_CHANGING_INITS):
+    if init.startswith(BASE_CHANGING_INITS):
         used.append(f"init_lora_weights={init}, which changes the base's weights")
     if used:
         raise ModelError(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from phlora.adapters.base_view import keep_before_load, keep_loaded
 from phlora.adapters.saved_config import read_adapter_config
 from phlora.errors import ModelError
 from phlora.files import ADAPTER_FACTS, read_json
@@ -73,6 +74,7 @@ def load_adapter(
     try:
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
+        kept = keep_before_load(model, config) if isinstance(config, LoraConfig) else {}
         adapted = PeftModelForCausalLM(model, config)
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"The adapter does not fit ({first_line(error)})", where=str(path)) from error
@@ -87,6 +89,7 @@ def load_adapter(
     except ModelError:
         adapted.unload()
         raise
+    keep_loaded(adapted, kept)
     report = AdapterReport(
         num_tensors=tensors, delta_norm=delta_norm, base_model=config.base_model_name_or_path, notes=notes
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from phlora.adapters.base_view import as_base
 from phlora.adapters.speed import at_speed
 from phlora.config import EvaluationConfig, RunConfig, Speed, resolved
 from phlora.data.collate import Collator, SharedPrefixCollator
@@ -92,7 +93,7 @@ def compare_on(
             )
 
     with at_speed(model, speed):
-        with model.disable_adapter():
+        with as_base(model):
             base = side("Base")
         tuned = side("Tuned")
     return compare(base, tuned, items)

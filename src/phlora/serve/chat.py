@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from phlora.adapters.base_view import as_base
 from phlora.data.chat_template import TemplateRefusal
 from phlora.data.prompts import answer_of, encode_chat
 from phlora.display import Display, printable
@@ -158,7 +159,7 @@ class ChatSession:
         is_bare = speaker == "base" and self.has_adapter
         most = self._max_tokens()
         room = self.max_new_tokens if most is None else min(self.max_new_tokens, most - len(prompt_ids))
-        with self.model.disable_adapter() if is_bare else nullcontext():
+        with as_base(self.model) if is_bare else nullcontext():
             yield from stream(
                 self.model,
                 prompt_ids,

@@ -135,7 +135,7 @@ def test_each_block_starts_as_peft_starts_a_layer_of_its_size(init: Any) -> None
     [
         ({"init_lora_weights": "mica"}, "`mica` changes the base weight"),
         ({"init_lora_weights": "mica"}, "name qkv_proj as a whole"),
-        ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "drop out parts of the base weight too"),
+        ({"init_lora_weights": "pissa", "lora_dropout": 0.1}, "would be dropped out too"),
         ({"init_lora_weights": "pissa", "r": 40}, "v_proj: rank 40 is more than a weight (32, 64) has"),
         ({"init_lora_weights": "pissa_niter_x"}, "q_proj: "),
         (
