@@ -319,8 +319,12 @@ def default_output(data: str) -> str:
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain values, without the origins."""
-    return {name: value for name, value in _plain(config).items() if name != "origins"}
+    """The configuration as plain values, without the origins and without what opens a door (`hub_token`): what is
+    written down is meant to be handed on."""
+    values = {name: value for name, value in _plain(config).items() if name != "origins"}
+    settings = values["training_config"]
+    values["training_config"] = {name: settings[name] for name in settings if not str(name).endswith("token")}
+    return values
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -44,8 +44,9 @@ def keep_before_load(model: nn.Module, config: LoraConfig) -> Kept:
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
-            is_dense = isinstance(weight, nn.Parameter) and weight.is_floating_point()
-            if is_dense and check_target_module_exists(config, name):
+            if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+                continue
+            if check_target_module_exists(config, name):
                 kept[f"{name}.weight"] = weight, weight.detach().clone()
     return kept
 

@@ -355,9 +355,13 @@ def environment() -> dict[str, Any]:
 
 
 def digest(value: Any) -> str:
-    """A short stable hash of plain values."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    """A short stable hash of plain values; of sets too, whose order differs from process to process."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_in_order)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _in_order(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def append_event(path: Path, event: str, /, **values: Any) -> None:

@@ -90,9 +90,13 @@ def _peft(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         new = json.loads(json.dumps(set_now, default=str))
         names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
     if not names:
-        return [
-            "peft_config: the defaults of PEFT or Phlora are others in this version" + _versions(before, now)
-        ]
+        # The digest of an older version followed the order of a set, which differs from process to process.
+        versions = _versions(before, now)
+        return (
+            [f"peft_config: the defaults of PEFT or Phlora are others in this version{versions}"]
+            if versions
+            else []
+        )
     return [f"peft_config.{name}: {_value(old, name)} -> {_value(new, name)}" for name in names]
 
 
