@@ -6,6 +6,7 @@ a reader and the weights cost nothing. README's snippet also runs with the model
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -38,6 +39,7 @@ IN_PLACE_OF = {
 }
 # Commands that are checked word by word and not run, with the reason.
 NOT_RUN = {
+    "phlora data convert table.xlsx": "needs a program that writes spreadsheets",
     "phlora convert gpt2.pt --to merged": "needs a chat model with equal q, k and v",
 }
 
@@ -98,6 +100,12 @@ def furnished(tiny_models: Path) -> Path:
     for number, name in enumerate(names):
         write_rows(folder / f"{name}.jsonl", chat_rows(12 * number + 12, turns=2)[12 * number :])
     (guide,) = blocks(ROOT / "docs" / "guide.md", "yaml")
+    chat = json.dumps(
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+    )
+    (folder / "conversations.json").write_text(f"[{chat}]", encoding="utf-8")
+    lines = ["12/24/25, 9:41 PM - Ben: How are you?", "12/24/25, 9:42 PM - Ana: Fine."]
+    (folder / "WhatsApp Chat.txt").write_text("\n".join(lines), encoding="utf-8")
     for name in ("run.yaml", "config.yaml"):
         (folder / name).write_text(guide.replace("smollm2-135m", "base"), encoding="utf-8")
     qkv = "model.layers.0.self_attn.qkv_proj"
@@ -193,6 +201,8 @@ def test_commands_run(line: str, place: Path) -> None:
         shutil.rmtree("runs")
     if words[0] == "merge":
         shutil.rmtree("models")
+    if words[:2] == ["data", "convert"]:
+        Path("chats.jsonl").unlink()
     words = [IN_PLACE_OF.get(word, word) for word in words]
     if "dequantized" in words:
         words = [word.replace("runs/support", "runs/nf4") for word in words]
