@@ -6,7 +6,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from phlora.adapters.load import load_adapter
-from phlora.errors import ModelError
+from phlora.config import ModelConfig
+from phlora.errors import ConfigError, ModelError
+from phlora.models import tokenizer as tokenizer_module
 from phlora.models.embedded import tiny_phi3
 from phlora.models.fingerprint import fingerprint
 from phlora.models.load import load_model
@@ -64,6 +66,32 @@ def test_asked_for_settings_arrive(tiny_folder):
     assert loaded.model.dtype == torch.bfloat16
     assert loaded.model.config._attn_implementation == "eager"
     assert loaded.model.config.use_cache is True
+
+
+def test_settings_as_one_object_arrive_and_keywords_stand_above_them(tiny_folder):
+    wanted = ModelConfig(name=str(tiny_folder), dtype="bfloat16", attn_implementation="eager", device="cpu")
+    loaded = load_model(wanted, attn_implementation="sdpa")
+    assert loaded.model.dtype == torch.bfloat16 and loaded.attention.value == "sdpa"
+
+
+def test_a_setting_that_there_is_not_is_told_with_the_nearest(tiny_folder):
+    with pytest.raises(
+        ConfigError, match="(?s)no setting `attn_implementaton`.*did you mean `attn_implementation`"
+    ):
+        load_model(tiny_folder, attn_implementaton="sdpa")
+
+
+def test_files_are_looked_for_once_for_tokenizer_and_weights(tiny_folder, monkeypatch):
+    asked, locate = [], tokenizer_module.locate
+
+    def record(*arguments, **options):
+        asked.append(arguments)
+        return locate(*arguments, **options)
+
+    monkeypatch.setattr(tokenizer_module, "locate", record)
+    wanted = ModelConfig(name=str(tiny_folder), dtype="float32", device="cpu")
+    load_model(wanted, tokenizer=load_tokenizer(wanted))
+    assert len(asked) == 1
 
 
 def test_vocabulary_is_never_resized(tiny_folder):

@@ -15,6 +15,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from phlora.display import Display
+from phlora.stop import STOP_SIGNALS, is_ignored
 from phlora.train.callbacks import BestAdapter, CompleteCheckpoints, EventLog, GentleStop, TrainingProgress
 
 
@@ -98,7 +99,7 @@ def test_quiet_progress_is_silent(args: TrainingArguments) -> None:
 
 # ------------------------------------------------------------------------------------------------------- signals
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [number for number in STOP_SIGNALS if not is_ignored(number)]
 
 
 @pytest.fixture
