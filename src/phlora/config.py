@@ -306,6 +306,10 @@ def parse_columns(assignments: Sequence[str]) -> dict[str, str]:
             )
         if new in columns:
             raise ConfigError(f"`{new}` is named twice", where="--columns", fix="name each column once")
+        if old in columns.values():
+            raise ConfigError(
+                f"The column `{old}` is taken twice", where="--columns", fix="name each column once"
+            )
         columns[new] = old
     return columns
 

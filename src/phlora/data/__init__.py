@@ -3,6 +3,7 @@
     rows.py       Row, where it stands (Origin), what was found (Problem), and the digests of rows
     readers.py    files, folders and hub data sets -> records, with the line that each came from
     formats.py    records of every common schema -> Row
+    advice.py     what to do about rows of no known schema
     dataset.py    all rows of several sources: loaded, or indexed and read again
     known_keys.py         every known column and message key of other tools, and what is done with it
     heeding.py            doing with the keys of a row what that table says

@@ -303,9 +303,10 @@ def _open_source(source: Source, format: str, weight: float) -> Iterator[tuple[S
         names.append(item.name)
         if first:
             num_found += 1
-            schema, example_line = detect(first, format, item.name)
+            columns = file.columns if file else {}
+            schema, example_line = detect(first, format, item.name, columns)
             found = itertools.chain(first, records)
-            shape = Shape(item.name, weight, schema, example_line)
+            shape = Shape(item.name, weight, schema, example_line, columns=columns)
             shape.fills_nulls = not item.name.lower().endswith(_WRITTEN) if is_path else _is_table(source)
             yield shape, replace(item, records=found)
     if not num_found:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from phlora.data.advice import how_to_map, turned_by_hand
 from phlora.data.columns import CATEGORIES, category_of, required_value
 from phlora.data.dialects import from_chatgpt, from_claude, from_gemini, from_xlam
 from phlora.data.exports import export_of
@@ -58,6 +59,7 @@ class Shape:
     stratify_by: str | None = None
     keep_reasoning: bool = False
     fills_nulls: bool = False  # whether keys that a row lacks are null in it, as in Arrow's tables
+    columns: Mapping[str, str] = field(default_factory=dict)  # that were renamed
     ignored: set[str] = field(default_factory=set)
     findings: Findings = field(default_factory=Findings)
 
@@ -70,11 +72,14 @@ class Shape:
             yield Problem("ignored_columns", "note", message, (Origin(self.name, self.example_line or 1),))
 
 
-def detect(records: Sequence[Record], format: str, name: str) -> tuple[Schema, int]:
+def detect(
+    records: Sequence[Record], format: str, name: str, columns: Mapping[str, str] | None = None
+) -> tuple[Schema, int]:
     """The schema that most of the records have, and the line of the first that has it.
 
     Args:
         format: `auto`, or the name of the only schema to think of.
+        columns: the names of columns that were given, for advice.
 
     Raises:
         DataError: none is known, or the records are an export that leaves a choice to the user.
@@ -84,6 +89,7 @@ def detect(records: Sequence[Record], format: str, name: str) -> tuple[Schema, i
     if format == "auto":
         _refuse_exports(records, name)
         _refuse_preferences(records, name)
+        _refuse_whole_columns(records, name)
     found: Counter[str] = Counter()
     lines: dict[str, int] = {}
     for line, record in records:
@@ -96,7 +102,7 @@ def detect(records: Sequence[Record], format: str, name: str) -> tuple[Schema, i
         return next(schema for schema in candidates if schema.columns == columns), lines[columns]
     if format != "auto":
         return candidates[0], 0  # each row says what it lacks
-    raise _no_schema(records, name)
+    raise _no_schema(records, name, columns)
 
 
 def _refuse_exports(records: Sequence[Record], name: str) -> None:
@@ -113,7 +119,13 @@ def _refuse_preferences(records: Sequence[Record], name: str) -> None:
             raise DataError(f"The rows are {kind}, not chats to learn from", where=f"{name}:{line}", fix=FIX)
 
 
-def _no_schema(records: Sequence[Record], name: str) -> DataError:
+def _refuse_whole_columns(records: Sequence[Record], name: str) -> None:
+    line, record = records[0]
+    if len(records) == 1 and isinstance(record, Mapping) and (fix := turned_by_hand(record)):
+        raise DataError("The file is no list of rows", where=f"{name}:{line}", fix=fix)
+
+
+def _no_schema(records: Sequence[Record], name: str, given: Mapping[str, str] | None = None) -> DataError:
     line, record = records[0]
     if isinstance(record, BadRow):
         return DataError(_sentence(record.message), where=f"{name}:{line}", fix=record.expected)
@@ -122,22 +134,8 @@ def _no_schema(records: Sequence[Record], name: str) -> DataError:
         f"The row {found}, which is no known schema",
         where=f"{name}:{line}",
         expected="; ".join(schema.columns for schema in SCHEMATA),
-        fix=_how_to_map(record),
+        fix=how_to_map(record, name=name, columns=given),
     )
-
-
-def _how_to_map(record: Any) -> str:
-    """How to say which of a record's columns are the question and the answer."""
-    texts = (
-        [key for key, value in record.items() if isinstance(value, str)]
-        if isinstance(record, Mapping)
-        else []
-    )
-    if len(texts) < 2:
-        return "name the columns, for example `--columns question=a,answer=b`, or rename them"
-    mapping = f"question={texts[0]},answer={texts[1]}"
-    section = f"columns: {{question: {texts[0]}, answer: {texts[1]}}}"
-    return f"name the columns, for example `--columns {mapping}`, or `{section}` beside the file's `path:`"
 
 
 def _schemata_named(format: str) -> tuple[Schema, ...]:
@@ -206,15 +204,16 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
 
 def _other_schema(record: Mapping[str, Any], shape: Shape) -> BadRow:
     known = f"{shape.schema.columns}, as in line {shape.example_line}"
+    if not shape.example_line:
+        hint = how_to_map(record, name=shape.name, format=shape.schema.name, columns=shape.columns)
+        known = f"{shape.schema.columns}; {hint}"
     other = _schema_of(record)
-    if other:
+    if other and shape.example_line:
         return BadRow(
             "mixed_schemata", f"the row looks like {other.columns}, unlike the rest of the file", known
         )
     empty = [key for key, value in record.items() if value is None]
     nulls = f"; {names_of(empty)} is empty" if empty else ""
-    if not shape.example_line:
-        known = f"{shape.schema.columns}; {_how_to_map(record)}"
     return BadRow("missing_column", f"the row has the keys {names_of(record)}{nulls}", known)
 
 

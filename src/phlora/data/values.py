@@ -153,9 +153,27 @@ def checked(records: Iterator[Record], columns: Mapping[str, str]) -> Iterator[R
                 found = sound(record)
             if isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found):
                 found = {"messages": found}  # a chat that is a bare list of its turns
+            elif isinstance(found, dict) and "row" in found and found.keys() <= _VIEWER:
+                found = _row_of_the_viewer(found)
             yield line, renamed(found, columns) if columns and isinstance(found, dict) else found
         except BadRow as bad:
             yield line, bad
+
+
+_VIEWER = frozenset(("row", "row_idx", "truncated_cells"))
+
+
+def _row_of_the_viewer(found: dict[str, Any]) -> Any:
+    """The row inside what the hub's viewer answers with.
+
+    Raises:
+        BadRow: the viewer cut some of its cells.
+    """
+    if not isinstance(found["row"], dict):
+        return found
+    if found.get("truncated_cells"):
+        raise BadRow("truncated", "the hub's viewer cut cells of the row", "the rows of the data set itself")
+    return found["row"]
 
 
 # ------------------------------------------------------------------------------------------------ columns
