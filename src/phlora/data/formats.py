@@ -98,8 +98,8 @@ def detect(
             found[schema.columns] += 1
             lines.setdefault(schema.columns, line)
     if found:
-        columns = found.most_common(1)[0][0]
-        return next(schema for schema in candidates if schema.columns == columns), lines[columns]
+        commonest = found.most_common(1)[0][0]
+        return next(schema for schema in candidates if schema.columns == commonest), lines[commonest]
     if format != "auto":
         return candidates[0], 0  # each row says what it lacks
     raise _no_schema(records, name, columns)
