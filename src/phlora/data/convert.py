@@ -156,6 +156,13 @@ def _records(
             ):
                 yield {"messages": chat.messages}
             problems += opened.problems
+        if assistant is not None and not any(export.needs_assistant for _, export in exports):
+            raise DataError(
+                "This is not recognised as a log of several people, and `--assistant` means nothing in it",
+                where=file.path,
+                expected="a WhatsApp chat, or an export of Telegram or Slack",
+                fix="leave `--assistant` out, or export the chat again with dates such as 31/12/2024, 21:04",
+            )
         if not exports:
             for item in read_all([file], format, formats):
                 if isinstance(item, Problem):

@@ -26,6 +26,15 @@ _LINE = re.compile(
 _MARKS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u202f"
 _ATTACHMENT = re.compile(r"^<[^<>]*>$|<attached: [^>]*>")
 
+_PLACEHOLDER = re.compile(
+    r"(null|.{0,40}(omitted|weggelassen|ausgeschlossen|omitid[oa]|omesso|omis(e)?)|"
+    r"(this message was|you) deleted( this message)?|diese nachricht wurde gelöscht|du hast diese nachricht gelöscht|"
+    r"missed (voice|video) call|verpasster (sprach|video)anruf)\.?$",
+    re.IGNORECASE,
+)
+_EDITED = re.compile(r"\s*[\u200e\u200f]?<[^<>]*(edited|bearbeitet|editad|modifi)[^<>]*>$", re.IGNORECASE)
+_SLACK_LINK = re.compile(r"<([^<>|]*)(?:\|([^<>]*))?>")
+
 
 @dataclass(frozen=True)
 class Said:
@@ -34,7 +43,8 @@ class Said:
     line: int
     speaker: str
     seconds: float
-    text: str
+    text: str  # empty: something that is no text, such as a picture
+    chat: str = ""  # which of several chats or threads of the file
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,10 @@ def chats_of(
             ) from None
         return
     read = {TELEGRAM: _telegram, SLACK: _slack, WHATSAPP: _whatsapp}[export]
-    said = [message for message in read(records) if message.text.strip()]
-    speakers = sorted({message.speaker for message in said})
+    chats: dict[str, list[Said]] = defaultdict(list)
+    for message in read(records):
+        chats[message.chat].append(message)
+    speakers = sorted({m.speaker for said in chats.values() for m in said if m.text.strip()})
     if assistant is None or assistant not in speakers:
         raise DataError(
             f"Nobody here is called `{assistant}`" if assistant else f"This is {export.kind}",
@@ -92,19 +104,27 @@ def chats_of(
             expected=f"one of those who wrote: {', '.join(speakers[:12])}",
             fix=did_you_mean(assistant, speakers) if assistant else "add --assistant NAME",
         )
-    yield from _chats_in(said, assistant, gap_hours * 3600)
+    for said in chats.values():
+        yield from _chats_in(said, assistant, gap_hours * 3600)
 
 
 def _chats_in(said: Iterable[Said], assistant: str, gap_seconds: float) -> Iterator[Chat]:
-    """Cut a log where it pauses; chats without a question before the answer are left out."""
+    """Cut a log where it pauses; chats without a question before the answer are left out.
+
+    A picture that was sent to the assistant ends a chat: what is said about it cannot be learned from text.
+    """
     chat: list[Message] = []
     line, last = 0, 0.0
     for message in said:
-        if chat and message.seconds - last > gap_seconds:
+        is_asked = message.speaker != assistant
+        is_picture = not message.text.strip()
+        if chat and (is_asked if is_picture else abs(message.seconds - last) > gap_seconds):
             yield from _whole(line, chat)
             chat = []
+        if is_picture:
+            continue
         last = message.seconds
-        role = "assistant" if message.speaker == assistant else "user"
+        role = "user" if is_asked else "assistant"
         if not chat and role == "assistant":
             continue
         if chat and chat[-1]["role"] == role:
@@ -145,10 +165,15 @@ def _whatsapp(records: Iterable[Record]) -> Iterator[Said]:
         if current:
             yield current
         name, colon, said = found[4].partition(": ")
+        # WhatsApp's own words begin with a mark on iOS; on Android they are known ones.
+        is_placeholder = said.startswith("\u200e") or bool(_PLACEHOLDER.match(said.strip(_MARKS + " ")))
         said = said.strip(_MARKS + " ")
+        is_placeholder = is_placeholder or bool(_ATTACHMENT.search(said) and not _EDITED.search(said))
         # Without a name it is a notice of WhatsApp's own; in angle brackets, a file that was left out.
-        is_text = colon and not _ATTACHMENT.search(said)
-        current = Said(line, name.strip(_MARKS + " ~"), _seconds(found, day_first), said) if is_text else None
+        current = None
+        if colon and '"' not in name and "“" not in name:
+            said = "" if is_placeholder else _EDITED.sub("", said)
+            current = Said(line, name.strip(_MARKS + " ~"), _seconds(found, day_first), said)
     if current:
         yield current
 
@@ -177,13 +202,20 @@ def _telegram(records: Iterable[Record]) -> Iterator[Said]:
             continue
         everything = record.get("chats")
         chats = everything.get("list") if isinstance(everything, Mapping) else [record]
-        for chat in chats if isinstance(chats, list) else ():
+        several = isinstance(everything, Mapping)
+        for number, chat in enumerate(chats if isinstance(chats, list) else ()):
             messages = chat.get("messages") if isinstance(chat, Mapping) else None
             for message in messages if isinstance(messages, list) else [chat]:
                 if isinstance(message, Mapping) and message.get("type", "message") == "message":
                     speaker = message.get("from") or message.get("from_id") or "?"
                     seconds = _number(message.get("date_unixtime"))
-                    yield Said(line, str(speaker), seconds, _telegram_text(message.get("text")))
+                    yield Said(
+                        line,
+                        str(speaker),
+                        seconds,
+                        _telegram_text(message.get("text")),
+                        str(number) if several else "",
+                    )
 
 
 def _telegram_text(value: Any) -> str:
@@ -198,7 +230,14 @@ def _slack(records: Iterable[Record]) -> Iterator[Said]:
             profile = record.get("user_profile")
             name = profile.get("real_name") if isinstance(profile, Mapping) else None
             speaker = str(name or record.get("user") or record.get("bot_id") or "?")
-            yield Said(line, speaker, _number(record.get("ts")), record["text"])
+            thread = str(record.get("thread_ts") or "")
+            yield Said(line, speaker, _number(record.get("ts")), _slack_text(record["text"]), thread)
+
+
+def _slack_text(text: str) -> str:
+    """What Slack shows: names of links, and the characters that it escapes."""
+    shown = _SLACK_LINK.sub(lambda found: found[2] or found[1], text)
+    return shown.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
 
 
 def _number(value: Any) -> float:

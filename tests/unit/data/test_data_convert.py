@@ -202,3 +202,58 @@ def test_what_is_odd_about_a_row_is_said_while_it_is_written(tmp_path):
     assert done.num_rows == 2 and done.num_left_out == 0
     assert "The content of an assistant turn is empty" in done.render()
     assert "The content of a user turn is empty" in done.render()
+
+
+def said(*texts, begin=0):
+    return [
+        {"type": "message", "from": who, "text": text, "date_unixtime": str(begin + n), "from_id": who}
+        for n, (who, text) in enumerate(texts)
+    ]
+
+
+def test_several_chats_of_telegram_stay_apart_and_pictures_glue_no_answers(tmp_path):
+    source, out = tmp_path / "all.json", tmp_path / "out.jsonl"
+    ben = said(("Ben", "Hi"), ("Ana", "Hello"), ("Ben", ""), ("Ana", "nice picture"))
+    zed = said(("Zed", "Hey"), ("Ana", "Yo"), begin=-40_000_000)
+    source.write_text(json.dumps({"chats": {"list": [{"messages": ben}, {"messages": zed}]}}))
+    convert([str(source)], out, assistant="Ana")
+    assert [[m["content"] for m in row["messages"]] for row in written(out)] == [
+        ["Hi", "Hello"],
+        ["Hey", "Yo"],
+    ]
+
+
+def test_threads_of_slack_stay_apart_and_its_markup_is_read(tmp_path):
+    source, out = tmp_path / "day.json", tmp_path / "out.jsonl"
+    texts = [("U", "thread?", "1", "1"), ("U", "other &amp; <http://x|x>", "2", ""), ("S", "t", "3", "1")]
+    texts += [("S", "o", "4", "")]
+    rows = [
+        {"type": "message", "user": user, "text": text, "ts": ts} | ({"thread_ts": thread} if thread else {})
+        for user, text, ts, thread in texts
+    ]
+    source.write_text(json.dumps(rows))
+    convert([str(source)], out, assistant="S")
+    chats = [[m["content"] for m in row["messages"]] for row in written(out)]
+    assert chats == [["thread?", "t"], ["other & x", "o"]]
+
+
+def test_whatsapps_own_words_are_nobodys(tmp_path):
+    source, out = tmp_path / "chat.txt", tmp_path / "out.jsonl"
+    lines = ["Ben: Hi", "Ana: hello <This message was edited>", "Ana: null", "Ana: Bild weggelassen"]
+    lines += [
+        'Ben changed the subject from "a" to "b: c"',
+        "Ben: You there?",
+        "Ana: \u200eimage omitted",
+        "Ana: yes",
+    ]
+    source.write_text("".join(f"31/12/24, 21:0{n} - {line}\n" for n, line in enumerate(lines)))
+    convert([str(source)], out, assistant="Ana")
+    (row,) = written(out)
+    assert [m["content"] for m in row["messages"]] == ["Hi", "hello", "You there?", "yes"]
+
+
+def test_whose_messages_are_learned_is_never_ignored(tmp_path):
+    for name, text in (("chat.txt", "no log\n"), ("chats.jsonl", json.dumps({"messages": CHAT}))):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match="not recognised as a log"):
+            convert([str(tmp_path / name)], tmp_path / "out.jsonl", assistant="Ana")

@@ -480,3 +480,19 @@ def test_text_files_are_a_text_a_line(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("one\n\ntwo\n", encoding="utf-8")
     assert [(row.text, row.origin.line) for row in load_rows(path).rows] == [("one", 1), ("two", 3)]
+
+
+def test_an_archive_of_splits_gives_the_training_rows_only_as_a_folder_does(tmp_path):
+    names = ("train", "test", "heldout", "hold-out", "extra")
+    with zipfile.ZipFile(tmp_path / "mix.zip", "w") as archive:
+        for name in names:
+            text = json.dumps({"text": name}) + "\n"
+            archive.writestr(f"mix/{name}.jsonl", text)
+            (tmp_path / "mix").mkdir(exist_ok=True)
+            (tmp_path / "mix" / f"{name}.jsonl").write_text(text)
+        archive.writestr("mix/README.txt", "about the data")
+    (tmp_path / "mix" / "README.txt").write_text("about the data")
+    for source in ("mix.zip", "mix"):
+        loaded = load_rows(tmp_path / source)
+        assert [row.text for row in loaded.rows] == ["extra", "train"]
+        assert any("heldout.jsonl" in problem.message for problem in loaded.problems)

@@ -29,6 +29,7 @@ from phlora.data.readers.files import (
     is_pattern,
     matching,
     missing_file,
+    other_splits,
     shown_names,
 )
 from phlora.data.readers.hub import is_saved_folder, pick_split, read_hub, read_saved_folder
@@ -100,8 +101,15 @@ def _open_existing(path: Path, name: str, split: str | None, encoding: str | Non
                     opened.problems.append(Problem("split", "note", message))
                 yield opened
         return
-    for stored in files_of(path, name):
+    files = files_of(path, name)
+    elsewhere = other_splits([file.name[len(name) :] for file in files], split) if len(files) > 1 else set()
+    kept_files = [file for file in files if file.name[len(name) :] not in elsewhere]
+    for index, stored in enumerate(kept_files):
         problems: list[Problem] = []
+        if elsewhere and index == 0:
+            left_out = shown_names(sorted(other.lstrip("/") for other in elsewhere))
+            message = f"{name}: only files of the split `{split or 'train'}` are read, not {left_out}"
+            problems.append(Problem("split", "note", message))
         records = _guarded(stored.name, lambda s=stored, p=problems: _records(s, split, encoding, p))  # type: ignore[misc]
         yield Opened(stored.name, records, problems)
 

@@ -29,7 +29,11 @@ MAX_RATIO = 400
 MAX_UNPACKED_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
 _IS_PATTERN = re.compile(r"[*?\[]")
-_SPLIT_WORD = re.compile(r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval)(?=[-_.]|$)")
+_SPLIT_WORD = re.compile(
+    r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval|held[-_]?out|hold[-_]?out)(?=[-_.]|$)"
+)
+_ABOUT_AS_TEXT = frozenset("readme license licence notice requirements changelog".split())
+_ABOUT_AS_JSON = frozenset("dataset_info dataset_infos dataset-metadata package".split())
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 
 
@@ -128,7 +132,11 @@ def _unpacking(path: Path, compression: str) -> IO[bytes]:
 def _members(path: Path, name: str) -> list[StoredFile]:
     with guarded(name), zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
-    known = [info for info in infos if kind_and_compression(info.filename)[0]]
+    known = [
+        info
+        for info in infos
+        if kind_and_compression(info.filename)[0] and not is_about_data(Path(info.filename).name)
+    ]
     if not known:
         raise DataError(
             "The archive holds no data file",
@@ -152,6 +160,12 @@ def _member(path: Path, name: str, info: zipfile.ZipInfo) -> StoredFile:
             return archive.open(info)
 
     return StoredFile(f"{name}/{info.filename}", kind, max(info.compress_size, 1), opened)
+
+
+def is_about_data(name: str) -> bool:
+    """Whether a file among data speaks of it, and holds none."""
+    stem, _, ending = name.lower().partition(".")
+    return (stem in _ABOUT_AS_TEXT and ending == "txt") or (stem in _ABOUT_AS_JSON and ending == "json")
 
 
 def _is_hidden(name: str) -> bool:
@@ -208,7 +222,10 @@ def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[P
     found = sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and is_data_name(path.name) and not _is_hidden(str(path.relative_to(folder)))
+        if path.is_file()
+        and is_data_name(path.name)
+        and not _is_hidden(str(path.relative_to(folder)))
+        and not is_about_data(path.name)
     )
     if not found:
         raise DataError(
@@ -235,7 +252,18 @@ def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[P
 
 def _split_of(name: str) -> str | None:
     words = _SPLIT_WORD.findall(name.lower())
-    return _SAME_SPLIT.get(words[-1], words[-1]) if words else None
+    if not words:
+        return None
+    return "test" if words[-1].endswith("out") else _SAME_SPLIT.get(words[-1], words[-1])
+
+
+def other_splits(names: Sequence[str], split: str | None = None) -> set[str]:
+    """Those of an archive's files that their names keep out of training; none where no name says `train`."""
+    splits = {name: _split_of(name) for name in names}
+    wanted = _SAME_SPLIT.get(split, split) if split else "train"
+    if wanted not in splits.values():
+        return set()
+    return {name for name, found in splits.items() if found not in (wanted, None)}
 
 
 def missing_file(path: Path) -> DataError:
