@@ -81,6 +81,8 @@ def _chatgpt_turn(message: Mapping[str, Any]) -> Message | None:
         or message.get("recipient", "all") != "all"
     ):
         return None
+    if message.get("weight") == 0:  # no longer a part of the chat
+        return None
     parts = content.get("parts")
     if not isinstance(parts, list):
         return None
@@ -104,6 +106,16 @@ def from_claude(record: Mapping[str, Any]) -> list[Message]:
         text = message.get("text")
         if not isinstance(text, str) or not text.strip():
             text = _claude_text(message.get("content"))
+        if message.get("files"):
+            raise BadRow(
+                "wrong_type", f"turn {turn} holds files", "text only: images and sounds cannot be trained"
+            )
+        attached = [
+            str(item["extracted_content"])
+            for item in map(_mapping, message.get("attachments") or [])
+            if item.get("extracted_content")
+        ]
+        text = "\n\n".join([*attached, *([text] if text.strip() else [])])
         if text.strip():
             turns.append({"role": role, "content": text})
     if not turns:

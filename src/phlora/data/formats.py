@@ -281,6 +281,8 @@ def _history(value: Any) -> list[Message]:
 
 def _from_pair(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
     question, answer = (text_of(record, column) for column in columns)
+    if record.get("instruction"):
+        question = f"{text_of(record, 'instruction')}\n\n{question}"
     return _Parts(messages=[*_history(record.get("history")), *exchange(question, answer)])
 
 
@@ -339,13 +341,25 @@ SCHEMATA = (
         _list_in("conversation", "dialog", "dialogue", "chat", "turns"),
     ),
     Schema("gemini", "`contents`, Gemini's turns", _chat(from_gemini), _list_in("contents"), _GEMINI),
-    Schema("chatgpt", "`mapping`, a chat exported from ChatGPT", _chat(from_chatgpt), _needs("mapping")),
+    Schema(
+        "chatgpt",
+        "`mapping`, a chat exported from ChatGPT",
+        _chat(from_chatgpt),
+        _needs("mapping"),
+        frozenset({"current_node"}),
+    ),
     Schema("claude", "`chat_messages`, exported from Claude", _chat(from_claude), _list_in("chat_messages")),
     Schema("xlam", "`query`, `tools` and `answers`", _chat(from_xlam), _needs("query", "tools", "answers")),
     Schema("prompt_completion", "`prompt` and `completion` as text", _from_plain, _prompt_is(str)),
     Schema("prompt_completion", "`prompt` and `completion` as messages", _from_chat_prompt, _prompt_is(list)),
     Schema("alpaca", "`instruction`, `output` and optionally `input`", _from_alpaca, _instruction, _ALPACA),
-    Schema("qa", "a pair such as `question` and `answer`", _from_pair, pair_of, frozenset({"history"})),
+    Schema(
+        "qa",
+        "a pair such as `question` and `answer`",
+        _from_pair,
+        pair_of,
+        frozenset({"history", "instruction"}),
+    ),
     Schema("text", "`text`", _from_text, _needs("text")),
 )
 # Never found by themselves: training on one side, or on labels, is a choice.

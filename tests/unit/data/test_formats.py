@@ -156,3 +156,29 @@ def test_format_can_be_named_and_is_checked():
     assert load_rows([record], format="chat").rows[0].messages
     with pytest.raises(ConfigError, match="did you mean `alpaca`"):
         load_rows([record], format="alpacca")
+
+
+def test_an_instruction_stands_before_the_question_that_it_goes_with():
+    loaded = load_rows([{"instruction": "Be brief", "question": "Why?", "answer": "So"}])
+    assert loaded.rows[0].messages[0]["content"] == "Be brief\n\nWhy?" and loaded.problems == []
+
+
+def test_what_was_attached_to_a_claude_chat_is_read_and_pictures_are_refused():
+    asked = {"sender": "human", "text": "Sum up", "attachments": [{"extracted_content": "A file"}]}
+    answer = {"sender": "assistant", "text": "Short"}
+    (row,) = load_rows([{"chat_messages": [asked, answer]}]).rows
+    assert row.messages[0]["content"] == "A file\n\nSum up"
+    picture = {"sender": "human", "text": "", "files": [{"file_name": "a.png"}]}
+    with pytest.raises(DataError, match="Turn 1 holds files"):
+        load_rows([{"chat_messages": [picture, answer]}])
+
+
+def test_what_is_no_longer_a_part_of_a_chatgpt_chat_is_left_out():
+    nodes, said = {}, [("user", "q", 1.0), ("assistant", "old", 0.0), ("assistant", "new", 1.0)]
+    for number, (role, text, weight) in enumerate(said):
+        content = {"content_type": "text", "parts": [text]}
+        message = {"author": {"role": role}, "content": content, "weight": weight}
+        parent = str(number - 1) if number else None
+        nodes[str(number)] = {"message": message, "parent": parent, "children": []}
+    loaded = load_rows([{"mapping": nodes, "current_node": "2"}])
+    assert _contents(loaded.rows[0]) == [("user", "q"), ("assistant", "new")] and loaded.problems == []
