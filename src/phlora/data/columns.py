@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ CATEGORIES = (
     "lang",
 )
 _CATEGORIES = frozenset(CATEGORIES)
+_WHOLE = re.compile(r"\A(-?\d+)\.0+\Z")
 
 
 def value_at(record: Mapping[str, Any], path: str) -> Any:
@@ -44,7 +46,10 @@ def required_value(record: Mapping[str, Any], path: str, setting: str) -> str:
     if value is None or isinstance(value, Mapping | list):
         message = f"the row has no `{path}`, which `{setting}` names"
         raise BadRow("missing_column", message, did_you_mean(path, map(str, record)))
-    return str(value)
+    # A table has as text, or as a float, what is a whole number elsewhere.
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return _WHOLE.sub(r"\1", str(value).strip())
 
 
 def category_of(record: Mapping[str, Any], stratify_by: str | None) -> str | None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from phlora.data.known_keys import (
+    ANSWERS_TO_TEXT,
     COLUMNS,
     CONTEXTS,
     HELD_OUT_SPLITS,
@@ -20,11 +22,13 @@ from phlora.data.known_keys import (
     MEDIA,
     MESSAGE_KEYS,
     ROW_WEIGHTS,
+    SPLITS,
     TRAINED,
     UNTRAINED,
     WEIGHTS,
     Treatment,
 )
+from phlora.data.preferences import kto_mark
 from phlora.data.rows import BadRow, Origin, Problem, Severity, kind_of
 
 MAX_NAMED_ORIGINS = 1000
@@ -114,6 +118,7 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
         elif not _say(name, value, schema, record, findings, origin):
             continue
         known.add(name)
+    known |= _choices(tuple(record), schema, findings, origin)
     heeded: Mapping[str, Any] = changed or record
     if schema == "qa":
         heeded = _with_context(heeded, known) or heeded
@@ -134,8 +139,32 @@ def _noticed(names: tuple[str, ...]) -> tuple[str, ...]:
         "system_prompt",
         "system_message",
     }
-    asked |= {"functions", "split", *_names_of("warned"), *_names_of("refused")} - _QUIET
+    asked |= {"functions", *_names_of("warned"), *_names_of("refused")} - _QUIET
     return tuple(name for name in names if name in asked)
+
+
+_CHOICE = re.compile(r"(option|choice|opt|op|ending)[ _]?([a-h]|\d)", re.IGNORECASE)
+
+
+@lru_cache(maxsize=1024)
+def _choice_columns(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns that hold one choice each."""
+    lettered = tuple(name for name in names if len(str(name)) == 1 and str(name) in "abcdefghABCDEFGH")
+    if len(lettered) > 2 and not {"q", "Q"}.intersection(names):
+        return lettered
+    found = tuple(name for name in names if _CHOICE.fullmatch(str(name)))
+    return found if len(found) > 1 else ()
+
+
+def _choices(names: tuple[str, ...], schema: str, findings: Findings, origin: Origin) -> set[str]:
+    """Warn of choices in columns of their own; which they are."""
+    found = _choice_columns(names)
+    if not found or schema in ("preference_chosen", "classification"):
+        return set()
+    known = _COLUMN["choices"]
+    named = ", ".join(f"`{name}`" for name in found)
+    findings.add("unused_column", "warning", f"{named} are not used: {known.what}; {known.fix}", origin)
+    return set(found)
 
 
 def _names_of(treatment: Treatment) -> set[str]:
@@ -159,18 +188,18 @@ def _say(
         return False
     if schema in ("preference_chosen", "classification"):
         return False  # what was asked for reads them itself
-    if name == "split":
+    if name in SPLITS:
         if str(value).strip().lower() not in HELD_OUT_SPLITS:
             return True
         findings.add(
             "held_out_split",
             "warning",
-            f"The row says `split: {value}`, and is trained on all the same; {known.fix}",
+            f"The row says `{name}: {value}`, and is trained on all the same; {known.fix}",
             origin,
         )
         return True
     if name in LABELS:
-        is_kto = name == "label" and isinstance(value, bool) and schema != "text"
+        is_kto = name == "label" and schema != "text" and kto_mark(record) is not None
         if schema != "text" and not is_kto:
             findings.add("unused_column", "warning", f"`{name}` is not used", origin)
             return True
@@ -181,7 +210,14 @@ def _say(
             f"the row is a text with a label (`{name}`), and training on the text would drop it",
             "`--format classification` to answer with the label, or `text` alone",
         )
-    if name in ("parent_id", "message_id", "message_tree_id", "ts", "thread_ts"):
+    if name in ANSWERS_TO_TEXT:
+        if schema != "text":
+            return False
+        fix = f"--columns question=text,answer={name}"
+        message = f"`{name}` is not used: {known.what}; name it as the answer: `{fix}`"
+        findings.add("unused_column", "warning", message, origin)
+        return True
+    if name in ("role", "parent_id", "message_id", "message_tree_id", "ts", "thread_ts"):
         if schema != "text":
             return False
         raise BadRow(

@@ -38,6 +38,12 @@ WEIGHTS = ("weight", "loss_weight", "loss_scale")
 ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale")
 CONTEXTS = ("context", "passage", "article", "document", "paragraph")
 LABELS = ("label", "labels", "label_text", "label_name", "class", "sentiment", "target")
+# What a text is answered with, in sets whose text is the question.
+ANSWERS_TO_TEXT = (
+    *("summary", "highlights", "translation", "paraphrase", "correction", "target_text", "output_text"),
+    *("intent", "emotion", "emotions", "polarity", "stance", "toxicity", "toxic", "sarcasm", "entities"),
+)
+SPLITS = ("split", "set", "partition")
 HELD_OUT_SPLITS = frozenset(
     ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout")
 )
@@ -92,7 +98,7 @@ COLUMNS = (
         "only as `data.group_by` and `data.stratify_by`",
     ),
     Known(
-        ("split",),
+        SPLITS,
         "merged data sets",
         "warned",
         "a row that says it is a test row is trained on all the same",
@@ -100,14 +106,17 @@ COLUMNS = (
     ),
     Known(
         ("choices", "options", "distractors"),
-        "MMLU, ARC, SciQ",
+        "MMLU, ARC, SciQ; also in columns of their own, as `A` to `D` or `option1`, `option2`",
         "warned",
         "the model is not shown them",
         "write them into the question",
     ),
     Known(
-        ("score", "rating", "reward", "quality"),
-        "OpenAssistant, UltraFeedback",
+        (
+            *("score", "rating", "reward", "quality", "stars", "is_correct", "correct", "is_good"),
+            *("thumbs", "thumbs_up", "feedback", "vote"),
+        ),
+        "OpenAssistant, UltraFeedback, logs of feedback",
         "warned",
         "every row trains alike",
         "filter by it, or turn it into `weight`",
@@ -161,6 +170,20 @@ COLUMNS = (
         "beside a `text` the labels would be dropped; true or false beside an answer is KTO: "
         "answers marked good or bad",
         "`--format classification` trains to answer with the label, `--format preference_chosen` on the good answers",
+    ),
+    Known(
+        ANSWERS_TO_TEXT,
+        "summaries, translations, classification sets",
+        "warned",
+        "beside a `text` all of the text is trained, and this is not",
+        "name it as the answer: `--columns question=text,answer=summary`",
+    ),
+    Known(
+        ("role",),
+        "logs with one row a turn",
+        "refused",
+        "beside a `text`: single messages of a chat",
+        "give each chat as one list of `messages`",
     ),
     Known(
         ("parent_id", "message_id", "message_tree_id"),

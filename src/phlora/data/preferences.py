@@ -16,6 +16,24 @@ FIX = "`--format preference_chosen` (or `format: preference_chosen`) trains on t
 LEFT_OUT = "rejected_answer"
 _HH = re.compile(r"\n\n(Human|Assistant):")
 _ANSWERS = ("completion", "response", "output", "answer")
+_MARKS = {"true": True, "good": True, "false": False, "bad": False}
+# What only a table or TRL's own names make a mark: elsewhere they may be a class.
+_NUMBERS = {"1": True, "1.0": True, "0": False, "0.0": False}
+
+
+def kto_mark(record: Mapping[str, Any]) -> bool | None:
+    """Whether a KTO row's answer is marked as good; None for a row that is none.
+
+    A table holds its values as text: "True" is true.
+    """
+    said = {name for name, value in record.items() if value is not None and value != "" and value != []}
+    tag = str(record.get("kto_tag")).strip().lower()
+    if tag in (marks := {**_MARKS, **_NUMBERS}):
+        return marks[tag]
+    if not said & {"messages", "conversations", *_ANSWERS}:
+        return None
+    label = str(record.get("label")).strip().lower()
+    return (marks if {"prompt", "completion"} <= said else _MARKS).get(label)
 
 
 def preference_kind(record: Mapping[str, Any]) -> str | None:
@@ -40,9 +58,7 @@ def preference_kind(record: Mapping[str, Any]) -> str | None:
         if isinstance(record.get("labels"), list):
             return "answers judged step by step"
         return "several rated answers in the form of UltraFeedback"
-    if isinstance(record.get("kto_tag"), bool) or (
-        isinstance(record.get("label"), bool) and said & {"messages", "conversations", *_ANSWERS}
-    ):
+    if kto_mark(record) is not None:
         return "answers marked good or bad (KTO)"
     return None
 
@@ -61,7 +77,7 @@ def chosen_side(record: Mapping[str, Any]) -> list[Any]:
             "`chosen` and `rejected`, or as other tools have it",
         )
     if "(KTO)" in kind:
-        if not record.get("kto_tag", record.get("label")):
+        if not kto_mark(record):
             raise BadRow(LEFT_OUT, "the answer is marked as bad, and left out")
         return _after(record, _first(record, _ANSWERS))
     if "swift" in kind:

@@ -281,3 +281,56 @@ def test_rows_without_known_keys_pay_nothing():
 def test_the_page_lists_the_table():
     page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
     assert table(COLUMNS) in page and table(MESSAGE_KEYS) in page
+
+
+@pytest.mark.parametrize(
+    "good, bad", [("True", "False"), ("1", "0"), ("1.0", "0.0"), ("good", "bad"), (1, 0)]
+)
+def test_answers_that_a_table_marks_as_bad_are_never_trained(tmp_path, good, bad):
+    path = tmp_path / "kto.csv"
+    lines = [f"q{n},a{n},{good if n % 2 else bad}" for n in range(6)]
+    path.write_text("\n".join(["prompt,completion,label", *lines]))
+    with pytest.raises(DataError, match="KTO"):
+        load_rows(path)
+    rows = load_rows(path, format="preference_chosen", on_bad="collect").rows
+    assert [row.messages[-1]["content"] for row in rows] == ["a1", "a3", "a5"]
+
+
+def test_a_tag_of_a_table_is_a_mark_and_a_class_beside_a_pair_is_none():
+    with pytest.raises(DataError, match="KTO"):
+        load_rows([{"question": "q", "answer": "a", "kto_tag": "false"}])
+    assert len(load_rows([{"question": "q", "answer": "a", "label": 1}]).rows) == 1
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"is_correct": False},
+        {"thumbs": "down"},
+        {"stars": 1},
+        {"set": "test"},
+        {"A": "x", "B": "y", "C": "z", "D": "w"},
+        {"option1": "x", "option2": "y"},
+        {"opa": "x", "opb": "y"},
+        {"choice_a": "x", "choice_b": "y"},
+    ],
+    ids=lambda columns: ",".join(columns),
+)
+def test_what_a_pair_is_not_trained_with_is_warned_of(columns):
+    found = load_rows([{"question": "q", "answer": "a", **columns}], on_bad="collect").problems
+    warned = [problem.message for problem in found if problem.severity == "warning"]
+    assert len(warned) == 1
+    assert all(f"`{name}" in warned[0] for name in columns)
+    assert not [problem for problem in found if problem.severity == "note"]
+
+
+@pytest.mark.parametrize("name", ["summary", "translation", "intent", "emotion"])
+def test_an_answer_beside_a_text_is_warned_of(name):
+    (found,) = load_rows([{"text": "t", name: "x"}], on_bad="collect").problems
+    assert found.severity == "warning"
+    assert f"question=text,answer={name}" in found.message
+
+
+def test_a_text_with_a_role_is_a_message_of_a_chat():
+    with pytest.raises(DataError, match="single messages of a chat"):
+        load_rows([{"role": "user", "text": "Hi"}])

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from phlora.data.checks import SplitSettings, check, inspect_data
+from phlora.data.columns import required_value
 from phlora.data.dataset import index_rows
 from phlora.data.rows import row_key
 from phlora.data.split import split_keys, split_rows
@@ -214,3 +215,10 @@ def test_leaks_are_counted_by_kind_and_named():
     (prompt,) = [problem for problem in report.problems if problem.kind == "leaked_prompt"]
     assert [origin.line for origin in prompt.origins] == [3] and "rows:3 as rows:3" in prompt.message
     assert report.exit_code(strict=True) == 1
+
+
+def test_groups_are_told_apart_by_what_they_say_not_by_type():
+    values = [1, "1", 1.0, "1.0", " 1"]
+    assert {required_value({"id": value}, "id", "data.group_by") for value in values} == {"1"}
+    others = ["01", 1.5, "1.5.0", "a"]
+    assert [required_value({"id": value}, "id", "") for value in others] == ["01", "1.5", "1.5.0", "a"]
