@@ -496,3 +496,13 @@ def test_an_archive_of_splits_gives_the_training_rows_only_as_a_folder_does(tmp_
         loaded = load_rows(tmp_path / source)
         assert [row.text for row in loaded.rows] == ["extra", "train"]
         assert any("heldout.jsonl" in problem.message for problem in loaded.problems)
+
+
+@pytest.mark.parametrize("encoding", ["cp850", "mac_roman"])
+def test_the_right_reading_of_an_old_table_is_among_those_offered(tmp_path, encoding):
+    path = tmp_path / "old.csv"
+    path.write_bytes("question;answer\nWie heißt du?;Müller, schönen Gruß\n".encode(encoding))
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert f"as {encoding}" in str(caught.value) and "heißt" in str(caught.value)
+    assert "--encoding NAME" in caught.value.fix

@@ -43,6 +43,8 @@ _ALPHABETS = {
     ),  # Vietnamese: tones are combining marks
 }
 _SCRIPTS = tuple("cp1251 koi8_r cp1253 cp1255 cp1256 cp874 shift_jis euc_jp gb18030 big5 euc_kr".split())
+# Of DOS and old Macintoshes: offered, never guessed.
+_OLD = ("cp850", "mac_roman", "cp437")
 # Letters outside an alphabet: names and quotations of other languages.
 _MAX_FOREIGN = 0.02
 
@@ -88,15 +90,14 @@ def guess_encoding(text: bytes, *, where: str) -> Guess:
     if len(readings) == 1:
         return next(iter(readings.values()))
     offered = list(readings.values()) or list(_all_readings(text))
-    found = "; ".join(f"as {guess.encoding}: {guess.sample}" for guess in offered[:5])
+    found = "; ".join(f"as {guess.encoding}: {guess.sample}" for guess in offered[:8])
     raise DataError(
         f"The file is not UTF-8, and its encoding is not certain. It reads {found}"
         if offered
         else "The file is not UTF-8 text, and no other encoding fits",
         where=where,
         expected="UTF-8, or the name of the encoding",
-        fix=f"say which reading is right, for example `--encoding {offered[0].encoding}`, or `encoding:` beside "
-        "the file's `path:`"
+        fix=f"say which reading is right, with `--encoding NAME`, or `encoding:` beside the file's `path:`"
         if offered
         else "check how the file was written",
     )
@@ -170,7 +171,7 @@ def _share(characters: list[str], low: str, high: str) -> float:
 
 def _all_readings(text: bytes) -> Iterator[Guess]:
     seen = set()
-    for encoding in (*_ALPHABETS, *_SCRIPTS):
+    for encoding in dict.fromkeys(("cp1252", *_OLD, *_ALPHABETS, *_SCRIPTS)):
         try:
             decoded = text.decode(encoding)
         except UnicodeDecodeError:
