@@ -97,7 +97,7 @@ def guess_encoding(text: bytes, *, where: str) -> Guess:
         else "The file is not UTF-8 text, and no other encoding fits",
         where=where,
         expected="UTF-8, or the name of the encoding",
-        fix=f"say which reading is right, with `--encoding NAME`, or `encoding:` beside the file's `path:`"
+        fix="say which reading is right, with `--encoding NAME`, or `encoding:` beside the file's `path:`"
         if offered
         else "check how the file was written",
     )
