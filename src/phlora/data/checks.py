@@ -229,7 +229,9 @@ def _token_problems(tokenized: TokenizedSet, *, is_error: bool) -> list[Problem]
     for skip in tokenized.skipped:
         if skip.kind == "no_answer":
             continue  # reported by the structural check
-        severity = "error" if skip.kind in MISTAKES or (is_error and skip.kind == "too_long") else "warning"
+        is_mistake = skip.kind in MISTAKES or (is_error and skip.kind == "too_long")
+        asked_for = "note" if skip.kind == "weight_zero" else "warning"
+        severity = "error" if is_mistake else asked_for
         message = {
             "too_long": "The row is longer than max_length and is left out",
             "no_trained_token": "None of the row's tokens is trained; it is left out",

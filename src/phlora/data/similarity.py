@@ -1,8 +1,9 @@
 """Digests by which rows are recognised as the same conversation, the same prompt or nearly the same row.
 
-Texts are compared in a loose form: Unicode's compatibility form, case folded, one space where there is white
-space, no quotation marks around words and no punctuation at their ends. So "Paris" and "paris." are near-equal,
-"-1" and "1" or "2 + 3" and "2 - 3" are not.
+Texts are compared in a loose form: Unicode's compatibility form, case folded (the Turkish dotless i as i), digits
+and quotation marks of any script as ASCII has them, Arabic yeh and kaf in one form, no vowel marks, no characters
+that are not seen (direction marks, joiners), one space where there is white space, no quotation marks around words
+and no punctuation at their ends. So "Paris" and "paris." are near-equal, "-1" and "1" or "2 + 3" and "2 - 3" are not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +28,25 @@ _BEFORE_WORDS = re.compile(rf"[{re.escape(_OPENING)}](?<!\S.)[{re.escape(_OPENIN
 _BEHIND_WORDS = re.compile(
     rf"[{re.escape(_CLOSING)}](?<![{re.escape(_CLOSING)}].)[{re.escape(_CLOSING)}]*+(?!\S)"
 )
+
+
+@lru_cache(maxsize=1)
+def _one_form() -> dict[int, str]:
+    """What a folded character is compared as, where it is not itself."""
+    characters = map(chr, range(128, sys.maxunicode + 1))
+    form = {}
+    for character in characters:
+        category = unicodedata.category(character)
+        if category == "Cf":
+            form[ord(character)] = ""
+        elif category == "Nd":
+            form[ord(character)] = str(unicodedata.digit(character))
+    # A dot above stays behind of a folded İ.
+    form |= {0x131: "i", 0x307: ""}
+    form |= {0x64A: "\u06cc", 0x649: "\u06cc", 0x643: "\u06a9", 0x640: ""}
+    form |= dict.fromkeys(range(0x64B, 0x653), "")
+    form |= dict.fromkeys(map(ord, "‘’‚‛ʼ"), "'") | dict.fromkeys(map(ord, "“”„‟«»"), '"')
+    return form
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +105,14 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
 
 
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold().translate(_one_form())
+
+
 # A system prompt is the same in many rows.
 @lru_cache(maxsize=256)
 def loose(text: str) -> str:
     """A text as it is compared; see the module."""
-    folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    folded = text.lower() if text.isascii() else _folded(text)
     bare = _BEHIND_WORDS.sub("", _BEFORE_WORDS.sub("", folded))
     return single_spaced(bare) or folded.strip()

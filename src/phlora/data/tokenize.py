@@ -43,7 +43,7 @@ MAX_NAMED_ORIGINS = 1000
 # so long tokens on average.
 MAX_CHARACTERS = 1_000_000
 MAX_CHARACTERS_A_TOKEN = 64
-SkipKind = Literal["no_answer", "not_rendered", "too_long", "no_trained_token"]
+SkipKind = Literal["no_answer", "not_rendered", "too_long", "no_trained_token", "weight_zero"]
 # Rows that no setting can make trainable: a mistake in the data rather than a choice.
 MISTAKES = ("no_answer", "not_rendered")
 
@@ -324,6 +324,9 @@ class _RowTokenizer:
             self.notes.setdefault(kind, _Noted()).add(origin)
 
     def _draft(self, row: Row) -> _Draft | Skipped:
+        if row.weight == 0:
+            reason = "the row's weight is 0 (`weight`, or `train: false`)"
+            return Skipped(row.origin, reason, "weight_zero")
         num_characters = _num_characters(row)
         if num_characters > self._most_characters():
             limit = self.options.max_length

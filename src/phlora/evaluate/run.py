@@ -213,8 +213,8 @@ def _about_trained(num_trained: int | None, num_rows: int) -> str | None:
     if num_trained == 0:
         return None
     return (
-        f"{num_trained} of {num_rows} rows were trained on: on those the tuned model repeats what it was shown, "
-        "so the figures do not say how it does on new ones"
+        f"{num_trained} of {num_rows} rows were trained on (equal rows are counted, not nearly equal ones): on those "
+        "the tuned model repeats what it was shown, so the figures do not say how it does on new ones"
     )
 
 

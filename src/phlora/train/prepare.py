@@ -110,8 +110,15 @@ def prepare_data(
         fingerprint=fingerprint_of(chain(train_rows.digests(), held_out_rows.digests())),
         speed=config.speed,
         system_prompts=find_system_prompts(train_rows),
-        trained_keys=frozenset(train_rows.keys()),
+        trained_keys=_trained_keys(train_rows, train.rows),
     )
+
+
+def _trained_keys(rows: RowSubset, tokens: TokenTable) -> frozenset[bytes]:
+    """The keys of the rows that were not left out (too long, of weight 0)."""
+    kept = {tokens.origin(number) for number in range(len(tokens))}
+    keys = zip(rows.origins(), rows.keys(), strict=True)
+    return frozenset(key for origin, key in keys if origin in kept)
 
 
 def _contents(*sides: RowSubset) -> dict[str, dict[str, Any]]:
@@ -277,11 +284,14 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display
         display.warn(
             f"{len(origins)} {name} rows were left out: {_named(origins)}; {tokenized.skipped[0].reason}"
         )
-        if len(origins) > _MOST_DROPPED * (len(origins) + len(tokenized.rows)):
+        # A weight of 0 is a choice.
+        dropped = [skip for skip in tokenized.skipped if skip.kind != "weight_zero"]
+        num_rows = len(dropped) + len(tokenized.rows)
+        if len(dropped) > _MOST_DROPPED * num_rows:
             raise DataError(
-                f"{len(origins)} of {len(origins) + len(tokenized.rows)} {name} rows would be left out, "
-                f"the first because {tokenized.skipped[0].reason}",
-                where=str(origins[0]),
+                f"{len(dropped)} of {num_rows} {name} rows would be left out, "
+                f"the first because {dropped[0].reason}",
+                where=str(dropped[0].origin),
                 fix="raise training_config.max_length, or shorten the rows",
             )
 

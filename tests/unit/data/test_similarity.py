@@ -10,9 +10,11 @@ import pytest
 
 from phlora.data.similarity import _CLOSING, _OPENING, loose
 
+_FORMS = {0x307: ""} | dict.fromkeys(map(ord, "‘’"), "'") | dict.fromkeys(map(ord, "“”„«»"), '"')
+
 
 def _word_by_word(text):
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = unicodedata.normalize("NFKC", text).casefold().translate(_FORMS)
     words = [word.lstrip(_OPENING).rstrip(_CLOSING) for word in folded.split()]
     return " ".join(filter(None, words)) or folded.strip()
 
@@ -32,3 +34,28 @@ def test_loose_form_takes_a_time_that_grows_with_the_text_alone(text):
     start = time.process_time()
     loose(text)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("\u200fمرحبا\u200e بك", "مرحبا بك"),
+        ("\ufeffword\u200b", "word"),
+        ("İstanbul", "istanbul"),
+        ("IŞIK", "ışık"),
+        ("علي كتاب", "علی کتاب"),
+        ("می\u200cشود", "میشود"),
+        ("مُحَمَّد", "محمد"),
+        ("سال ۱۴۰۲", "سال 1402"),
+        ("عام ١٤٠٢", "عام 1402"),
+        ("don’t", "don't"),
+        ("rock“n”roll", 'rock"n"roll'),
+    ],
+)
+def test_what_is_written_in_two_ways_is_one_text(one, other):
+    assert loose(one) == loose(other)
+
+
+@pytest.mark.parametrize("one, other", [("سال ۱۴۰۲", "سال ۱۴۰۳"), ("kar", "kır"), ("-1", "1"), ("é", "e")])
+def test_what_says_another_thing_is_another_text(one, other):
+    assert loose(one) != loose(other)

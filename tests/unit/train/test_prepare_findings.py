@@ -8,9 +8,13 @@ import json
 import pytest
 
 from phlora.data.checks import check
+from phlora.data.dataset import RowSubset, index_rows
+from phlora.data.tokenize import tokenize_rows
 from phlora.display import Display
 from phlora.errors import Finding
+from phlora.testing.tokenizers import phi3_tokenizer
 from phlora.train.finetune import finetune
+from phlora.train.prepare import _trained_keys
 
 
 def _rows():
@@ -57,3 +61,20 @@ def test_strict_heeds_what_only_tokens_show(model_folder, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     with pytest.raises(Finding, match="max_length"):
         _train(model_folder, path, tmp_path / "run", strict=True)
+
+
+def test_rows_of_weight_0_are_left_out_by_choice(model_folder, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = [{**row, "weight": int(n >= 12)} for n, row in enumerate(_rows()[:20]) if n != 3]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    said = " ".join(_train(model_folder, path, tmp_path / "run", eval_size=0).split())
+    assert "11 training rows were left out" in said
+    assert "the row's weight is 0" in said
+    assert "none of the row's tokens" not in said
+
+
+def test_rows_that_were_left_out_do_not_count_as_trained(tmp_path):
+    index = index_rows([{"question": f"q{n}", "answer": "a", "weight": n % 2} for n in range(6)])
+    rows = RowSubset(index, range(6))
+    keys = _trained_keys(rows, tokenize_rows(rows, phi3_tokenizer()).rows)
+    assert keys == {index.keys[number] for number in (1, 3, 5)}
