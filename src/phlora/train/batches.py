@@ -1,4 +1,4 @@
-"""Batches for the trainer, by the numbers of their sequences, and new packs for every epoch."""
+"""Batches for the trainer, by the numbers of their sequences, and their order and packs in every epoch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
 from phlora.data.packing import TokenSequences
 from phlora.data.table import TokenizedRow
+from phlora.train.trainer import SFTTrainer
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,39 @@ class NewPacks(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.sequences.set_epoch(int(state.epoch or 0))
+
+
+class GroupedEpochs(LengthGroupedSampler):
+    """Sequences of like length side by side, in an order that the seed and the number of the epoch decide.
+
+    transformers' own draws from the generator of the whole process, which stands elsewhere when a run is continued in
+    the middle of an epoch: the rest of it would be made of other sequences.
+    """
+
+    seed: int
+
+    @classmethod
+    def of(cls, sampler: LengthGroupedSampler, *, seed: int) -> GroupedEpochs:
+        """Over the lengths and the batch size of another sampler."""
+        made = cls(sampler.batch_size, lengths=sampler.lengths)
+        made.seed = seed
+        made.set_epoch(0)
+        return made
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate as each epoch begins, also the one that a resumed run continues."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class RunTrainer(SFTTrainer):
+    """The trainer of a run, which sees the same order of sequences however often it is interrupted."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return GroupedEpochs.of(sampler, seed=seed)
+        return sampler
 
 
 def number_sequences(lengths: Sequence[int]) -> Dataset:

@@ -24,7 +24,7 @@ from phlora.models.load import LoadedModel
 from phlora.runs.folder import RunFolder
 from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.train.arguments import Arguments
-from phlora.train.batches import NewPacks, SequenceCollator, number_sequences
+from phlora.train.batches import NewPacks, RunTrainer, SequenceCollator, number_sequences
 from phlora.train.callbacks import (
     BestAdapter,
     CompleteCheckpoints,
@@ -144,7 +144,7 @@ def _trainer(
         args.eval_strategy = type(args.eval_strategy)("no")
     held_out = TokenSequences(data.held_out)
     numbers = number_sequences([*data.train.lengths, *held_out.lengths])
-    return SFTTrainer(
+    return RunTrainer(
         model=model,
         callbacks=list(objects.callbacks),
         compute_metrics=objects.compute_metrics,
