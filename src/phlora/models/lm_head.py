@@ -172,6 +172,8 @@ def trained_tokens(
         terms: label smoothing and z-loss; by default neither.
         entropy: whether that of each prediction is wanted too.
     """
+    if not torch.is_grad_enabled() and batch.get("segments") is None and _changes_its_logits(model):
+        return _from_all_logits(model, batch, terms, entropy=entropy)
     trunk, head = trunk_and_head(model)
     inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_TRUNK}
     targets, weights = targets_and_weights(batch)
@@ -190,6 +192,28 @@ def trained_tokens(
     vocabulary: int = _without_adapter(model).config.get_text_config().vocab_size
     rows = chunk or max(1, _CHUNK_BYTES // (4 * vocabulary))
     losses, correct, entropies = _head_losses(head, selected, targets, rows, terms, entropy=entropy)
+    weights = torch.ones_like(losses) if weights is None else weights[trained].to(losses)
+    mean = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
+    return TrainedTokens(
+        loss=mean, losses=losses, correct=correct.to(losses), weights=weights, entropies=entropies
+    )
+
+
+def _changes_its_logits(model: nn.Module) -> bool:
+    return why_not_by_token(model) is not None and _without_adapter(model).get_output_embeddings() is not None
+
+
+def _from_all_logits(
+    model: nn.Module, batch: Mapping[str, Any], terms: LossTerms, *, entropy: bool
+) -> TrainedTokens:
+    """The same from the logits of all positions, for a model whose head has not the last word."""
+    inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_TRUNK}
+    targets, weights = targets_and_weights(batch)
+    trained = targets != IGNORED
+    logits = model(**inputs, use_cache=False).logits
+    losses, correct, entropies = _chunk_losses(
+        nn.Identity(), logits[trained.to(logits.device)], targets[trained].to(logits.device), terms, entropy
+    )
     weights = torch.ones_like(losses) if weights is None else weights[trained].to(losses)
     mean = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
     return TrainedTokens(
