@@ -9,15 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from phlora.adapters.convert import (
-    BLOCK_NAMES,
-    Adapter,
-    BlockSizes,
-    read_loralib,
+from phlora.adapters.convert import BLOCK_NAMES, Adapter, BlockSizes
+from phlora.adapters.loralib_file import read_loralib, write_loralib
+from phlora.adapters.peft_folder import (
     read_peft,
     read_peft_config,
     read_peft_tensors,
-    write_loralib,
     write_peft,
     write_peft_tensors,
 )

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import phlora.lora as lora
-from phlora.adapters.convert import Adapter, read_loralib, read_peft, write_loralib, write_peft
+from phlora.adapters.convert import Adapter
+from phlora.adapters.loralib_file import read_loralib, write_loralib
+from phlora.adapters.peft_folder import read_peft, write_peft
 from phlora.errors import ConfigError, ModelError
 from phlora.models.embedded import tiny_phi3
 

@@ -1,0 +1,207 @@
+"""Reading and writing PEFT's adapter folder, with the row blocks that Phlora writes down beside it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+
+from phlora.adapters.base_view import BASE_CHANGING_INITS
+from phlora.adapters.convert import (
+    BLOCK_NAMES,
+    Adapter,
+    BlockSizes,
+    Layout,
+    full_names,
+    last_part,
+    layer_of,
+    plain_form,
+)
+from phlora.adapters.saved_config import read_adapter_config
+from phlora.adapters.tensor_files import load_tensors, sort_tensors
+from phlora.errors import ConfigError, ModelError
+from phlora.files import ADAPTER_FACTS, read_json, write_json
+
+CONFIG_FILE = "adapter_config.json"
+_TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+# What changes the meaning of A and B without leaving a tensor of its own.
+_FOREIGN = ("alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora", "arrow_config")
+
+
+def read_peft(folder: str | Path, *, enable: Sequence[str] = (), blocks: BlockSizes | None = None) -> Adapter:
+    """Read a PEFT adapter folder, row blocks as Phlora wrote them down beside it.
+
+    Args:
+        enable, blocks: the row blocks of an adapter that has none written down, as for `read_loralib`; a layer
+            without any is a plain linear layer.
+
+    Raises:
+        ModelError: no LoRA adapter there, tensors that have no place in loralib, or a B that is not zero outside of
+            the blocks.
+        ConfigError: blocks are named wrongly.
+    """
+    folder = Path(folder)
+    config = read_peft_config(folder)
+    _refuse_foreign(config, folder)
+    tensors = read_peft_tensors(folder)
+    state = {_plain_key(key): value for key, value in tensors.items()}
+    embeddings = {
+        _plain_key(key).removesuffix(".lora_A.weight") for key in tensors if "lora_embedding_A" in key
+    }
+    names = ("{}.lora_A.weight", "{}.lora_B.weight")
+    pairs, biases = sort_tensors(state, *names, where=str(folder), fix="use it with PEFT")
+    layouts = _recorded_layouts(folder)
+    enable = full_names(enable, pairs, blocks or {})
+    layers = []
+    for name, (A, B) in pairs.items():
+        layout = layouts.get(name) or _named_layout(name, enable, blocks or {})
+        layer = layer_of(name, A, B, _alpha(config, name, A.shape[0]), layout)
+        layers.append(replace(layer, is_embedding=name in embeddings))
+    return Adapter(layers=tuple(layers), biases=biases)
+
+
+def write_peft(adapter: Adapter, folder: str | Path, *, base_model: str | None = None) -> None:
+    """Write a plain PEFT adapter, and beside it what PEFT does not know about its row blocks."""
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas, layouts = {}, {}, {}
+    for layer in adapter.layers:
+        kind = ("lora_embedding_{}" if layer.is_embedding else "lora_{}.weight").format
+        A, B, alpha = plain_form(layer)
+        tensors |= {f"{_PREFIX}{layer.name}.{kind(part)}": value for part, value in (("A", A), ("B", B))}
+        ranks[layer.name] = A.shape[0]
+        alphas[layer.name] = int(alpha) if alpha == int(alpha) else alpha
+        if layer.layout:
+            layouts[layer.name] = {"sizes": layer.layout.sizes, "enabled": list(layer.layout.enabled)}
+    adapted = set(ranks)
+    for name, value in adapter.biases.items():
+        owner = name.removesuffix(".bias")
+        tensors[f"{_PREFIX}{owner}.base_layer.bias" if owner in adapted else f"{_PREFIX}{name}"] = value
+    write_peft_tensors(tensors, folder)
+    _peft_config(ranks, alphas, adapter.biases, base_model).save_pretrained(str(folder))
+    facts = {"base_model": base_model, "converted_from": "loralib", "blocks": layouts}
+    write_json(folder / ADAPTER_FACTS, facts)
+
+
+def read_peft_config(folder: Path) -> LoraConfig:
+    """The adapter's configuration.
+
+    Raises:
+        ModelError: there is none, or it is no LoRA adapter's.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ModelError(f"The folder holds no adapter: it lacks {CONFIG_FILE}", where=str(folder))
+    read_adapter_config(file)
+    config = LoraConfig.from_pretrained(str(folder))
+    assert isinstance(config, LoraConfig)
+    return config
+
+
+def read_peft_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder; a pickle is read only if it holds nothing but tensors.
+
+    Raises:
+        ModelError: there are none, or they cannot be read.
+    """
+    for name in _TENSOR_FILES:
+        if (folder / name).is_file():
+            return load_tensors(folder / name)
+    raise ModelError(f"The folder holds no adapter: it lacks {_TENSOR_FILES[0]}", where=str(folder))
+
+
+def write_peft_tensors(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the tensors of an adapter folder as PEFT does."""
+    # safetensors takes no two tensors of one storage.
+    own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+    save_file(own, folder / _TENSOR_FILES[0], metadata={"format": "pt"})
+
+
+def _peft_config(
+    ranks: dict[str, int], alphas: dict[str, float], biases: Mapping[str, Tensor], base_model: str | None
+) -> LoraConfig:
+    # Together, so that a runtime that reads these two alone has the scaling of as many layers as possible.
+    (r, alpha), _ = Counter((rank, alphas[name]) for name, rank in ranks.items()).most_common(1)[0]
+    owners = {name.removesuffix(".bias") for name in biases}
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        target_modules=sorted(ranks),
+        bias="none" if not owners else "lora_only" if owners <= set(ranks) else "all",
+        base_model_name_or_path=base_model,
+        # Whether the layers belong to a chat model is known with the model only.
+        task_type="CAUSAL_LM" if base_model else None,
+        inference_mode=True,
+    )
+
+
+def _plain_key(key: str) -> str:
+    """A key of a PEFT file with the name that the layer has in the base model, and linear layers' endings."""
+    key = key.removeprefix(_PREFIX).replace(".base_layer.bias", ".bias")
+    for part in ("A", "B"):
+        key = key.replace(f".lora_embedding_{part}", f".lora_{part}.weight")
+    return key
+
+
+def _alpha(config: LoraConfig, name: str, rank: int) -> float:
+    """`lora_alpha` of a layer such that `lora_alpha / rank` is PEFT's scaling."""
+    patterns = config.alpha_pattern or {}
+    alpha: float = patterns.get(get_pattern_key(list(patterns), name), config.lora_alpha)
+    return alpha * math.sqrt(rank) if config.use_rslora else alpha
+
+
+def _refuse_foreign(config: LoraConfig, folder: Path) -> None:
+    used = [key for key in _FOREIGN if getattr(config, key, None)]
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(BASE_CHANGING_INITS):
+        used.append(f"init_lora_weights={init}, which changes the base's weights")
+    if used:
+        raise ModelError(
+            f"loralib has no counterpart of {used[0]}",
+            where=str(folder / CONFIG_FILE),
+            fix="use it with PEFT",
+        )
+
+
+def _recorded_layouts(folder: Path) -> dict[str, Layout]:
+    file = folder / ADAPTER_FACTS
+    if not file.is_file():
+        return {}
+    recorded = read_json(file, ModelError).get("blocks") or {}
+    try:
+        return {
+            name: Layout(sizes=dict(entry["sizes"]), enabled=tuple(entry["enabled"]))
+            for name, entry in recorded.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelError(
+            "The row blocks cannot be read",
+            where=str(file),
+            expected='"blocks": {layer: {"sizes": {block: rows}, "enabled": [block]}}',
+        ) from None
+
+
+def _named_layout(name: str, enable: Sequence[str], blocks: BlockSizes) -> Layout | None:
+    """The layout that the options name for a layer of a PEFT adapter."""
+    leaf = last_part(name)
+    if leaf not in blocks:
+        if any(part in enable for part in BLOCK_NAMES.get(leaf, ())):
+            raise ConfigError(
+                f"Blocks of {leaf} are named, and their sizes are not known",
+                where=name,
+                fix=f"name the base model (--model), or the rows of each block (--blocks {leaf}=…)",
+            )
+        return None
+    enabled = tuple(part for part in blocks[leaf] if part in enable)
+    return Layout(sizes=dict(blocks[leaf]), enabled=enabled) if enabled else None
