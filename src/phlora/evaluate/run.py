@@ -141,7 +141,7 @@ def evaluate_run(
     if note:
         display.warn(note)
 
-    display.stage(f"Loading {found.base.name} and {found.adapter}")
+    display.stage(f"Loading {found.base_name} and {found.adapter}")
     pair = load_pair(found)
     for said in pair.notes:
         display.note(said)

@@ -190,7 +190,7 @@ def merge_run(
     saved_dtype = _saved_dtype(found.base, dtype)
     chosen = _load_rows(found, rows)[:max_rows]
 
-    display.stage(f"Loading {found.base.name} in float32, and its adapter")
+    display.stage(f"Loading {found.base_name} in float32, and its adapter")
     tokenizer = load_tokenizer_of(found)
     loaded = load_base(found, tokenizer=tokenizer, device=device)
     _tell(loaded, display)
@@ -200,7 +200,7 @@ def merge_run(
     how = _How(rows=compared, dtype=DTYPES[saved_dtype], choosing=bool(found.storage), display=display)
     merged = {"full": _merge(loaded, found.adapter, how)}
     if found.storage:
-        display.stage(f"Loading {found.base.name} in {found.storage}, as it was trained")
+        display.stage(f"Loading {found.base_name} in {found.storage}, as it was trained")
         loaded = load_as_trained(found, tokenizer=tokenizer, device=device)
         merged["dequantized"] = _merge(loaded, found.adapter, how)
     as_trained = merged.get("dequantized", merged["full"])
@@ -226,7 +226,7 @@ def merge_run(
             differences.add(before, after)
         report = MergeReport(
             folder=str(output),
-            base_model=found.base.name,
+            base_model=found.base_name,
             adapter=str(found.adapter),
             dtype=saved_dtype,
             base=into,

@@ -59,6 +59,12 @@ class Resolved:
     facts: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def base_name(self) -> str:
+        """The base as the user named it, which says nothing about where it lies on this machine."""
+        was_named = self.base.name == _place_of(self.facts)
+        return (_name_of(self.facts) if was_named else None) or self.base.name
+
+    @property
     def config(self) -> RunConfig | None:
         """The run's configuration."""
         return _config_of(self.run, self.facts) if self.run else None

@@ -204,7 +204,7 @@ def open_chat(
         )
     display = display or Display()
     found = resolve(source)
-    display.stage(f"Loading {found.base.name}" + (f" with {found.adapter}" if found.adapter else ""))
+    display.stage(f"Loading {found.base_name}" + (f" with {found.adapter}" if found.adapter else ""))
     pair = load_pair(found, use_cache=True)
     for note in pair.notes:
         display.note(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,9 @@ RUNS = [
     "train run.yaml --resume",
     "train -m base -d twice.jsonl -o runs/d --strict --dry-run -> 1",
     "evaluate runs/file --data train.jsonl --metric rouge_l --max-answers 1 --max-new-tokens 2 --offline",
+    "train -m base -d train.jsonl --format messages -o runs/e --dry-run",
     "evaluate runs/file --quiet --json",
+    "chat runs/file --tools tools.json --max-new-tokens 2",
     "chat runs/file --system Brief. --max-new-tokens 2 --temperature 0.5 --top-p 0.9 --seed 3 --offline",
     "merge runs/file -o m --base full --model base --dtype float16 --rows train.jsonl --max-rows 2 --device cpu",
     "merge runs/file --output m --offline --quiet --json",
@@ -89,6 +92,8 @@ def furnished(trained: Path) -> Path:
     (trained / "fragen.csv").write_text(f"Frage;Antwort\n{rows}", encoding="utf-8")
     said = "1/9/24, 09:01 - Ana: When?\n1/9/24, 09:02 - Shop: At ten\n"
     (trained / "log.txt").write_text(said, encoding="utf-8")
+    tool = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
+    (trained / "tools.json").write_text(json.dumps([tool]), encoding="utf-8")
     return trained
 
 
