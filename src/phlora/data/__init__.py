@@ -13,10 +13,15 @@
     inspection.py         both sides of the data and what is odd about them
     tools_text.py         tools, calls and results as text, and back
     chat_template.py      what a chat template does to each message; where its text stands in the rendering
+    tool_probes.py        the chats that show what of tools a template writes
+    rendering.py          a rendered chat: its text, and the spans of its messages
+    template_messages.py  what of the messages decides how a template renders them
     template_analysis.py  what the syntax of a template proves about it
     encoding.py           text -> ids and character offsets
     turn_positions.py     where turns stand among tokens, without offsets
     labels.py             which tokens are trained, and with what weight
+    tokenize_notes.py     what a person should know of tokenised rows, by kind
+    row_tokenizer.py      batches of rows -> ids and labels: rendered, encoded, shortened where too long
     tokenize.py           Row -> input_ids, labels and weights; what was dropped or cut, and why
     prompts.py            Row -> what is asked of a model
     table.py              token rows as flat arrays

@@ -24,91 +24,29 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import jinja2
 
 from phlora.data.reasoning import with_reasoning_as_text
+from phlora.data.rendering import Frame, Rendering, Skeleton, Span, TemplateRefusal
 from phlora.data.rows import Message
 from phlora.data.template_analysis import writes_contents_only
+from phlora.data.template_messages import (
+    LOSS_KEYS,
+    fold_system,
+    is_marked,
+    shape_of,
+    trimmed,
+)
+from phlora.data.tool_probes import speaks_of_tools, tool_probes
 from phlora.data.tools_text import tools_as_text
 from phlora.errors import ModelError
 
 Tokenizer: TypeAlias = Any
-Span: TypeAlias = tuple[int, int]
 
 _MARK = re.compile("\ue0f0(\\d+)\ue0f1")
 _MAX_SKELETONS = 4096
-_LOSS_KEYS = ("train", "weight")
-_PLAIN_KEYS = frozenset(("role", "content", *_LOSS_KEYS))
-
-
-class TemplateRefusal(Exception):
-    """The template cannot render this chat as it stands; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """A rendered chat.
-
-    Attributes:
-        text: what the template wrote.
-        messages: the messages as rendered; the system prompt may have moved into the first user turn.
-        spans: per message the characters `[start, end)` of its content, None when it is empty and left out.
-        ends: per message the character after its end-of-turn token (its content's end when there is none).
-        notes: kinds of things a person should know: `system_folded, content_altered, missing_end_token,
-            tools_as_text, default_system`.
-        frame: what the contents were put into, where the rendering was joined rather than rendered.
-        tools: what the template was given as tools; None where they are in the messages, as text.
-    """
-
-    text: str
-    messages: Sequence[Message]
-    spans: Sequence[Span | None]
-    ends: Sequence[int]
-    notes: frozenset[str]
-    frame: Frame | None = field(default=None, compare=False)
-    tools: list[Any] | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Skeleton:
-    """The template's own text: `literals[0] content[order[0]] literals[1] … literals[-1]`."""
-
-    literals: tuple[str, ...]
-    order: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A skeleton in which the messages stand in order, each once or, where it is empty, not at all.
-
-    Attributes:
-        shape: per message its role and whether it says anything.
-        literals: the template's text around the contents.
-        order: the messages that have a place.
-        tails: the characters after each content that belong to its turn's end.
-        notes: as in `Rendering`.
-    """
-
-    shape: tuple[tuple[str, bool], ...]
-    literals: tuple[str, ...]
-    order: tuple[int, ...]
-    tails: tuple[int, ...]
-    notes: frozenset[str]
-
-    def fill(self, messages: Sequence[Message]) -> Rendering:
-        """The rendering of messages of this shape."""
-        contents = [messages[index]["content"] for index in self.order]
-        parts = list(chain.from_iterable(zip(self.literals, contents, strict=False)))
-        borders = list(accumulate(map(len, parts)))
-        spans: list[Span | None] = [None] * len(messages)
-        ends = [0] * len(messages)
-        for index, start, end, tail in zip(self.order, borders[::2], borders[1::2], self.tails, strict=True):
-            spans[index] = (start, end)
-            ends[index] = end + tail
-        return Rendering("".join((*parts, self.literals[-1])), messages, spans, ends, self.notes, self)
 
 
 @dataclass
@@ -122,7 +60,7 @@ class ChatTemplate:
 
     tokenizer: Tokenizer
     template: str | None = None
-    _skeletons: dict[Any, _Skeleton] = field(default_factory=dict, repr=False)
+    _skeletons: dict[Any, Skeleton] = field(default_factory=dict, repr=False)
     _frames: dict[Any, Frame | None] = field(default_factory=dict, repr=False)
     _folds_system: bool = field(default=False, repr=False)
 
@@ -149,7 +87,7 @@ class ChatTemplate:
         Raises:
             TemplateRefusal: the template raises, or leaves out a message other than the system prompt.
         """
-        if not _speaks_of_tools(messages, tools):
+        if not speaks_of_tools(messages, tools):
             return self._render_chat(messages, None, generation)
         if not self.writes_tools_as_text(messages, tools):
             try:
@@ -163,7 +101,7 @@ class ChatTemplate:
 
     def writes_tools_as_text(self, messages: Sequence[Message], tools: list[Any] | None) -> bool:
         """Whether the template has no place for some of what a chat has of tools."""
-        needed = _speaks_of_tools(messages, tools)
+        needed = speaks_of_tools(messages, tools)
         return bool(needed) and not needed <= self._tool_places
 
     def _render_tools_as_text(
@@ -199,7 +137,7 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> Rendering:
         if not self._writes_contents_only or tools:
             return self._render_really(messages, tools, generation)
-        key = _shape(messages, generation)
+        key = shape_of(messages, generation)
         if key is None:
             return self._render_really(messages, tools, generation)
         if key not in self._frames:
@@ -268,7 +206,7 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> str:
         chat = [
-            {key: value for key, value in message.items() if key not in _LOSS_KEYS} for message in messages
+            {key: value for key, value in message.items() if key not in LOSS_KEYS} for message in messages
         ]
         try:
             text = self.tokenizer.apply_chat_template(
@@ -294,7 +232,7 @@ class ChatTemplate:
             return None
         position = len(skeleton.literals[0])
         for index, literal in zip(skeleton.order, skeleton.literals[1:], strict=True):
-            for content in _trimmed(messages[index]["content"]):
+            for content in trimmed(messages[index]["content"]):
                 end = position + len(content)
                 if text.startswith(content, position) and text.startswith(literal, end):
                     spans[index] = (position, end)
@@ -304,16 +242,16 @@ class ChatTemplate:
                 return None
         return spans if position == len(text) and len(set(skeleton.order)) == len(skeleton.order) else None
 
-    def _skeleton(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> _Skeleton:
-        key = None if tools else _shape(messages, generation)
+    def _skeleton(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> Skeleton:
+        key = None if tools else shape_of(messages, generation)
         if key is not None and key in self._skeletons:
             return self._skeletons[key]
         marked = [
-            {**message, "content": f"\ue0f0{index}\ue0f1"} if _is_marked(message) else message
+            {**message, "content": f"\ue0f0{index}\ue0f1"} if is_marked(message) else message
             for index, message in enumerate(messages)
         ]
         parts = _MARK.split(self._apply(marked, tools, generation))
-        skeleton = _Skeleton(tuple(parts[::2]), tuple(int(index) for index in parts[1::2]))
+        skeleton = Skeleton(tuple(parts[::2]), tuple(int(index) for index in parts[1::2]))
         if key is not None:
             if len(self._skeletons) >= _MAX_SKELETONS:
                 self._skeletons.clear()
@@ -472,26 +410,8 @@ class ChatTemplate:
     @cached_property
     def _tool_places(self) -> frozenset[str]:
         """What the template writes of tools: `tools`, `calls` with their arguments, `results`."""
-        user = {"role": "user", "content": "x"}
-        inner = {"name": "probed_call", "arguments": {"probed_key": "probed value"}}
-        call = {"role": "assistant", "content": "", "tool_calls": [{**_CALL, "function": inner}]}
-        result = {
-            "role": "tool",
-            "name": "probed_call",
-            "tool_call_id": _CALL["id"],
-            "content": "probed result",
-        }
-        tool = {
-            "type": "function",
-            "function": {"name": "probed_tool", "description": "x", "parameters": _SCHEMA},
-        }
-        probes: dict[str, tuple[list[Message], list[Any] | None, tuple[str, ...]]] = {
-            "tools": ([user], [tool], ("probed_tool",)),
-            "calls": ([user, call], None, ("probed_call", "probed_key", "probed value")),
-            "results": ([user, call, result], None, ("probed result",)),
-        }
         places = set()
-        for name, (messages, tools, written) in probes.items():
+        for name, (messages, tools, written) in tool_probes().items():
             try:
                 text = self._apply(messages, tools, False)
             except TemplateRefusal:
@@ -499,21 +419,6 @@ class ChatTemplate:
             if all(part in text for part in written):
                 places.add(name)
         return frozenset(places)
-
-
-_CALL = {"id": "probed123", "type": "function"}
-_SCHEMA = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
-
-
-def _speaks_of_tools(messages: Sequence[Message], tools: list[Any] | None) -> frozenset[str]:
-    """What a chat has of `tools`, `calls` and `results`."""
-    found = {"tools"} if tools else set()
-    for message in messages:
-        if message["role"] == "tool":
-            found.add("results")
-        elif "tool_calls" in message:
-            found.add("calls")
-    return frozenset(found)
 
 
 _templates: weakref.WeakKeyDictionary[Tokenizer, dict[Any, ChatTemplate]] = weakref.WeakKeyDictionary()
@@ -527,45 +432,3 @@ def chat_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemp
         # The cache must not keep its own key alive.
         known[key] = ChatTemplate(weakref.proxy(tokenizer), template)
     return known[key]
-
-
-def fold_system(messages: Sequence[Message]) -> list[Message]:
-    """Move the system prompt to the head of the first user turn.
-
-    Raises:
-        TemplateRefusal: there is no user turn.
-    """
-    system, rest = messages[0]["content"], list(messages[1:])
-    for index, message in enumerate(rest):
-        if message["role"] == "user":
-            content = f"{system}\n\n{message['content']}" if system else message["content"]
-            rest[index] = {**message, "content": content}
-            return rest
-    raise TemplateRefusal("the chat template has no system role, and the chat has no user turn to put it in")
-
-
-def _shape(messages: Sequence[Message], generation: bool) -> tuple[Any, ...] | None:
-    """What a rendering depends on besides the contents; None where more than roles and contents is given."""
-    if not all(message.keys() <= _PLAIN_KEYS for message in messages):
-        return None
-    return generation, *[(message["role"], bool(message["content"])) for message in messages]
-
-
-def _is_marked(message: Message) -> bool:
-    """Emptiness chooses a branch in templates for system prompts and beside tool calls; keep it there."""
-    return bool(message["content"]) or (message["role"] != "system" and "tool_calls" not in message)
-
-
-def _trimmed(content: str) -> Sequence[str]:
-    """The content as a template may have trimmed it, the likeliest first."""
-    if content == content.strip():
-        return (content,)
-    return (
-        content,
-        content.strip(),
-        content.rstrip(),
-        content.lstrip(),
-        content.strip("\n"),
-        content.rstrip("\n"),
-        content.lstrip("\n"),
-    )

@@ -18,10 +18,10 @@ from phlora.data.inspection import InspectedData, SplitSettings, inspect_data
 from phlora.data.leaks import num_leaks
 from phlora.data.lengths import Bin, histogram, limits_text, percentiles, percentiles_text, whole_at
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
+from phlora.data.row_tokenizer import MISTAKES
 from phlora.data.rows import Origin, Problem, Row
 from phlora.data.tokenize import (
     IGNORED,
-    MISTAKES,
     Skipped,
     TokenizedRow,
     TokenizedSet,

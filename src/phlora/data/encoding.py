@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from phlora.data.chat_template import ChatTemplate, Rendering, Span, Tokenizer
+from phlora.data.chat_template import ChatTemplate, Tokenizer
+from phlora.data.rendering import Rendering, Span
 from phlora.errors import ModelError
 
 ZERO_WIDTH_SPACE = "\u200b"

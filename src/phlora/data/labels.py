@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from phlora.config import TrainOn
-from phlora.data.chat_template import ChatTemplate, Frame, Rendering, Span, Tokenizer, chat_template
+from phlora.data.chat_template import ChatTemplate, Tokenizer, chat_template
 from phlora.data.encoding import Encoder
+from phlora.data.rendering import Frame, Rendering, Span
 from phlora.data.rows import Message, Row
 from phlora.data.turn_positions import TurnPositions, find_marks, find_turn_positions
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phlora.data.chat_template import TemplateRefusal, Tokenizer, chat_template
+from phlora.data.chat_template import Tokenizer, chat_template
 from phlora.data.encoding import Encoder
 from phlora.data.labels import last_assistant
 from phlora.data.messages import tools_of
 from phlora.data.readers.records import parse_json
+from phlora.data.rendering import TemplateRefusal
 from phlora.data.rows import BadRow, Message, Origin, Row
 from phlora.data.tools_text import read_calls, tools_as_text
 from phlora.data.values import sound

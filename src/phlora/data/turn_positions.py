@@ -9,8 +9,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from phlora.data.chat_template import ChatTemplate, Frame, Span
+from phlora.data.chat_template import ChatTemplate
 from phlora.data.encoding import Encoder
+from phlora.data.rendering import Frame, Span
 from phlora.data.table import Array
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from phlora.adapters.base_view import as_base
-from phlora.data.chat_template import TemplateRefusal
 from phlora.data.prompts import answer_of, encode_chat
+from phlora.data.rendering import TemplateRefusal
 from phlora.display import Display, printable
 from phlora.errors import ConfigError, InputError, ModelError
 from phlora.models.families import context_lengths

@@ -18,7 +18,8 @@ from chat_tokenizers import (
     phi3_tokenizer,
 )
 
-from phlora.data.chat_template import ChatTemplate, TemplateRefusal
+from phlora.data.chat_template import ChatTemplate
+from phlora.data.rendering import TemplateRefusal
 from phlora.data.template_analysis import writes_contents_only
 
 DEFAULT_SYSTEM = (

@@ -24,7 +24,7 @@ from chat_tokenizers import (
 from tokenizers import AddedToken
 from trl.chat_template_utils import phi3_5_training_chat_template, phi3_training_chat_template
 
-from phlora.data import tokenize
+from phlora.data import row_tokenizer
 from phlora.data.dataset import load_rows
 from phlora.data.prompts import encode_chat, encode_prompt
 from phlora.data.tokenize import (
@@ -366,7 +366,7 @@ CALLERS = {
 @pytest.mark.parametrize("caller", CALLERS)
 def test_nothing_else_asks_the_tokenizer_while_it_encodes(caller, monkeypatch):
     """Rust tokenizers refuse to be set up, or change what they do, while they encode on another thread."""
-    monkeypatch.setattr("phlora.data.tokenize.BATCH_ROWS", 2)
+    monkeypatch.setattr("phlora.data.row_tokenizer.BATCH_ROWS", 2)
     family, template, records = CALLERS[caller]
     tokenizer = _tokenizer(family)
     guarded = tokenizer._tokenizer = _Guarded(tokenizer._tokenizer)
@@ -376,8 +376,8 @@ def test_nothing_else_asks_the_tokenizer_while_it_encodes(caller, monkeypatch):
 
 
 def test_more_rows_than_a_batch_keep_their_order_and_their_notes(monkeypatch):
-    monkeypatch.setattr("phlora.data.tokenize.BATCH_ROWS", 4)
-    monkeypatch.setattr("phlora.data.tokenize.MAX_NAMED_ORIGINS", 3)
+    monkeypatch.setattr("phlora.data.row_tokenizer.BATCH_ROWS", 4)
+    monkeypatch.setattr("phlora.data.tokenize_notes.MAX_NAMED_ORIGINS", 3)
     records = [{"messages": [user(f"{n}"), assistant(f" {n} <|end|>" if n % 2 else "b")]} for n in range(21)]
     result = tokenize_rows(load_rows(records).rows, _tokenizer("phi3"))
     assert [row.origin.line for row in result.rows] == list(range(1, 22))
@@ -727,8 +727,8 @@ def test_the_pad_token_does_not_take_the_end_token_away():
 
 
 def test_a_huge_row_is_left_out_before_it_is_encoded(monkeypatch):
-    monkeypatch.setattr(tokenize, "MAX_CHARACTERS", 1000)
-    monkeypatch.setattr(tokenize, "MAX_CHARACTERS_A_TOKEN", 20)
+    monkeypatch.setattr(row_tokenizer, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(row_tokenizer, "MAX_CHARACTERS_A_TOKEN", 20)
     rows = load_rows([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b" * 2001}]).rows
     for max_length, limit in ((100, 2000), (10, 1000), (None, 1000)):
         done = tokenize_rows(rows, phi3_tokenizer(), max_length=max_length, on_bad="collect")
