@@ -27,7 +27,7 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from phlora.adapters.base_view import keep_trained
-from phlora.adapters.block_modules import put_blocks, start_blocks
+from phlora.adapters.block_start import put_blocks, start_blocks
 from phlora.adapters.blockform import from_block_diagonal
 from phlora.adapters.layout import (
     WHERE,

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from phlora.adapters.block_modules import BLOCK_INITS, changes_base
+from phlora.adapters.block_start import BLOCK_INITS, changes_base
 from phlora.adapters.blockform import plain_alpha, plain_rank
 from phlora.adapters.targets import (
     ALL_LINEAR,
