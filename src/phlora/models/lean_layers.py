@@ -11,6 +11,7 @@ optimizer, a checkpoint) sees no difference.
 - `LeanRMSNorm`: keeps its input and one number per token. Its output says how to compute it again (`lora.recompute`),
   so that a LoRA layer behind it keeps nothing more.
 - `LeanMLP`: keeps the output of gate_up and nothing else of width I; the gated product is made again for `down_proj`.
+  Where it is told to (`models.activation_memory`) it makes that output again too.
 - `LeanAttention`: q, k and v are rotated and laid out in one pass and the fused qkv is let go.
 - `LastLayer`: what follows the last attention runs only on the positions that `models.lm_head` asks for, those that
   predict a trained token.
@@ -22,6 +23,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +45,8 @@ from transformers.models.phi3.modeling_phi3 import (
 from phlora.lora import matmul
 from phlora.lora.autograd import is_recorded_backward, recorded_gradients, sees_through
 from phlora.lora.frozen import FrozenLinear
-from phlora.lora.recompute import Recompute, attach_recompute
+from phlora.lora.recompute import Recompute, attach_recompute, recompute_of
+from phlora.models.activation_memory import computed_again, with_same_randomness
 from phlora.models.allocator import keep_freed_memory
 
 
@@ -118,9 +122,15 @@ class LeanRMSNorm(Phi3RMSNorm):
 
 
 class LeanMLP(Phi3MLP):
-    """`down(up · silu(gate))` with `gate, up` the halves of `gate_up(x)`."""
+    """`down(up · silu(gate))` with `gate, up` the halves of `gate_up(x)`.
+
+    Attributes:
+        recomputes: whether backward computes gate_up again, from what makes `x` again where `x` says so, else from `x`
+            (`models.activation_memory`).
+    """
 
     label = "gated MLPs"
+    recomputes = False
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -129,13 +139,23 @@ class LeanMLP(Phi3MLP):
     def forward(self, hidden_states: Tensor) -> Tensor:
         if sees_through():
             return super().forward(hidden_states)
+        again = self._gate_up_again(hidden_states) if self.recomputes and torch.is_grad_enabled() else None
         gate_up = self.gate_up_proj(hidden_states)
         if not _is_recorded(gate_up):
             projected: Tensor = self.down_proj(_gate(gate_up))
             return projected
-        product = _Gate.apply(gate_up)  # type: ignore[no-untyped-call]
-        projected = self.down_proj(attach_recompute(product, Recompute(_gate, (gate_up,))))
+        with computed_again(gate_up, again) if again else nullcontext():
+            product = _Gate.apply(gate_up)  # type: ignore[no-untyped-call]
+            projected = self.down_proj(attach_recompute(product, Recompute(_gate, (gate_up,))))
         return projected
+
+    def _gate_up_again(self, x: Tensor) -> Callable[[], Tensor]:
+        """How gate_up is computed again from what is kept anyway."""
+        note = recompute_of(x) or Recompute(lambda x: x, (x,))
+        kept = tuple(tensor.detach() for tensor in note.inputs)
+        return with_same_randomness(
+            self.gate_up_proj, lambda: self.gate_up_proj(note.function(*kept)), device=x.device
+        )
 
 
 class LeanAttention(Phi3Attention):
