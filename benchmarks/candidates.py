@@ -23,9 +23,9 @@ from common import ALPHA, LAYOUTS, LINEARS, RANK, Row, Shapes, forget_peak, sync
 from phlora.adapters.attach import attach
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.measure import peak_bytes
-from phlora.models.embedded import tiny_phi3, tiny_tokenizer
 from phlora.models.lean_layers import speed_pass
 from phlora.models.load import load_model
+from phlora.models.tiny import tiny_phi3, tiny_tokenizer
 from phlora.models.tokenizer import load_tokenizer
 from rowsets import make_rows
 

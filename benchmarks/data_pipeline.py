@@ -105,7 +105,7 @@ def measure_trl(path: Path, max_length: int) -> dict[str, object]:
     import datasets
     import trl
 
-    from phlora.models.embedded import tiny_phi3
+    from phlora.models.tiny import tiny_phi3
     from phlora.models.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()

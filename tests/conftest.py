@@ -69,7 +69,7 @@ def model_folder(tmp_path_factory):
 def smollm2_folder(cache_folder):
     """The folder of the embedded model; the first use on a machine converts it."""
     pytest.importorskip("gguf")
-    from phlora.models.embedded import embedded_folder
+    from phlora.models.builtin import embedded_folder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PHLORA_CACHE")

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from phlora import convert, finetune
 from phlora.adapters.load import load_adapter
 from phlora.display import Display
-from phlora.models.embedded import tiny_phi3
 from phlora.models.load import load_model
+from phlora.testing import tiny_phi3
 from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 

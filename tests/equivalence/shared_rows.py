@@ -14,8 +14,8 @@ from peft import LoraConfig
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from phlora import SFTTrainer
-from phlora.models.embedded import tiny_phi3
 from phlora.models.lm_head import LossTerms, token_losses, trained_weight
+from phlora.testing import tiny_phi3
 
 PAD = 3
 Row = dict[str, Any]

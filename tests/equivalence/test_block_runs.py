@@ -14,7 +14,7 @@ from phlora import convert, evaluate_run, finetune, merge_run
 from phlora.adapters.attach import split_adapter
 from phlora.adapters.load import load_adapter
 from phlora.display import Display
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 

@@ -25,11 +25,11 @@ from phlora.display import Display
 from phlora.errors import ModelError, RunError
 from phlora.evaluate.compare import score_loss
 from phlora.lora import functional, fused, row_blocks
-from phlora.models.embedded import tiny_phi3
 from phlora.models.generate import generate
 from phlora.models.load import load_model
 from phlora.models.operands import frozen_weight
 from phlora.models.quantization import dequantize, quantize
+from phlora.testing import tiny_phi3
 
 pytest.importorskip("bitsandbytes")
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from phlora import SFTTrainer
 from phlora.data.collate import Collator, PackedCollator
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 # SGD keeps an update proportional to its gradient, so fp32 rounding stays rounding.
 TOLERANCE = dict(rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from trl.chat_template_utils import phi3_chat_template
 
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "sample_finetune.py"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from phlora import finetune
 from phlora.config import build_config
 from phlora.display import Display
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 SYSTEM = "سلام नमस्ते zdravo merhaba xin chào: " + "answer with one word. " * 6
 

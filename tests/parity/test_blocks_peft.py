@@ -19,7 +19,7 @@ from phlora.adapters.attach import attach, split_adapter
 from phlora.adapters.block_modules import BlockMagnitude, BlockUp, StartedUp
 from phlora.adapters.peft_layer import LoraLinear, slow_down
 from phlora.errors import ModelError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 # fp32 products of at most 112 terms in another order.
 ROUNDING = dict(rtol=1e-4, atol=1e-5)

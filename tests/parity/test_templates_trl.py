@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from trl import chat_template_utils as trl_templates
 
 from phlora.data.dataset import load_rows
 from phlora.data.tokenize import IGNORED, tokenize_row
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "data"))
-from chat_tokenizers import LANGUAGES, chatml_tokenizer, phi3_tokenizer  # noqa: E402
+from phlora.testing import LANGUAGES, chatml_tokenizer, phi3_tokenizer
 
 FAMILIES = {
     "phi3": (

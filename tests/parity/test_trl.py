@@ -23,7 +23,7 @@ from transformers import (
 from trl.chat_template_utils import phi3_chat_template
 
 import phlora
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 # Both compute in fp32 and sum in another order; 20 AdamW steps carry the rounding of the first ones along.
 LOSS_TOLERANCE = dict(rtol=2e-5, atol=2e-6)

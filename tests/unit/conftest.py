@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_adapters import QUIET, ROWS, save_adapter
 
+from phlora.display import Display
+from phlora.testing import chat_rows, tiny_adapter
 from phlora.train.finetune import finetune
+
+ROWS = chat_rows(20)
+QUIET = Display(quiet=True)
 
 
 @pytest.fixture(scope="session")
@@ -30,4 +34,4 @@ def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def adapter(model_folder: Path, tmp_path: Path) -> Path:
     """A bare PEFT adapter, as another tool would have written it."""
-    return save_adapter(model_folder, tmp_path / "adapter")
+    return tiny_adapter(model_folder, tmp_path / "adapter")

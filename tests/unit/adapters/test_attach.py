@@ -17,7 +17,7 @@ from phlora.adapters.block_modules import BlockUp
 from phlora.adapters.load import load_adapter
 from phlora.adapters.peft_layer import LoraLinear, slow_down
 from phlora.errors import ConfigError, ModelError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 QKV, SECOND_QKV = (f"model.layers.{i}.self_attn.qkv_proj" for i in (0, 1))
 

@@ -18,7 +18,7 @@ from phlora.adapters.convert import Adapter
 from phlora.adapters.loralib_file import read_loralib, write_loralib
 from phlora.adapters.peft_folder import read_peft, write_peft
 from phlora.errors import ConfigError, ModelError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 SIZES = {"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}
 

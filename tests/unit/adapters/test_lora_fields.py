@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType
 from phlora.adapters.attach import attach, lora_settings
 from phlora.adapters.lora_fields import HONOURED, INITS, NOT_COMPUTED, REFUSED
 from phlora.errors import ConfigError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 
 def refusal(**peft_config: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from phlora.adapters.merge import BOUNDS, Bound, LogitDifferences, fold_adapter
 from phlora.errors import ModelError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 IDS = torch.arange(40).view(2, 20)
 

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from phlora.adapters.attach import attach, lora_settings
 from phlora.adapters.targets import Targets, resolve_targets
 from phlora.errors import ConfigError
-from phlora.models.embedded import tiny_phi3
 from phlora.models.families import fused_row_blocks
+from phlora.testing import tiny_phi3
 
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from phlora.data.collate import SharedPrefixCollator
-from phlora.models.embedded import tiny_phi3, tiny_tokenizer
 from phlora.models.lm_head import token_losses
+from phlora.testing import tiny_phi3, tiny_tokenizer
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 

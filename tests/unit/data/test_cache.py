@@ -8,11 +8,12 @@ import os
 
 import numpy as np
 import pytest
-from chat_tokenizers import CHATML, LANGUAGES, chatml_tokenizer, phi3_tokenizer
 
 from phlora.data.cache import TokenCache, digest_tokenizer, token_key
 from phlora.data.dataset import RowSubset, index_rows
 from phlora.data.tokenize import tokenize_rows
+from phlora.testing import LANGUAGES, chatml_tokenizer, phi3_tokenizer
+from phlora.testing.tokenizers import CHATML
 
 OPTIONS = {
     "train_on": "assistant",

@@ -5,22 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from chat_tokenizers import (
-    CHATML,
-    LANGUAGES,
-    LLAMA2,
-    PHI3,
-    PHI3_WITHOUT_SYSTEM,
-    REASONING,
-    TRIMMED,
-    chatml_tokenizer,
-    llama2_tokenizer,
-    phi3_tokenizer,
-)
 
 from phlora.data.chat_template import ChatTemplate
 from phlora.data.rendering import TemplateRefusal
 from phlora.data.template_analysis import writes_contents_only
+from phlora.testing import LANGUAGES, chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
+from phlora.testing.tokenizers import CHATML, LLAMA2, PHI3, PHI3_WITHOUT_SYSTEM, REASONING, TRIMMED
 
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nI am Bot<|im_end|>\n' }}{% endif %}"

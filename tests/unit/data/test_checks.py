@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from chat_tokenizers import CHATML, LANGUAGES, chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
 
 from phlora.data.checks import check, preview
 from phlora.data.dataset import load_rows
 from phlora.data.lengths import histogram, percentiles, whole_at
 from phlora.errors import DataError
+from phlora.testing import LANGUAGES, chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
+from phlora.testing.tokenizers import CHATML
 
 
 def test_the_package_is_light():

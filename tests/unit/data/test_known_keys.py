@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from chat_tokenizers import phi3_tokenizer
 from trl.chat_template_utils import phi3_training_chat_template
 
 from phlora.data.checks import check
@@ -14,6 +13,7 @@ from phlora.data.dataset import load_rows
 from phlora.data.known_keys import COLUMNS, MESSAGE_KEYS, table
 from phlora.data.tokenize import IGNORED, tokenize_row
 from phlora.errors import DataError
+from phlora.testing import phi3_tokenizer
 
 
 def _chat(**keys):

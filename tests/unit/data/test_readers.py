@@ -10,13 +10,13 @@ import socket
 import zipfile
 
 import pytest
-from chat_tokenizers import LANGUAGES
 
 from phlora.config import DataFile
 from phlora.data.dataset import load_rows, read_rows
 from phlora.data.readers import files
 from phlora.data.rows import Origin
 from phlora.errors import ConfigError, DataError, NetworkError
+from phlora.testing import LANGUAGES
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

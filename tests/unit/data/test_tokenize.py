@@ -8,19 +8,6 @@ import threading
 from dataclasses import replace
 
 import pytest
-from chat_tokenizers import (
-    CHATML,
-    LANGUAGES,
-    LLAMA2,
-    PHI3,
-    PHI3_SPECIALS,
-    PHI3_WITHOUT_SYSTEM,
-    REASONING,
-    TRIMMED,
-    chatml_tokenizer,
-    llama2_tokenizer,
-    phi3_tokenizer,
-)
 from tokenizers import AddedToken
 from trl.chat_template_utils import phi3_5_training_chat_template, phi3_training_chat_template
 
@@ -35,6 +22,16 @@ from phlora.data.tokenize import (
     tokenize_rows,
 )
 from phlora.errors import DataError, ModelError
+from phlora.testing import LANGUAGES, chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
+from phlora.testing.tokenizers import (
+    CHATML,
+    LLAMA2,
+    PHI3,
+    PHI3_SPECIALS,
+    PHI3_WITHOUT_SYSTEM,
+    REASONING,
+    TRIMMED,
+)
 
 FAMILIES = {
     "phi3": (phi3_tokenizer, PHI3, "<|end|>", "<|endoftext|>"),

@@ -6,13 +6,14 @@ import json
 import random
 
 import pytest
-from chat_tokenizers import CHATML, PHI3, PHI3_WITHOUT_SYSTEM, chatml_tokenizer, phi3_tokenizer
 
 from phlora.data.checks import check
 from phlora.data.dataset import load_rows
 from phlora.data.prompts import encode_chat, encode_prompt
 from phlora.data.tokenize import IGNORED, tokenize_row
 from phlora.data.tools_text import escape, read_calls, tools_as_text, unescape, write_calls
+from phlora.testing import chatml_tokenizer, phi3_tokenizer
+from phlora.testing.tokenizers import CHATML, PHI3, PHI3_WITHOUT_SYSTEM
 
 PIECES = [
     *("<tool_call>", "</tool_call>", "<tool_call>\n", "\n</tool_call>", "<\\tool_call>", "<\\\\/tool_call>"),

@@ -8,14 +8,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_adapters import QUIET, TEXTS
 from transformers import AutoModelForCausalLM
 
 import phlora.lora as lora
+from phlora.display import Display
 from phlora.errors import ConfigError
 from phlora.export.convert import convert, convert_to_model, parse_blocks
 from phlora.export.merge import merge_run
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import LANGUAGES, tiny_phi3
+
+TEXTS = list(LANGUAGES.values())
+QUIET = Display(quiet=True)
 
 
 def test_a_run_becomes_a_loralib_file_and_a_loralib_file_becomes_the_same_model(

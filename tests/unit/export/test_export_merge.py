@@ -14,19 +14,23 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny_adapters import QUIET, ROWS, TEXTS, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phlora.adapters.merge import BOUNDS
 from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
+from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
 from phlora.export import merge
 from phlora.export.convert import convert
 from phlora.export.merge import merge_run
-from phlora.models.embedded import tiny_phi3
 from phlora.runs import resolve
+from phlora.testing import LANGUAGES, chat_rows, tiny_adapter, tiny_phi3
 from phlora.train.finetune import finetune
+
+TEXTS = list(LANGUAGES.values())
+ROWS = chat_rows(20)
+QUIET = Display(quiet=True)
 
 
 @pytest.fixture(scope="module", params=["nf4", "int8"])
@@ -186,11 +190,11 @@ def test_an_adapter_on_tied_embeddings_is_refused_before_anything_is_written(
     model.tie_weights()
     model.save_pretrained(tied)
     tokenizer.save_pretrained(tied)
-    adapter = save_adapter(tied, tmp_path / "adapter", target_modules=["o_proj", "lm_head"])
+    adapter = tiny_adapter(tied, tmp_path / "adapter", target_modules=["o_proj", "lm_head"])
     with pytest.raises(ModelError, match="share"):
         merge_run(adapter, tmp_path / "model", rows=ROWS, display=QUIET)
     assert not (tmp_path / "model").exists()
-    plain = save_adapter(tied, tmp_path / "plain", target_modules=["o_proj"])
+    plain = tiny_adapter(tied, tmp_path / "plain", target_modules=["o_proj"])
     merge_run(plain, tmp_path / "model", rows=ROWS, display=QUIET)
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
 

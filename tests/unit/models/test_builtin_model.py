@@ -8,7 +8,8 @@ from trl.chat_template_utils import phi3_chat_template
 
 from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError, NoRoomError
 from phlora.models import builtin
-from phlora.models.embedded import embedded_folder, tiny_phi3
+from phlora.models.builtin import embedded_folder
+from phlora.testing import tiny_phi3
 
 CHATS = [
     [{"role": "user", "content": "hi"}],
@@ -195,7 +196,7 @@ def test_converted_folder_pads_with_a_token_that_ends_no_turn(smollm2_folder):
 @pytest.mark.slow
 def test_two_processes_convert_at_once(tmp_path):
     code = (
-        "import sys; from phlora.models.embedded import embedded_folder;"
+        "import sys; from phlora.models.builtin import embedded_folder;"
         "print(embedded_folder('smollm2-135m', cache_dir=sys.argv[1]))"
     )
     running = [

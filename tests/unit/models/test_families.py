@@ -4,7 +4,7 @@ from trl.chat_template_utils import phi3_chat_template, phi3_training_chat_templ
 
 from phlora.errors import ModelError
 from phlora.models import families
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 MINI = Phi3Config()
 MEDIUM = Phi3Config(hidden_size=5120, intermediate_size=17920, num_attention_heads=40, num_key_value_heads=10)

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from phlora.errors import ConfigError
-from phlora.models.embedded import tiny_phi3
 from phlora.models.generate import _text_pieces, generate, stream
+from phlora.testing import tiny_phi3
 
 STOPS = (5, 9, 17, 33, 40)
 

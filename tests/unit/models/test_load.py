@@ -9,10 +9,10 @@ from phlora.adapters.load import load_adapter
 from phlora.config import ModelConfig
 from phlora.errors import ConfigError, ModelError
 from phlora.models import tokenizer as tokenizer_module
-from phlora.models.embedded import tiny_phi3
 from phlora.models.fingerprint import fingerprint
 from phlora.models.load import load_model
 from phlora.models.tokenizer import load_tokenizer, prepare_tokenizer
+from phlora.testing import tiny_phi3
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 

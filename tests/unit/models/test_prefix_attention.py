@@ -12,8 +12,8 @@ from phlora.data.collate import SharedPrefixCollator
 from phlora.data.prefixes import Segments, share_prefixes
 from phlora.errors import ModelError
 from phlora.models import prefix_attention
-from phlora.models.embedded import tiny_phi3
 from phlora.models.lm_head import token_losses, trunk_and_head
+from phlora.testing import tiny_phi3
 
 E = 8
 START = [7, 8, 9, 10, 11, 12] * 5

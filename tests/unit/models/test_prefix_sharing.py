@@ -10,8 +10,8 @@ import pytest
 from phlora.adapters.attach import attach
 from phlora.data.rows import Origin
 from phlora.data.tokenize import TokenizedRow
-from phlora.models.embedded import tiny_phi3
 from phlora.models.prefix_sharing import decide_sharing
+from phlora.testing import tiny_phi3
 from phlora.train.arguments import training_arguments
 
 START = list(range(5, 65))

@@ -16,11 +16,11 @@ from torch import nn
 from phlora.adapters.load import load_adapter
 from phlora.config import ModelConfig, QuantizationConfig, apply_overrides, build_config, resolved
 from phlora.errors import ConfigError, MissingExtraError, ModelError
-from phlora.models.embedded import tiny_phi3
 from phlora.models.fingerprint import fingerprint
 from phlora.models.load import load_model
 from phlora.models.operands import is_quantized
 from phlora.models.quantization import dequantize, quantize, stored_bytes
+from phlora.testing import tiny_phi3
 
 pytest.importorskip("bitsandbytes")
 

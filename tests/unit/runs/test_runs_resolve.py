@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_adapters import QUIET, ROWS
 
 from phlora.config import TRUST_VARIABLE
+from phlora.display import Display
 from phlora.errors import ModelError, PhloraError, RunError
 from phlora.evaluate import run as evaluation
 from phlora.evaluate.run import evaluate_run
@@ -20,7 +20,11 @@ from phlora.runs import resolve as module
 from phlora.runs.folder import RunFolder
 from phlora.runs.resolve import Resolved, load_pair, load_tokenizer_of, resolve, resolve_adapter
 from phlora.serve import chat
+from phlora.testing import chat_rows
 from phlora.train.finetune import finetune
+
+ROWS = chat_rows(20)
+QUIET = Display(quiet=True)
 
 SOURCES = {
     "": "adapter/best",

@@ -18,12 +18,12 @@ from peft import LoraConfig, get_peft_model
 from phlora.data.prompts import encode_chat, read_tools
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, InputError, ModelError, RunError
-from phlora.models.embedded import tiny_phi3
 from phlora.models.fingerprint import fingerprint
 from phlora.models.tokenizer import prepare_tokenizer
 from phlora.serve import chat as module
 from phlora.serve.chat import ChatSession, open_chat
 from phlora.serve.terminal import converse
+from phlora.testing import tiny_phi3
 
 
 class FakeModel:

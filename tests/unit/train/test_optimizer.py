@@ -18,7 +18,7 @@ from phlora.adapters.attach import attach, lora_settings
 from phlora.data.collate import Collator
 from phlora.display import Display
 from phlora.errors import ConfigError, RunError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 from phlora.train.arguments import training_arguments
 from phlora.train.finetune import finetune
 from phlora.train.optimizer import is_lora_B, raise_rate_of_B

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config
 from phlora import SFTTrainer
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.errors import ConfigError, NonFiniteError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]

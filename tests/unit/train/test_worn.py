@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from phlora import SFTTrainer, at_speed
 from phlora.data.collate import Collator
 from phlora.errors import NonFiniteError
-from phlora.models.embedded import tiny_phi3
+from phlora.testing import tiny_phi3
 
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
 # What training changes by design: the mode, the weights, and two facts that TRL keeps on a model for its model card
