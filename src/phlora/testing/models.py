@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from phlora.models.tiny import tiny_phi3, tiny_tokenizer
 
-__all__ = ["tiny_adapter", "tiny_folder", "tiny_phi3", "tiny_tokenizer"]
+__all__ = ["tiny_adapter", "tiny_folder", "tiny_gemma2", "tiny_phi3", "tiny_tokenizer"]
 
 
 def tiny_folder(path: str | Path, **options: Any) -> Path:
@@ -20,6 +20,28 @@ def tiny_folder(path: str | Path, **options: Any) -> Path:
     for part in tiny_phi3(**options):
         part.save_pretrained(path)
     return path
+
+
+def tiny_gemma2(*, vocab_size: int = 300, seed: int = 1) -> Gemma2ForCausalLM:
+    """A random Gemma-2 of 2 layers, which caps its logits after the head as no Phi-3 does; no file is read.
+
+    Args:
+        vocab_size: rows of its embedding.
+        seed: of the weights; the caller's random state is left as it was.
+    """
+    config = Gemma2Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        final_logit_softcapping=0.5,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Gemma2ForCausalLM(config).eval()
 
 
 def tiny_adapter(base: str | Path, path: str | Path, *, seed: int = 0, **lora_config: Any) -> Path:

@@ -1,6 +1,5 @@
 """A base model is known again by its weights, whatever they are loaded as and whatever stands on them."""
 
-import pytest
 from peft import LoraConfig, get_peft_model
 
 from phlora.models.fingerprint import fingerprint
@@ -8,14 +7,6 @@ from phlora.models.load import load_model
 from phlora.testing import tiny_phi3
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-
-
-@pytest.fixture
-def tiny_folder(tmp_path):
-    model, tokenizer = tiny_phi3()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_fingerprint_is_the_same_in_float32_and_bfloat16_and_under_an_adapter(tiny_folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from phlora.errors import ModelError
 from phlora.models.lm_head import (
@@ -16,6 +16,7 @@ from phlora.models.lm_head import (
     trained_tokens,
     trunk_and_head,
 )
+from phlora.testing import tiny_gemma2
 
 VOCABULARY = 97
 # float32 sums of a few dozen terms in another order.
@@ -252,18 +253,7 @@ def test_forward_mode_follows_the_formula() -> None:
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_model_that_changes_its_logits_is_scored_by_its_own(adapted: bool) -> None:
-    torch.manual_seed(1)
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-    )
-    model = Gemma2ForCausalLM(config).eval()
+    model = tiny_gemma2(vocab_size=VOCABULARY)
     if adapted:
         model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear")).eval()
     batch = padded_batch()

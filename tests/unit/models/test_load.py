@@ -14,14 +14,6 @@ from phlora.testing import tiny_phi3
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 
-@pytest.fixture
-def tiny_folder(tmp_path):
-    model, tokenizer = tiny_phi3()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
 def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -7,15 +7,6 @@ import pytest
 from phlora.errors import ModelError
 from phlora.models.load import load_model
 from phlora.models.tokenizer import load_tokenizer, prepare_tokenizer
-from phlora.testing import tiny_phi3
-
-
-@pytest.fixture
-def tiny_folder(tmp_path):
-    model, tokenizer = tiny_phi3()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def edit_json(path, **changes):

@@ -13,12 +13,12 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from phlora import SFTTrainer
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.errors import ConfigError, NonFiniteError
-from phlora.testing import tiny_phi3
+from phlora.testing import tiny_gemma2, tiny_phi3
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
@@ -188,21 +188,6 @@ def test_z_loss_is_trained_on_but_not_part_of_the_held_out_loss(tmp_path: Path) 
         trainer_for(tmp_path, z_loss=0.5, loss_type="dft")
 
 
-def gemma2(tokenizer_size: int = 300) -> Any:
-    config = Gemma2Config(
-        vocab_size=tokenizer_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-    )
-    torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(config)
-
-
 @pytest.mark.parametrize("on", ["base", "adapter"])
 def test_a_hook_on_the_model_finds_an_output_with_its_loss(tmp_path: Path, on: str) -> None:
     model = get_peft_model(tiny_phi3()[0], LORA)
@@ -225,7 +210,7 @@ def test_what_looks_at_every_output_of_the_model_can(tmp_path: Path) -> None:
 def test_a_model_that_changes_its_logits_takes_the_loss_of_trl_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = trainer_for(tmp_path, model=gemma2())
+    trainer = trainer_for(tmp_path, model=tiny_gemma2())
     said = "Gemma2ForCausalLM changes its logits after the head (final_logit_softcapping = 0.5)"
     assert [r.getMessage() for r in caplog.records if r.name == "phlora.train.trainer"] == [
         f"{said}: TRL's own loss is used."
@@ -240,11 +225,11 @@ def test_a_model_that_changes_its_logits_takes_the_loss_of_trl_and_says_so_once(
         160,
     ]
     with pytest.raises(ConfigError, match="final_logit_softcapping.*leave z_loss out"):
-        trainer_for(tmp_path, model=gemma2(), z_loss=0.5)
+        trainer_for(tmp_path, model=tiny_gemma2(), z_loss=0.5)
 
 
 def test_the_guard_against_garbage_holds_for_the_loss_of_trl_too(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, model=gemma2(), logging_nan_inf_filter=False)
+    trainer = trainer_for(tmp_path, model=tiny_gemma2(), logging_nan_inf_filter=False)
     trainer.add_callback(_Poison(1, "loss"))
     with pytest.raises(NonFiniteError, match="The loss is nan at optimizer step 2"):
         trainer.train()
@@ -254,7 +239,7 @@ def test_the_guard_against_garbage_holds_for_the_loss_of_trl_too(tmp_path: Path)
 def test_shared_rows_are_never_given_to_a_loss_that_cannot_read_them(tmp_path: Path, loss_type: str) -> None:
     trainer = trainer_for(
         tmp_path,
-        model=gemma2() if loss_type == "nll" else None,
+        model=tiny_gemma2() if loss_type == "nll" else None,
         loss_type=loss_type,
         collator=SharedPrefixCollator(),
     )
