@@ -206,7 +206,7 @@ def test_the_configuration_cannot_be_changed() -> None:
     assert isinstance(build_config(SMALLEST), RunConfig)
 
 
-@pytest.mark.parametrize("value", ["2026-13-45", "9" * 5000, "[" * 5000])
+@pytest.mark.parametrize("value", ["2026-13-45", "9" * 5000, "[" * 1500])
 def test_values_that_yaml_itself_stumbles_over_are_one_message(value: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(f"output: {value}\n", encoding="utf-8")

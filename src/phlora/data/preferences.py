@@ -175,7 +175,14 @@ def _best(completions: Sequence[Any]) -> str:
 def _ranked(record: Mapping[str, Any]) -> list[Any]:
     if "response_j" in record:
         return _after(record, record["response_j"])
-    is_first = record.get("labels") == 1
+    # A table holds its values as text.
+    is_first = {**_MARKS, **_NUMBERS}.get(str(record.get("labels")).strip().lower())
+    if is_first is None:
+        raise BadRow(
+            "preference",
+            "`labels` does not say which of the two answers is the better one",
+            "1 for `human_ref_A`, 0 for `human_ref_B`",
+        )
     return _joined(_messages(record.get("history")), record["human_ref_A" if is_first else "human_ref_B"])
 
 

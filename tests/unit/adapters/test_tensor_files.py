@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from phlora.adapters.loralib_file import read_loralib
+from phlora.adapters.tensor_files import load_tensors, sort_tensors
 from phlora.errors import ModelError
 
 
@@ -55,3 +57,38 @@ def test_a_broken_or_missing_file_is_one_message(tmp_path: Path, damage: bytes |
         (tmp_path / "a.pt").write_bytes(damage)
     with pytest.raises(ModelError, match="cannot be read|does not exist"):
         read_loralib(tmp_path / "a.pt", lora_alpha=1)
+
+
+def test_the_tensors_of_a_layer_are_paired_and_biases_stand_apart() -> None:
+    state = {
+        "a.b.lora_B": B,
+        "a.b.lora_A": A,
+        "c.lora_A": A,
+        "c.lora_B": B,
+        "c.bias": A[0],
+        "norm.bias": A[1],
+    }
+    pairs, biases = sort_tensors(state, "{}.lora_A", "{}.lora_B", where="a.pt", fix="")
+    assert pairs == {"a.b": (A, B), "c": (A, B)}
+    assert biases.keys() == {"c.bias", "norm.bias"}
+
+
+def test_both_kinds_of_file_hold_the_same_and_want_no_gradient(tmp_path: Path) -> None:
+    state = {"x.lora_A": torch.nn.Parameter(A.clone()), "x.lora_B": B.to(torch.bfloat16)}
+    torch.save(state, tmp_path / "a.pt")
+    save_file({name: value.detach() for name, value in state.items()}, tmp_path / "a.safetensors")
+    for file in ("a.pt", "a.safetensors"):
+        found = load_tensors(tmp_path / file)
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], value) for name, value in state.items())
+        assert [value.dtype for value in found.values()] == [torch.float32, torch.bfloat16]
+        assert not any(value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40])
+def test_half_a_safetensors_file_is_one_message(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({"x.lora_A": A}, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ModelError, match="(?s)cannot be read.*copy it again"):
+        load_tensors(file)

@@ -1,9 +1,13 @@
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl.chat_template_utils import phi3_chat_template
 
 from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError, NoRoomError
@@ -102,6 +106,45 @@ def test_tiny_sliding_window_hides_what_is_far():
 def test_unknown_name_gets_the_nearest():
     with pytest.raises(ConfigError, match="did you mean `smollm2-135m`"):
         embedded_folder("smollm2-136m")
+
+
+def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        rope_theta=5000.0,
+        rms_norm_eps=1e-3,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_converted_llama_answers_as_before_and_reads_the_same(
+    tied: bool, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama, folder = tiny_llama(tied=tied), tmp_path / "converted"
+    with monkeypatch.context() as patch:
+        patch.setattr(builtin.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: llama)
+        patch.setattr(builtin.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer)
+        builtin._convert_gguf(tmp_path / "model.gguf", folder, pad_token="<unk>")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert model.config.model_type == "phi3"
+    ids = torch.randint(3, 260, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, llama(ids).logits, rtol=1e-5, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token == "<unk>" and tokenizer.model_max_length == 64
+    assert tokenizer("سلام hello").input_ids == tiny_tokenizer("سلام hello").input_ids
+    # A tied head is stored once.
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) is not tied
 
 
 def test_absent_package_names_the_install_command(monkeypatch, tmp_path):
