@@ -55,7 +55,9 @@ def part_text(part: Any) -> str | None:
     value = next((part[key] for key in ("text", "value", "content") if part.get(key) is not None), None)
     if isinstance(value, Mapping):
         value = value.get("value")
-    if isinstance(value, str) and part.get("thought") is not True:
+    if part.get("thought") is True and isinstance(value, str):
+        return None  # Gemini's reasoning, which is no text of the answer
+    if isinstance(value, str):
         return value
     if kind in _TEXT_PARTS or value is not None and "text" in part:
         raise BadRow("wrong_type", f"the text of a part is {kind_of(value)}", "text")
