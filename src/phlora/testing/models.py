@@ -41,7 +41,8 @@ def tiny_gemma2(*, vocab_size: int = 300, seed: int = 1) -> Gemma2ForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Gemma2ForCausalLM(config).eval()
+        model: Gemma2ForCausalLM = Gemma2ForCausalLM(config).eval()
+    return model
 
 
 def tiny_adapter(base: str | Path, path: str | Path, *, seed: int = 0, **lora_config: Any) -> Path:
