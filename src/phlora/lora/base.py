@@ -59,10 +59,8 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def reset_lora_parameters(self) -> None:
-        """A as torch initialises a linear layer, B zero: the adapter starts as no change."""
-        if self.is_adapted():
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        """Draws A and B anew, so that the adapter is no change."""
+        raise NotImplementedError
 
     def merge(self) -> None:
         """Marks the layer as merged, until `unmerge()` (or, with `merge_weights`, `train()`)."""

@@ -58,6 +58,12 @@ class _BlockLinear(LoRALayer, nn.Linear):
             nn.init.uniform_(self.bias, -bound, bound)
         self.reset_lora_parameters()
 
+    def reset_lora_parameters(self) -> None:
+        """A as torch initialises a linear layer, B zero: the adapter starts as no change."""
+        if self.is_adapted():
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+
     def merged_weight(self) -> Tensor:
         weight = self._weight_nk(self.weight)
         merged = fused.merged_weight(
@@ -324,6 +330,12 @@ class ConvLoRA(LoRALayer):
     def reset_parameters(self) -> None:
         self.conv.reset_parameters()
         self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """A as torch initialises a linear layer, B zero: the adapter starts as no change."""
+        if self.is_adapted():
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
 
     def delta_weight(self) -> Tensor:
         """`(lora_alpha / r) · B A` in the shape of the weight, with gradient."""
