@@ -8,7 +8,6 @@ saved beside the run.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import types
@@ -18,11 +17,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from phlora.config_values import apply_overrides, kind_of, read_config, written_out
 from phlora.errors import ConfigError, did_you_mean, shown
 
-Origins = dict[str, str]
 # Set to 1 it lets code run that comes with the base model of a run, where the run was trained with it.
 TRUST_VARIABLE = "PHLORA_TRUST_REMOTE_CODE"
 _MOST_TOKENS = 1_000_000
@@ -170,97 +167,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build_config(*apply_overrides(values, overrides, origins))
 
 
-def read_config(path: str | Path) -> tuple[dict[str, Any], Origins]:
-    """The values in a configuration file, shorthands written out, and the origin of each."""
-    values = _shorthands(read_mapping(path))
-    return values, dict.fromkeys(_leaves(values), str(path))
-
-
-def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file (JSON is a subset of YAML)."""
-    path = Path(path)
-    try:
-        # Safe: _UniqueKeys is a SafeLoader.
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (FileNotFoundError, NotADirectoryError):
-        siblings = (
-            [str(path.with_name(p.name)) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        )
-        raise ConfigError(
-            "The configuration file does not exist",
-            where=str(path),
-            fix=did_you_mean(str(path), siblings) if siblings else "check the path",
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError("A folder was given where a configuration file belongs", where=str(path)) from None
-    except OSError as error:
-        raise ConfigError(f"The file cannot be read: {error.strerror}", where=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"The file is not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"The file is no valid YAML: {reason}", where=f"{path}{line}") from None
-    except (ValueError, RecursionError) as error:  # a date that is none, thousands of digits or of brackets
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ConfigError(f"The file is no valid YAML: {reason}", where=str(path)) from None
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"The file holds {_kind(values)}",
-            where=str(path),
-            expected="a mapping with keys such as `model`, `data`, `training_config`, `peft_config`",
-        )
-    return values
-
-
-def apply_overrides(
-    values: Mapping[str, Any],
-    overrides: Sequence[str],
-    origins: Mapping[str, str] | None = None,
-    *,
-    origin: str = "--set",
-) -> tuple[dict[str, Any], Origins]:
-    """Lay `section.key=value` strings over a mapping; values are read as YAML. Returns new objects."""
-    result, sources = dict(values), dict(origins or {})
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(
-                f"`{override}` is no assignment",
-                where=origin,
-                expected="section.key=value, for example training_config.learning_rate=3e-4",
-            )
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise ConfigError(
-                f"The value of `{override}` is no valid YAML", where=origin, fix="put the value into quotes"
-            ) from None
-        result, sources = set_value(result, key.strip(), value, sources, origin=origin)
-    return result, sources
-
-
-def set_value(
-    values: Mapping[str, Any], key: str, value: Any, origins: Mapping[str, str], *, origin: str
-) -> tuple[dict[str, Any], Origins]:
-    """Set one dotted key and its origin. Returns new objects."""
-    result = copy.deepcopy(_shorthands(values))
-    _assign(result, key.split("."), value, where=origin)
-    if not isinstance(value, Mapping):
-        key = _SHORT_KEYS.get(key, key)
-    return result, {**origins, key: origin}
-
-
 def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> RunConfig:
     """Check a mapping and freeze it.
 
     Raises:
         ConfigError: an unknown key, a missing one, or a value of the wrong type, with the nearest valid name.
     """
-    values = {key: value for key, value in _shorthands(values).items() if value is not None}
+    values = {key: value for key, value in written_out(values).items() if value is not None}
     if "origins" in values:
         raise ConfigError("Unknown key `origins`", where="configuration")
     for key in ("model", "data"):
@@ -329,52 +242,6 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     settings = values["training_config"]
     values["training_config"] = {name: settings[name] for name in settings if not str(name).endswith("token")}
     return values
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake: plain YAML would drop the first value silently."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key.value}` stands here a second time", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-# What a value that is no mapping means where a section belongs.
-_SHORT_KEYS = {"model": "model.name", "data": "data.files", "model.quantization": "model.quantization.type"}
-
-
-def _shorthands(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`model: NAME`, `data: FILE` and `quantization: TYPE` mean the sections with just that name, file or type."""
-    values = dict(values)
-    model = {"name": values["model"]} if isinstance(values.get("model"), str) else values.get("model")
-    if isinstance(model, Mapping):
-        values["model"] = dict(model)
-        # YAML reads an unquoted `no` as false.
-        if model.get("quantization") is False or model.get("quantization") in ("none", "no"):
-            values["model"]["quantization"] = None
-        elif isinstance(model.get("quantization"), str):
-            values["model"]["quantization"] = {"type": model["quantization"]}
-    data = values.get("data")
-    if isinstance(data, str | list | tuple):
-        data = {"files": data}
-    if isinstance(data, Mapping):
-        values["data"] = {
-            key: _data_files(value) if key in ("files", "eval") else value for key, value in data.items()
-        }
-    return values
-
-
-def _data_files(value: Any) -> Any:
-    entries = [value] if isinstance(value, str | Mapping) else value
-    if not isinstance(entries, list | tuple):
-        return value
-    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -481,30 +348,7 @@ _NAMES: dict[type[Any], str] = {int: "a whole number", float: "a number", str: "
 
 
 def _wrong_type(value: Any, expected: str, where: str) -> ConfigError:
-    return ConfigError(f"{_kind(value)} was given", where=where, expected=expected)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    names = {dict: "a mapping", list: "a list", tuple: "a list", bool: "true or false"}
-    return names.get(type(value)) or shown(value)
-
-
-def _assign(values: dict[str, Any], path: list[str], value: Any, *, where: str) -> None:
-    for key in path[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"`{key}` is no section", where=where, expected="section.key=value")
-    values[path[-1]] = value
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found: list[str] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [name]
-    return found
+    return ConfigError(f"{kind_of(value)} was given", where=where, expected=expected)
 
 
 def _plain(value: Any) -> Any:

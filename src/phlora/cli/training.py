@@ -21,7 +21,8 @@ from phlora.cli.console import (
 from phlora.cli.options import Columns, Json, Offline, Quiet
 
 if TYPE_CHECKING:
-    from phlora.config import DataConfig, DataFile, Origins, RunConfig
+    from phlora.config import DataConfig, DataFile, RunConfig
+    from phlora.config_values import Origins
     from phlora.train.finetune import Run
 
 commands = typer.Typer()
@@ -197,7 +198,8 @@ def _run_config(
     file: Path | None, options: Mapping[str, Any], assignments: Sequence[str], columns: Sequence[str]
 ) -> RunConfig:
     """The file, the options over it, the assignments over both, and the names of all data files' columns."""
-    from phlora.config import apply_overrides, build_config, default_output, parse_columns, read_config
+    from phlora.config import build_config, default_output, parse_columns
+    from phlora.config_values import apply_overrides, read_config
 
     values, origins = read_config(file) if file else ({}, {})
     values, origins = _apply_options(values, origins, options)
@@ -229,7 +231,7 @@ def _with_columns(data: DataConfig, columns: Mapping[str, str]) -> DataConfig:
 def _apply_options(
     values: dict[str, Any], origins: Origins, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Origins]:
-    from phlora.config import set_value
+    from phlora.config_values import set_value
 
     model = values.get("model")
     if isinstance(model, dict) and options["--model"] not in (None, model.get("name")):

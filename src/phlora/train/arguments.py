@@ -7,15 +7,9 @@ reason), else TRL's.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +19,17 @@ from trl.trainer.sft_config import SFTConfig
 from phlora.config import TrainOn
 from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.extras import require
+from phlora.train.field_values import (
+    WHERE,
+    check_ranges,
+    field_of,
+    field_types,
+    kinds_of,
+    number_of,
+    typed_value,
+)
 from phlora.train.fields import HONOURED, MAPPED, REFUSED
 from phlora.train.optimizer import check_optimizer
-
-_WHERE = "training_config"
 
 # Phlora's default, and why it is not TRL's.
 DEFAULTS: dict[str, tuple[Any, str]] = {
@@ -105,36 +106,6 @@ _TRACKERS = {
     "clearml": "clearml",
 }
 
-# Field -> smallest and largest value. What is larger is a slip of the keyboard, and a run that never ends.
-_RANGES: dict[str, tuple[float, float]] = {
-    "per_device_train_batch_size": (1, 1_000_000),
-    "per_device_eval_batch_size": (1, 1_000_000),
-    "gradient_accumulation_steps": (1, 1_000_000),
-    "max_length": (1, 10_000_000),
-    "num_train_epochs": (0, 1_000_000),
-    "save_total_limit": (1, 1_000_000),
-    "seed": (0, 2**32 - 1),
-    "data_seed": (0, 2**32 - 1),
-    "weight_decay": (0, 1000),
-    "max_grad_norm": (0, 1e12),
-    "warmup_steps": (0, 100_000_000),
-    "label_smoothing_factor": (0, 1),
-    "eval_delay": (0, 1e12),
-    "learning_rate": (0, 1000),
-    "logging_steps": (0, 1e12),
-    "eval_steps": (0, 1e12),
-    "save_steps": (0, 1e12),
-    "neftune_noise_alpha": (0, 1e6),
-    "torch_empty_cache_steps": (1, 1e9),
-    "eval_accumulation_steps": (1, 1e9),
-    "dataloader_num_workers": (0, 1024),
-    "dataloader_prefetch_factor": (1, 1024),
-}
-_ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
-_MOST_STEPS = 100_000_000
-# What YAML 1.1 makes of the unquoted words.
-_WORDS = {False: ("no", "none", "off"), True: ("yes", "on")}
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -178,10 +149,10 @@ def training_arguments(
     z_loss = _z_loss(training_config.get(_Z_LOSS), notes)
     values = _current_names({k: v for k, v in training_config.items() if k != _Z_LOSS}, notes)
     values = _for_the_trainer(values, notes, device)
-    _check_ranges(values)
+    check_ranges(values)
     _check_trackers(values.get("report_to"))
     if values.get("use_liger_kernel"):
-        require({"liger_kernel": "its kernels"}, where=f"{_WHERE}.use_liger_kernel", instead="leave it out")
+        require({"liger_kernel": "its kernels"}, where=f"{WHERE}.use_liger_kernel", instead="leave it out")
     _fit_device(values, device, notes)
     origins = dict.fromkeys(values, "user")
     for key, (default, _) in DEFAULTS.items():
@@ -203,7 +174,7 @@ def training_arguments(
         ImportError,
         OSError,
     ) as error:
-        raise ConfigError(f"The settings contradict each other: {error}", where=_WHERE) from None
+        raise ConfigError(f"The settings contradict each other: {error}", where=WHERE) from None
     check_optimizer(args)
     return Arguments(args, tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}), z_loss)
 
@@ -226,18 +197,18 @@ def _for_the_trainer(values: Mapping[str, Any], notes: list[str], device: str) -
         if key in REFUSED:
             _refuse(key, value, device)
             continue
-        value = _typed(key, value, notes)
+        value = typed_value(key, value, notes)
         if key in MAPPED:
-            if value is not None and value != _field(key).default:
-                notes.append(f"{_WHERE}.{key}: {MAPPED[key]}")
+            if value is not None and value != field_of(key).default:
+                notes.append(f"{WHERE}.{key}: {MAPPED[key]}")
         elif key not in HONOURED:
             raise ConfigError(
                 f"`{key}` is new in this version of TRL or transformers, and Phlora does nothing with it yet",
-                where=_WHERE,
+                where=WHERE,
                 fix="leave it out, or use phlora.SFTTrainer in a script of your own",
             )
         # Nothing means the default, where it is not a value of its own.
-        elif value is not None or None in _kinds(key):
+        elif value is not None or None in kinds_of(key):
             kept[key] = value
     return kept
 
@@ -249,164 +220,36 @@ def _refuse(key: str, value: Any, device: str) -> None:
     )
     if not asks_for_nothing and not (key == "use_cpu" and value is True and device == "cpu"):
         raise ConfigError(
-            f"`{key}` cannot be set here ({shown(value)} was given)", where=_WHERE, fix=refused.fix
+            f"`{key}` cannot be set here ({shown(value)} was given)", where=WHERE, fix=refused.fix
         )
 
 
 def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    known = set(_field_types())
+    known = set(field_types())
     values: dict[str, Any] = {}
     for key, value in training_config.items():
         if key in REMOVED and key not in known:
             if key == "group_by_length" and value is True:
                 values["train_sampling_strategy"] = "group_by_length"
-                notes.append(f"{_WHERE}.{key} is now train_sampling_strategy: group_by_length")
+                notes.append(f"{WHERE}.{key} is now train_sampling_strategy: group_by_length")
             else:
-                notes.append(f"{_WHERE}.{key} has no effect: {REMOVED[key]}")
+                notes.append(f"{WHERE}.{key} has no effect: {REMOVED[key]}")
         elif key in RENAMED and key not in known:
-            notes.append(f"{_WHERE}.{key} is now called {RENAMED[key]}")
+            notes.append(f"{WHERE}.{key} is now called {RENAMED[key]}")
             values.setdefault(RENAMED[key], value)
         elif key == _LORAPLUS:
             raise ConfigError(
-                f"`{key}` cannot be set here", where=_WHERE, fix="say it in `peft_config`, beside the adapter"
+                f"`{key}` cannot be set here", where=WHERE, fix="say it in `peft_config`, beside the adapter"
             )
         elif key in known:
             values[key] = value
         else:
             raise ConfigError(
                 f"Unknown key {shown(key)}",
-                where=_WHERE,
+                where=WHERE,
                 fix=did_you_mean(str(key), known | RENAMED.keys() | {_Z_LOSS}),
             )
     return values
-
-
-@cache
-def _field_types() -> dict[str, Any]:
-    hints = typing.get_type_hints(SFTConfig)
-    return {field.name: hints[field.name] for field in dataclasses.fields(SFTConfig) if field.init}
-
-
-@cache
-def _field(key: str) -> Any:
-    return next(field for field in dataclasses.fields(SFTConfig) if field.name == key)
-
-
-@cache
-def _kinds(key: str) -> frozenset[Any]:
-    """The types that a field takes, with None for `NoneType`; `dict[str, Any]` is dict."""
-    hint = _field_types()[key]
-    parts = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    plain = [typing.get_origin(part) or part for part in parts]
-    return frozenset(None if kind is type(None) else kind for kind in plain)
-
-
-def _choices(key: str) -> list[str]:
-    """The words that a field takes; empty where it takes any text."""
-    kinds = [kind for kind in _kinds(key) if isinstance(kind, type) and issubclass(kind, Enum)]
-    words = [str(member.value) for kind in kinds for member in kind]
-    return words or list(_field(key).metadata.get("choices", ()))
-
-
-def _typed(key: str, value: Any, notes: list[str]) -> Any:
-    """The value as the field wants it; YAML reads 2e-4 as text and an unquoted `no` as false."""
-    kinds, words = _kinds(key), _choices(key)
-    if value is None:
-        return "none" if key == "report_to" else None
-    if isinstance(value, bool):
-        return value if bool in kinds else _word(key, value, words)
-    if isinstance(value, Enum):
-        value = value.value
-    if isinstance(value, Path):
-        value = str(value)
-    if kinds & {int, float} and not isinstance(value, dict | list | tuple):
-        return _number(key, value, whole=float not in kinds, text=str in kinds, notes=notes)
-    if isinstance(value, str) and dict in kinds:
-        value = _json_object(key, value)
-    if isinstance(value, str) and words and value not in words:
-        raise ConfigError(
-            f"{shown(value)} is not known", where=f"{_WHERE}.{key}", fix=did_you_mean(value, words)
-        )
-    fits = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
-    if not fits and not (list in kinds and isinstance(value, tuple | set)):
-        raise ConfigError(
-            f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected=_expected(kinds, words)
-        )
-    return sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
-
-
-def _word(key: str, value: bool, words: list[str]) -> str:
-    """The word that YAML read as a truth value."""
-    known = [*words, "none"] if key == "report_to" else words
-    for word in _WORDS[value]:
-        if word in known:
-            return word
-    shown = str(value).lower()
-    raise ConfigError(
-        f"`{shown}` was given",
-        where=f"{_WHERE}.{key}",
-        expected=_expected(_kinds(key), words)
-        + ("; YAML reads an unquoted yes, no, on or off as a truth value" if str in _kinds(key) else ""),
-    )
-
-
-def _json_object(key: str, text: str) -> dict[str, Any]:
-    """A mapping as the command lines of other tools take it."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{shown(text)} was given", where=f"{_WHERE}.{key}", expected="a mapping")
-    return value
-
-
-def _expected(kinds: frozenset[Any], words: list[str]) -> str:
-    if words:
-        return "one of " + ", ".join(words)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
-    names[list] = "a list"
-    if float in kinds:
-        kinds -= {int}
-    return " or ".join(name for kind, name in names.items() if kind in kinds) or "another value"
-
-
-def _number(key: str, value: Any, *, whole: bool, text: bool, notes: list[str]) -> Any:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        if text and isinstance(value, str):
-            return value
-        expected = "a whole number" if whole else "a number"
-        raise ConfigError(f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected=expected) from None
-    if not math.isfinite(number) or (whole and number != int(number)):
-        expected = "a whole number" if whole else "a finite number"
-        raise ConfigError(f"{shown(value)} was given", where=f"{_WHERE}.{key}", expected=expected)
-    if isinstance(value, str):
-        notes.append(f"{_WHERE}.{key}: the text {value!r} was read as the number {number:g}")
-    return int(number) if whole or isinstance(value, int) else number
-
-
-def _check_ranges(values: Mapping[str, Any]) -> None:
-    for key, (least, most) in _RANGES.items():
-        value = values.get(key)
-        if not isinstance(value, int | float):
-            continue
-        above = key in _ABOVE_ZERO
-        if not least <= value <= most or (above and not value > 0):
-            low = "above 0" if above else f"{least:,}"
-            raise ConfigError(
-                f"{shown(value)} was given",
-                where=f"{_WHERE}.{key}",
-                expected=f"a number from {low} to {most:,}",
-            )
-    steps = values.get("max_steps", -1)
-    if not (1 <= steps <= _MOST_STEPS or steps == -1):
-        raise ConfigError(
-            f"`{steps}` was given",
-            where=f"{_WHERE}.max_steps",
-            expected=f"1 to {_MOST_STEPS:,}, or -1 to count epochs instead",
-        )
 
 
 def _loraplus_lr_ratio(peft_config: Mapping[str, Any]) -> float | None:
@@ -428,17 +271,19 @@ def _z_loss(value: Any, notes: list[str]) -> float:
         return 0.0
     # YAML reads 1e-4 as text.
     weight = (
-        math.nan if isinstance(value, bool) else _number(_Z_LOSS, value, whole=False, text=False, notes=notes)
+        math.nan
+        if isinstance(value, bool)
+        else number_of(_Z_LOSS, value, whole=False, text=False, notes=notes)
     )
     if not weight >= 0:
         raise ConfigError(
-            f"{shown(value)} was given", where=f"{_WHERE}.{_Z_LOSS}", expected="0 (off) or more, such as 1e-4"
+            f"{shown(value)} was given", where=f"{WHERE}.{_Z_LOSS}", expected="0 (off) or more, such as 1e-4"
         )
     return float(weight)
 
 
 def _check_trackers(report_to: Any) -> None:
-    require(needed_by_trackers(report_to), where=f"{_WHERE}.report_to")
+    require(needed_by_trackers(report_to), where=f"{WHERE}.report_to")
 
 
 def needed_by_trackers(report_to: Any) -> dict[str, str]:
@@ -457,14 +302,14 @@ def _fit_device(values: dict[str, Any], device: str, notes: list[str]) -> None:
         if values.get(key) and unsupported:
             values[key] = False
             notes.append(
-                f"{_WHERE}.{key} has no effect on this {device} device: model.dtype decides the precision"
+                f"{WHERE}.{key} has no effect on this {device} device: model.dtype decides the precision"
             )
     if values.get("activation_offloading") and device == "cpu":
         values["activation_offloading"] = False
-        notes.append(f"{_WHERE}.activation_offloading has no effect on this {device} device")
+        notes.append(f"{WHERE}.activation_offloading has no effect on this {device} device")
     if values.get("tf32") and device != "cuda":
         values["tf32"] = None
-        notes.append(f"{_WHERE}.tf32 has no effect on this {device} device")
+        notes.append(f"{WHERE}.tf32 has no effect on this {device} device")
 
 
 def _has_bf16(device: str) -> bool:

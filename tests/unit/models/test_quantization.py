@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from phlora.adapters.load import load_adapter
-from phlora.config import ModelConfig, QuantizationConfig, apply_overrides, build_config, resolved
+from phlora.config import ModelConfig, QuantizationConfig, build_config, resolved
+from phlora.config_values import apply_overrides
 from phlora.errors import ConfigError, MissingExtraError, ModelError
 from phlora.models.fingerprint import fingerprint
 from phlora.models.load import load_model

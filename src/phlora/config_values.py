@@ -1,0 +1,165 @@
+"""The values of a configuration before they are checked: from files and `--set`, and where each came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from phlora.errors import ConfigError, did_you_mean, shown
+
+Origins = dict[str, str]
+# What a value that is no mapping means where a section belongs.
+_SHORT_KEYS = {"model": "model.name", "data": "data.files", "model.quantization": "model.quantization.type"}
+
+
+def read_config(path: str | Path) -> tuple[dict[str, Any], Origins]:
+    """The values in a configuration file, shorthands written out, and the origin of each."""
+    values = written_out(read_mapping(path))
+    return values, dict.fromkeys(_leaves(values), str(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file (JSON is a subset of YAML)."""
+    path = Path(path)
+    try:
+        # Safe: _UniqueKeys is a SafeLoader.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (FileNotFoundError, NotADirectoryError):
+        siblings = (
+            [str(path.with_name(p.name)) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        )
+        raise ConfigError(
+            "The configuration file does not exist",
+            where=str(path),
+            fix=did_you_mean(str(path), siblings) if siblings else "check the path",
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError("A folder was given where a configuration file belongs", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"The file cannot be read: {error.strerror}", where=str(path)) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The file is not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"The file is no valid YAML: {reason}", where=f"{path}{line}") from None
+    except (ValueError, RecursionError) as error:  # a date that is none, thousands of digits or of brackets
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"The file is no valid YAML: {reason}", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"The file holds {kind_of(values)}",
+            where=str(path),
+            expected="a mapping with keys such as `model`, `data`, `training_config`, `peft_config`",
+        )
+    return values
+
+
+def apply_overrides(
+    values: Mapping[str, Any],
+    overrides: Sequence[str],
+    origins: Mapping[str, str] | None = None,
+    *,
+    origin: str = "--set",
+) -> tuple[dict[str, Any], Origins]:
+    """Lay `section.key=value` strings over a mapping; values are read as YAML. Returns new objects."""
+    result, sources = dict(values), dict(origins or {})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"`{override}` is no assignment",
+                where=origin,
+                expected="section.key=value, for example training_config.learning_rate=3e-4",
+            )
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise ConfigError(
+                f"The value of `{override}` is no valid YAML", where=origin, fix="put the value into quotes"
+            ) from None
+        result, sources = set_value(result, key.strip(), value, sources, origin=origin)
+    return result, sources
+
+
+def set_value(
+    values: Mapping[str, Any], key: str, value: Any, origins: Mapping[str, str], *, origin: str
+) -> tuple[dict[str, Any], Origins]:
+    """Set one dotted key and its origin. Returns new objects."""
+    result = copy.deepcopy(written_out(values))
+    _assign(result, key.split("."), value, where=origin)
+    if not isinstance(value, Mapping):
+        key = _SHORT_KEYS.get(key, key)
+    return result, {**origins, key: origin}
+
+
+def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`model: NAME`, `data: FILE` and `quantization: TYPE` mean the sections with just that name, file or type."""
+    values = dict(values)
+    model = {"name": values["model"]} if isinstance(values.get("model"), str) else values.get("model")
+    if isinstance(model, Mapping):
+        values["model"] = dict(model)
+        # YAML reads an unquoted `no` as false.
+        if model.get("quantization") is False or model.get("quantization") in ("none", "no"):
+            values["model"]["quantization"] = None
+        elif isinstance(model.get("quantization"), str):
+            values["model"]["quantization"] = {"type": model["quantization"]}
+    data = values.get("data")
+    if isinstance(data, str | list | tuple):
+        data = {"files": data}
+    if isinstance(data, Mapping):
+        values["data"] = {
+            key: _data_files(value) if key in ("files", "eval") else value for key, value in data.items()
+        }
+    return values
+
+
+def kind_of(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    names = {dict: "a mapping", list: "a list", tuple: "a list", bool: "true or false"}
+    return names.get(type(value)) or shown(value)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is a mistake: plain YAML would drop the first value silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` stands here a second time", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _data_files(value: Any) -> Any:
+    entries = [value] if isinstance(value, str | Mapping) else value
+    if not isinstance(entries, list | tuple):
+        return value
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _assign(values: dict[str, Any], path: list[str], value: Any, *, where: str) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"`{key}` is no section", where=where, expected="section.key=value")
+    values[path[-1]] = value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found += _leaves(value, f"{name}.") if isinstance(value, Mapping) else [name]
+    return found
