@@ -21,9 +21,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 import phlora
 from common import ALPHA, LAYOUTS, LINEARS, RANK, Row, Shapes, forget_peak, synchronize
 from phlora.adapters.attach import attach
+from phlora.adapters.speed import speed_up
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.measure import peak_bytes
-from phlora.models.lean_layers import speed_pass
 from phlora.models.load import load_model
 from phlora.models.tiny import tiny_phi3, tiny_tokenizer
 from phlora.models.tokenizer import load_tokenizer
@@ -80,7 +80,7 @@ def lora_settings(rank: int = RANK, targets: Sequence[str] = LINEARS) -> LoraCon
 def with_phlora(base: nn.Module, lora: LoraConfig | None = None) -> nn.Module:
     """The adapted model with everything that Phlora does for speed."""
     model = attach(base, lora or lora_settings()).model
-    speed_pass(model)
+    speed_up(model)
     return model
 
 

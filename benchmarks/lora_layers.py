@@ -24,7 +24,7 @@ from torch import nn
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP, Phi3RMSNorm
 
 import phlora.lora as lora
-from phlora.models.lean_layers import speed_pass
+from phlora.adapters.speed import speed_up
 
 SHAPES = {
     "135M qkv": (576, 960),
@@ -102,7 +102,7 @@ def kept_in_place(
     places = {
         key: in_its_place(layers[key], name, in_features).to(device, dtype) for key in ("phlora", "peft")
     }
-    speed_pass(places["phlora"])
+    speed_up(places["phlora"])
     return kept_bytes(places["phlora"], x) / kept_bytes(places["peft"], x)
 
 

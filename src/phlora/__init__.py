@@ -27,7 +27,7 @@ _DEFINED_IN = {
     "embedded_folder": "phlora.models.builtin",
     "dequantize": "phlora.models.quantization",
     "attach": "phlora.adapters.attach",
-    "speed_up": "phlora.adapters.peft_layer",
+    "speed_up": "phlora.adapters.speed",
     "at_speed": "phlora.adapters.speed",
     # rows and batches
     "check": "phlora.data.checks",
@@ -66,8 +66,8 @@ _DEFINED_IN = {
 if TYPE_CHECKING:
     from phlora.adapters.attach import attach as attach
     from phlora.adapters.load import load_adapter as load_adapter
-    from phlora.adapters.peft_layer import speed_up as speed_up
     from phlora.adapters.speed import at_speed as at_speed
+    from phlora.adapters.speed import speed_up as speed_up
     from phlora.config import DataConfig as DataConfig
     from phlora.config import DataFile as DataFile
     from phlora.config import EvaluationConfig as EvaluationConfig

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from phlora import convert, evaluate_run, finetune, merge_run
 from phlora.adapters.attach import split_adapter
 from phlora.adapters.load import load_adapter
+from phlora.adapters.peft_layer import fuse_lora
 from phlora.display import Display
 from phlora.testing import tiny_phi3
 from phlora.train import loop
@@ -97,7 +98,7 @@ def test_the_adapter_goes_to_loralib_and_back_bit_for_bit(
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     facts = json.loads((back / "phlora.json").read_text(encoding="utf-8"))
     assert {tuple(entry["enabled"]) for entry in facts["blocks"].values()} == {("q_proj", "v_proj")}
-    split = split_adapter(load_adapter(tiny_phi3()[0], back).model, back)
+    split = fuse_lora(split_adapter(load_adapter(tiny_phi3()[0], back).model, back))
     assert any("weight_v_proj" in name for name, _ in split.named_parameters())
 
 

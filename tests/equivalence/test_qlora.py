@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from phlora import evaluate_run, finetune
 from phlora.adapters.attach import attach
 from phlora.adapters.load import load_adapter
+from phlora.adapters.peft_layer import fuse_lora
 from phlora.config import QuantizationConfig
 from phlora.data.collate import Collator
 from phlora.data.rows import Origin
@@ -93,7 +94,7 @@ def test_fused_functions_keep_no_dense_weight(storage: str) -> None:
 
 def adapted_model(base: nn.Module) -> PeftModel:
     torch.manual_seed(0)
-    model = attach(base, {"r": 4, "init_lora_weights": False}).model
+    model = fuse_lora(attach(base, {"r": 4, "init_lora_weights": False}).model)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     return model
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from phlora.adapters.attach import attach
-from phlora.adapters.peft_layer import LoraLinear
+from phlora.adapters.peft_layer import LoraLinear, fuse_lora
 from phlora.testing import tiny_phi3
 
 # fp32 products of at most 112 terms in another order.
@@ -38,7 +38,7 @@ def stock(*, r: int = 4, **fields: Any) -> PeftModel:
 
 def blocks(**fields: Any) -> PeftModel:
     torch.manual_seed(0)
-    return randomize(attach(tiny_phi3()[0], {"r": 4, "target_modules": BLOCKS, **fields}).model)
+    return randomize(fuse_lora(attach(tiny_phi3()[0], {"r": 4, "target_modules": BLOCKS, **fields}).model))
 
 
 def logits(model: nn.Module) -> Tensor:

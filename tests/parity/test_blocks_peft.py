@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from phlora.adapters.attach import attach, split_adapter
+from phlora.adapters.attach import Attached, attach, split_adapter
 from phlora.adapters.block_modules import BlockMagnitude, BlockUp, StartedUp
-from phlora.adapters.peft_layer import LoraLinear, slow_down
+from phlora.adapters.peft_layer import LoraLinear, fuse_lora, unfuse_lora
 from phlora.errors import ModelError
 from phlora.testing import tiny_phi3
 
@@ -33,11 +33,18 @@ UNEQUAL = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"up_proj": 3}}
 DORA = {"use_dora": True}
 
 
+def fused(model: Any, lora: dict[str, Any]) -> Attached:
+    """A fresh adapter whose layers are Phlora's."""
+    attached = attach(model, lora)
+    fuse_lora(attached.model)
+    return attached
+
+
 def dora(**fields: Any) -> PeftModel:
     """A tiny Phi-3 with DoRA on row blocks, at values as after some training."""
     torch.manual_seed(0)
     fields = {"r": 4, "target_modules": BLOCKS, "use_dora": True, **fields}
-    return randomize(attach(tiny_phi3()[0], fields).model)
+    return randomize(fused(tiny_phi3()[0], fields).model)
 
 
 def randomize(model: Any) -> Any:
@@ -131,7 +138,7 @@ def test_rows_in_no_block_are_the_bases_to_the_bit_and_have_no_parameter(dropout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
 def test_a_fresh_adapter_is_the_base(dtype: torch.dtype, init: Any) -> None:
-    model = attach(
+    model = fused(
         tiny_phi3()[0].to(dtype),
         {"r": 4, "target_modules": BLOCKS[:3], "use_dora": True, "init_lora_weights": init},
     ).model
@@ -239,7 +246,7 @@ def test_blocks_train_like_stock_peft_on_unfused_layers(fields: dict[str, Any], 
 
 def test_fresh_blocks_have_the_lengths_and_the_counts_of_unfused_layers() -> None:
     config = {"r": 4, "target_modules": BLOCKS, "use_dora": True}
-    attached = attach(tiny_phi3()[0], config)
+    attached = fused(tiny_phi3()[0], config)
     theirs = get_peft_model(llama(tiny_phi3()[0]), LoraConfig(task_type="CAUSAL_LM", **config))
     ours = by_block(attached.model, of=lambda p: p.detach())
     expected = {n: p.detach() for n, p in theirs.named_parameters() if p.requires_grad}
@@ -282,7 +289,7 @@ def test_a_saved_adapter_comes_back_into_blocks_bit_for_bit(tmp_path: Path, fiel
     train(model)
     model.save_pretrained(tmp_path)
     plain = PeftModel.from_pretrained(tiny_phi3()[0], tmp_path, is_trainable=True)
-    back = split_adapter(plain, tmp_path).eval()
+    back = fuse_lora(split_adapter(plain, tmp_path)).eval()
     ours = {n: p for n, p in model.named_parameters() if "lora_" in n}
     theirs = {n: p for n, p in back.named_parameters() if "lora_" in n}
     assert ours.keys() == theirs.keys()
@@ -297,7 +304,7 @@ def test_a_state_dict_goes_into_fresh_blocks_bit_for_bit(tmp_path: Path) -> None
     model = dora(**UNEQUAL)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    fresh = attach(
+    fresh = fused(
         tiny_phi3()[0], {"r": 4, "target_modules": BLOCKS, "use_dora": True, **UNEQUAL}
     ).model.eval()
     result = set_peft_model_state_dict(fresh, tensors)
@@ -372,7 +379,7 @@ def test_several_adapters(tmp_path: Path) -> None:
     assert not torch.allclose(logits(model), first)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "default" in n)
     model.load_adapter(str(tmp_path), "again")
-    split_adapter(model, tmp_path, "again")
+    fuse_lora(split_adapter(model, tmp_path, "again"))
     model.set_adapter("again")
     torch.testing.assert_close(logits(model), first, rtol=0, atol=0)
     for name in ("other", "default"):
@@ -408,7 +415,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def started(init: str, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
     fields = {"r": 4, "target_modules": BLOCKS, "init_lora_weights": init, **fields}
-    return attach(tiny_phi3()[0], fields).model.eval()
+    return fused(tiny_phi3()[0], fields).model.eval()
 
 
 STARTS = [("pissa", {}), ("olora", {}), ("pissa", UNEQUAL), ("pissa", {"use_rslora": True}), ("olora", DORA)]
@@ -470,7 +477,7 @@ def test_a_started_adapter_is_a_plain_one_for_the_untouched_base(
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
             assert torch.equal(weight, base[plain]), name
 
-    back = split_adapter(stock, tmp_path)
+    back = fuse_lora(split_adapter(stock, tmp_path))
     assert sum(type(m) is BlockUp for m in back.modules()) == 6
     torch.testing.assert_close(logits(back), expected, **ROUNDING)
     back.save_pretrained(tmp_path / "again")
@@ -503,7 +510,7 @@ def test_a_state_dict_brings_back_what_was_started_from() -> None:
 def test_slowed_down_started_blocks_are_computed_by_peft() -> None:
     model = started("pissa")
     train(model)
-    copied = slow_down(copy.deepcopy(model))
+    copied = unfuse_lora(copy.deepcopy(model))
     torch.testing.assert_close(logits(copied), logits(model), **ROUNDING)
 
 
@@ -520,7 +527,7 @@ def test_swapping_into_started_blocks_works_at_their_ranks_and_is_refused_at_oth
 
 
 def test_a_bfloat16_base_stays_as_it_is() -> None:
-    model = attach(
+    model = fused(
         tiny_phi3()[0].bfloat16(), {"r": 4, "target_modules": BLOCKS, "init_lora_weights": "pissa"}
     ).model
     layer, x = qkv(model), torch.randn(5, 64, dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import phlora.lora as lora
 from phlora.adapters.attach import attach
-from phlora.adapters.peft_layer import slow_down, speed_up
+from phlora.adapters.peft_layer import fuse_lora, unfuse_lora
 from phlora.errors import ModelError
 from phlora.models.lean_layers import speed_pass
 from phlora.models.tiny import tiny_phi3
@@ -77,7 +77,7 @@ def of_peft(lean: bool = False) -> Case:
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(0)
     theirs = randomized(get_peft_model(tiny(), config))
-    ours = speed_up(copy.deepcopy(theirs))
+    ours = fuse_lora(copy.deepcopy(theirs))
     if lean:
         speed_pass(ours)
     return Case(ours, theirs, torch.randn(2, 5, 64))
@@ -86,7 +86,7 @@ def of_peft(lean: bool = False) -> Case:
 def of_blocks(lean: bool = False, **fields: Any) -> Case:
     """The oracle is stock PEFT with the plain form of the adapter."""
     torch.manual_seed(0)
-    ours = randomized(attach(tiny(), {"r": 4, "target_modules": BLOCKS, **fields}).model)
+    ours = randomized(fuse_lora(attach(tiny(), {"r": 4, "target_modules": BLOCKS, **fields}).model))
     plain = copy.copy(ours.peft_config["default"])
     plain.__class__ = LoraConfig
     theirs = get_peft_model(tiny(), plain)
@@ -550,8 +550,8 @@ def test_a_compiled_model(case: Case) -> None:
 def test_slowing_down_and_speeding_up_again(case: Case) -> None:
     with torch.no_grad():
         expected = case()
-        near(case(slow_down(case.module)), expected)
-        assert torch.equal(case(speed_up(case.module)), expected)
+        near(case(unfuse_lora(case.module)), expected)
+        assert torch.equal(case(fuse_lora(case.module)), expected)
 
 
 def block_up(case: Case) -> nn.Module:

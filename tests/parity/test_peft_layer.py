@@ -23,9 +23,8 @@ from peft_blocks import (
 )
 from torch import Tensor, nn
 
-import phlora
 from phlora.adapters.attach import attach
-from phlora.adapters.peft_layer import LoraLinear, slow_down
+from phlora.adapters.peft_layer import LoraLinear, fuse_lora, unfuse_lora
 from phlora.errors import ModelError
 from phlora.testing import tiny_phi3
 
@@ -33,29 +32,29 @@ from phlora.testing import tiny_phi3
 def test_speeding_up_shares_every_parameter_and_can_be_undone() -> None:
     model = stock()
     before, keys = dict(model.named_parameters()), list(model.state_dict())
-    assert phlora.speed_up(model) is model and len(fused_layers(model)) == 8
+    assert fuse_lora(model) is model and len(fused_layers(model)) == 8
     assert list(model.state_dict()) == keys
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
-    slow_down(model)
+    unfuse_lora(model)
     assert not fused_layers(model)
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
 
 
 def test_forward_and_every_gradient(device: str) -> None:
-    ours, theirs = phlora.speed_up(stock()).to(device), stock().to(device)
+    ours, theirs = fuse_lora(stock()).to(device), stock().to(device)
     assert_same(loss_and_gradients(ours), loss_and_gradients(theirs))
 
 
 def test_five_steps(device: str) -> None:
     # AdamW divides by the root of squared gradients, which lifts rounding errors of tiny ones.
-    ours, theirs = phlora.speed_up(stock()).to(device), stock().to(device)
+    ours, theirs = fuse_lora(stock()).to(device), stock().to(device)
     assert_same(train(ours), train(theirs), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bfloat16_autocast(checkpointing: bool, device: str) -> None:
     results = []
-    for model in (phlora.speed_up(stock()).to(device), stock().to(device)):
+    for model in (fuse_lora(stock()).to(device), stock().to(device)):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
@@ -66,7 +65,7 @@ def test_bfloat16_autocast(checkpointing: bool, device: str) -> None:
 
 def test_a_bfloat16_base_with_fp32_adapters(device: str) -> None:
     results = []
-    for hasten in (phlora.speed_up, lambda model: model):
+    for hasten in (fuse_lora, lambda model: model):
         torch.manual_seed(0)
         base = tiny_phi3()[0].bfloat16()
         model = hasten(
@@ -84,7 +83,7 @@ def test_dropout_has_pefts_mean_and_spread(device: str) -> None:
     layer = model.get_submodule("base_model.model.model.layers.0.self_attn.o_proj").train()
     x = torch.randn(3, 64, device=device)
     samples = []
-    for hasten in (lambda m: m, phlora.speed_up):
+    for hasten in (lambda m: m, fuse_lora):
         hasten(model)
         with torch.no_grad():
             samples.append(torch.stack([layer(x) for _ in range(4000)]))
@@ -98,7 +97,7 @@ def test_dropout_has_pefts_mean_and_spread(device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [stock, blocks], ids=["whole", "blocks"])
 def test_dora_unmerges_to_the_bit(make: Callable[..., PeftModel], dtype: torch.dtype) -> None:
-    model = phlora.speed_up(make(use_dora=True).to(dtype))
+    model = fuse_lora(make(use_dora=True).to(dtype))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = logits(model)
     for _ in range(3):
@@ -109,7 +108,7 @@ def test_dora_unmerges_to_the_bit(make: Callable[..., PeftModel], dtype: torch.d
 
 
 def test_other_values_for_a_merged_weight_are_refused_and_its_own_are_not() -> None:
-    model = phlora.speed_up(stock())
+    model = fuse_lora(stock())
     unmerged_state = {name: value.clone() for name, value in model.state_dict().items()}
     model.merge_adapter()
     model.load_state_dict(model.state_dict())
@@ -123,7 +122,7 @@ def test_other_values_for_a_merged_weight_are_refused_and_its_own_are_not() -> N
 
 
 def test_a_weight_written_while_merged_is_not_thrown_away() -> None:
-    ours, theirs = phlora.speed_up(stock()), stock()
+    ours, theirs = fuse_lora(stock()), stock()
     for model in (ours, theirs):
         model.merge_adapter()
         for name, parameter in model.named_parameters():
@@ -139,7 +138,7 @@ def test_a_16_bit_base_is_no_further_from_fp64_than_peft(target_modules: Any, dt
     """One layer after the other, as the model's own rounding would hide theirs: output, and each gradient."""
     torch.manual_seed(0)
     fields = {"r": 8, "lora_alpha": 32, "target_modules": target_modules}
-    model = attach(tiny_phi3()[0], fields).model
+    model = fuse_lora(attach(tiny_phi3()[0], fields).model)
     errors, gradients = torch.zeros(2), torch.zeros(2)
     for layer in [module for module in model.modules() if isinstance(module, LoraLinear)]:
         for parameter in layer.parameters():
@@ -172,5 +171,5 @@ def run_layer(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("make", [stock, blocks], ids=["whole", "blocks"])
 def test_print_shows_what_peft_shows(make: Callable[..., PeftModel]) -> None:
-    model = phlora.speed_up(make())
-    assert repr(model) == repr(slow_down(copy.deepcopy(model)))
+    model = fuse_lora(make())
+    assert repr(model) == repr(unfuse_lora(copy.deepcopy(model)))

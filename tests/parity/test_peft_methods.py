@@ -23,14 +23,13 @@ from peft_blocks import (
     stock,
 )
 
-import phlora
-from phlora.adapters.peft_layer import slow_down
+from phlora.adapters.peft_layer import fuse_lora, unfuse_lora
 from phlora.testing import tiny_phi3
 
 
 @pytest.fixture(params=["plain", "blocks"])
 def model(request: Any, device: str) -> PeftModel:
-    return (phlora.speed_up(stock()) if request.param == "plain" else blocks()).to(device).eval()
+    return (fuse_lora(stock()) if request.param == "plain" else blocks()).to(device).eval()
 
 
 def test_merging_keeps_the_logits_and_unmerging_every_bit(model: PeftModel) -> None:
@@ -68,7 +67,7 @@ def test_disabling_gives_the_base_model(model: PeftModel) -> None:
 def test_several_adapters(model: PeftModel, tmp_path: Path) -> None:
     first = logits(model)
     model.add_adapter("other", LoraConfig(r=3, target_modules=["qkv_proj", "down_proj"]))
-    phlora.speed_up(randomize(model, "other"))
+    fuse_lora(randomize(model, "other"))
     torch.testing.assert_close(logits(model), first, rtol=0, atol=0)
     model.set_adapter("other")
     second = logits(model)
@@ -77,7 +76,7 @@ def test_several_adapters(model: PeftModel, tmp_path: Path) -> None:
     torch.testing.assert_close(mixed, torch.stack([first[0], second[1]]), **ROUNDING)
     model.base_model.set_adapter(["default", "other"])
     both = logits(model)
-    torch.testing.assert_close(both, logits(slow_down(copy.deepcopy(model))), **ROUNDING)
+    torch.testing.assert_close(both, logits(unfuse_lora(copy.deepcopy(model))), **ROUNDING)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), both, **ROUNDING)
     model.unmerge_adapter()

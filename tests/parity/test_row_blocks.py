@@ -24,7 +24,7 @@ from peft_blocks import (
 from torch import Tensor, nn
 
 from phlora.adapters.block_modules import BlockUp
-from phlora.adapters.peft_layer import LoraLinear, slow_down
+from phlora.adapters.peft_layer import LoraLinear, unfuse_lora
 from phlora.testing import tiny_phi3
 
 
@@ -69,7 +69,7 @@ def unfused(model: PeftModel) -> PeftModel:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLinear) and isinstance(layer.lora_B["default"], BlockUp):
             model.set_submodule(name, Unfused(layer, sizes[name.rpartition(".")[2]]))
-    return slow_down(model)
+    return unfuse_lora(model)
 
 
 def by_block(model: PeftModel, *, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
@@ -131,7 +131,7 @@ def test_the_saved_adapter_has_equal_logits_in_stock_peft(
 def test_slowed_down_blocks_are_computed_by_peft(device: str) -> None:
     model = blocks().to(device)
     fast = loss_and_gradients(model)
-    slow = slow_down(copy.deepcopy(model))
+    slow = unfuse_lora(copy.deepcopy(model))
     slow.zero_grad()
     assert not fused_layers(slow)
     assert_same(loss_and_gradients(slow), fast)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from phlora.adapters.attach import attach, split_adapter
+from phlora.adapters.peft_layer import fuse_lora
 from phlora.testing import tiny_phi3
 
 # Rows of q (64) and v (32), of all of it (128), and so on: unequal blocks, unequal ranks, and one without any block.
@@ -46,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save(folder: Path, *, seed: int, **fields: Any) -> Path:
-    model = attach(tiny_phi3()[0], fields).model
+    model = fuse_lora(attach(tiny_phi3()[0], fields).model)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -61,7 +62,7 @@ def load(saved: Path, *names: str, as_blocks: bool, device: str = "cpu") -> Peft
         model.load_adapter(str(saved / name), name)
     for name in names if as_blocks else ():
         if (saved / name / "phlora.json").is_file():
-            split_adapter(model, saved / name, name)
+            fuse_lora(split_adapter(model, saved / name, name))
     return model.to(device).eval()
 
 
@@ -200,7 +201,7 @@ def test_hot_swapping(
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        model = attach(tiny_phi3()[0], {**fields, **old}).model.to(device).eval()
+        model = fuse_lora(attach(tiny_phi3()[0], {**fields, **old}).model).to(device).eval()
     if prepared is not None:
         prepare_model_for_compiled_hotswap(model, **prepared)
     expected = [
@@ -222,7 +223,7 @@ def test_hot_swapping_keeps_the_blocks_of_the_same_parameters(saved: Path, tmp_p
 
 def test_swapped_in_blocks_of_other_ranks_stay_blocks(tmp_path: Path) -> None:
     fields = {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8}
-    model = attach(tiny_phi3()[0], {**fields, "r": 4}).model
+    model = fuse_lora(attach(tiny_phi3()[0], {**fields, "r": 4}).model)
     for r, shapes in ((2, {"weight_q_proj": (64, 2), "weight_v_proj": (32, 6)}), (9, None)):
         hotswap_adapter(model, str(save(tmp_path / str(r), seed=r, r=r, **fields)), adapter_name="default")
         up = model.get_submodule("base_model.model.model.layers.0.self_attn.qkv_proj").lora_B["default"]

@@ -15,7 +15,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from phlora.adapters.layout import (
 )
 from phlora.adapters.lora_fields import require_known_names, require_supported
 from phlora.adapters.lora_values import LARGEST_RANK, check_types
-from phlora.adapters.peft_layer import speed_up
 from phlora.adapters.targets import ALL_LINEAR, resolve_targets
 from phlora.errors import ConfigError, ModelError, did_you_mean, shown
 from phlora.files import ADAPTER_FACTS, read_json
@@ -54,10 +53,6 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "target_modules": (ALL_LINEAR, "PEFT has no default for Phi-3"),
     "task_type": ("CAUSAL_LM", "chat models"),
 }
-
-
-# Keys of `peft_config` that are for the optimizer, which PEFT keeps out of `LoraConfig`.
-_OPTIMIZER_KEYS = ("loraplus_lr_ratio",)
 
 
 @dataclass(frozen=True)
@@ -96,22 +91,23 @@ class Attached:
     notes: tuple[str, ...]
 
 
-def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
+def lora_settings(peft_config: Mapping[str, Any], *, also_known: Collection[str] = ()) -> LoraConfig:
     """Check `peft_config` and build PEFT's configuration from it.
 
     Args:
         peft_config: fields of `peft.LoraConfig`; `lora_alpha` is twice the rank where it is not given.
-            `loraplus_lr_ratio` is for the optimizer, and not looked at here.
+        also_known: keys that whoever calls has taken out, for the nearest name of a wrong one.
 
     Raises:
         ConfigError: an unknown key (with the nearest name), a value of the wrong type, or one out of range.
     """
-    known = {field.name for field in dataclasses.fields(LoraConfig)} | set(_OPTIMIZER_KEYS)
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
     for key in peft_config:
         if key not in known:
-            raise ConfigError(f"Unknown key `{key}`", where=WHERE, fix=did_you_mean(str(key), known))
+            raise ConfigError(
+                f"Unknown key {shown(key)}", where=WHERE, fix=did_you_mean(str(key), {*known, *also_known})
+            )
     values = {**{key: default for key, (default, _) in DEFAULTS.items()}, **peft_config}
-    values = {key: value for key, value in values.items() if key not in _OPTIMIZER_KEYS}
     values["r"] = _whole(values["r"], "r")
     check_types(values)
     require_supported(values)
@@ -129,7 +125,8 @@ def lora_settings(peft_config: Mapping[str, Any]) -> LoraConfig:
 def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     """Add a fresh LoRA adapter; afterwards its parameters train and nothing else.
 
-    The model's weights are shared, not copied. Adapter parameters of a 16-bit model are kept in fp32 (PEFT's
+    The model's weights are shared, not copied, and PEFT computes with them; `speed_up` makes that fast. Adapter
+    parameters of a 16-bit model are kept in fp32 (PEFT's
     `autocast_adapter_dtype`): AdamW's updates are smaller than bf16 can add.
 
     Raises:
@@ -159,14 +156,13 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
         layer = _plain_layer(adapted, module)
         start_blocks(layer, "default", rows, config=start)
     keep_trained(adapted, base)
-    speed_up(adapted)
     return Attached(adapted, summarize(adapted), targets.notes)
 
 
 def split_adapter(
     model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default"
 ) -> PeftModel:
-    """Turn an adapter that was loaded in its plain form into row blocks again, in place, and speed it up.
+    """Turn an adapter that was loaded in its plain form into row blocks again, in place.
 
     Values come from the file, so they are those that were saved, bit for bit.
 
@@ -191,7 +187,6 @@ def split_adapter(
     for module, (lora_B, rows) in split.items():
         put_blocks(_plain_layer(model, module), adapter_name, lora_B, rows)
     model.peft_config[adapter_name] = with_blocks(_lora_config(model, adapter_name), recorded)
-    speed_up(model)
     return model
 
 

@@ -31,7 +31,7 @@ from phlora.models.operands import frozen_weight, is_quantized
 
 
 class LoraLinear(peft_lora.Linear):
-    """`y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`, see the module; made by `speed_up`, never constructed.
+    """`y = x Wᵀ + b + scaling · dropout(x) Aᵀ Bᵀ`, see the module; made by `fuse_lora`, never constructed.
 
     Merging rounds once, from fp32, and keeps the weight as it was, so that unmerging restores every bit, with DoRA and
     other variants too; until then the layer holds both. A weight that was written to while merged is left to PEFT,
@@ -197,7 +197,7 @@ class LoraLinear(peft_lora.Linear):
         return None
 
 
-def speed_up(model: nn.Module) -> nn.Module:
+def fuse_lora(model: nn.Module) -> nn.Module:
     """Let the plain LoRA layers that PEFT put on linear weights compute with the fused functions, in place.
 
     Parameters, their names and what is saved stay as they are, also for an optimizer that holds them. Adapters with
@@ -213,8 +213,8 @@ def speed_up(model: nn.Module) -> nn.Module:
     return model
 
 
-def slow_down(model: nn.Module) -> nn.Module:
-    """Undo `speed_up`: every layer is computed by PEFT again, adapters on row blocks included.
+def unfuse_lora(model: nn.Module) -> nn.Module:
+    """Undo `fuse_lora`: every layer is computed by PEFT again, adapters on row blocks included.
 
     Returns:
         The same model.

@@ -1,4 +1,8 @@
-"""What a run's `speed` says, done to a model with its adapters: every exact and faster way, or none of them."""
+"""Acceleration, whole: every exact and faster way to compute a model with its adapters, or none of them.
+
+What is exchanged stands in `adapters.peft_layer` (LoRA layers) and `models.lean_layers` (all other layers); here alone
+it is decided whether a model has them.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,41 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from phlora.adapters import peft_layer
+from phlora.adapters.peft_layer import fuse_lora, unfuse_lora
 from phlora.config import Speed
 from phlora.lora import matmul
+from phlora.models import lean_layers
 from phlora.models.allocator import return_freed_memory
-from phlora.models.lean_layers import slow_down, speed_pass
+from phlora.models.lean_layers import SpeedPass, speed_pass
+
+
+def speed_up(model: nn.Module) -> nn.Module:
+    """Compute with everything that is exact and faster, in place: fused LoRA layers, lean layers around them, memory
+    that is kept from step to step.
+
+    Parameters, their names and what is saved stay as they are, also for an optimizer that holds them. Call it once it
+    is known what trains: a layer whose own weight trains is left as it is, and adapters with DoRA or another variant,
+    and layers on other kinds of weights, are computed by PEFT. `slow_down` takes it back.
+
+    Returns:
+        The same model.
+    """
+    _hasten(model)
+    return model
+
+
+def slow_down(model: nn.Module) -> nn.Module:
+    """Undo `speed_up`: the layers are those of PEFT and transformers again, in place; adapters stay as they are.
+
+    Returns:
+        The same model.
+    """
+    return lean_layers.slow_down(unfuse_lora(model))
 
 
 @contextmanager
 def at_speed(model: nn.Module, speed: Speed) -> Iterator[str]:
-    """Compute at this setting: `auto` with everything that is exact and faster, `reference` with nothing of it.
+    """Compute as a run's `speed` says: `auto` is `speed_up`, `reference` is `slow_down` and products by torch alone.
 
     The layers stay as they were made when the context is left; both kinds compute the same. Memory that was kept goes
     back to the system then.
@@ -26,10 +55,14 @@ def at_speed(model: nn.Module, speed: Speed) -> Iterator[str]:
     """
     if speed == "auto":
         try:
-            yield speed_pass(peft_layer.speed_up(model)).describe()
+            yield _hasten(model).describe()
         finally:
             return_freed_memory()
         return
-    slow_down(peft_layer.slow_down(model))
+    slow_down(model)
     with matmul.torch_alone():
         yield "speed is reference: the layers of PEFT and transformers, products by torch"
+
+
+def _hasten(model: nn.Module) -> SpeedPass:
+    return speed_pass(fuse_lora(model))

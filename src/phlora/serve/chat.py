@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from phlora.adapters.base_view import as_base
+from phlora.adapters.speed import speed_up
 from phlora.data.prompts import answer_of, encode_chat
 from phlora.data.rendering import TemplateRefusal
 from phlora.display import Display, printable
 from phlora.errors import ConfigError, InputError, ModelError
 from phlora.models.families import context_lengths
 from phlora.models.generate import stream
-from phlora.models.lean_layers import speed_pass
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.resolve import Resolved, load_pair, resolve
 from phlora.runs.system_prompt import system_prompts_of
@@ -209,7 +209,7 @@ def open_chat(
     for note in pair.notes:
         display.note(note)
     trained_system = _trained_system(found, display, is_wanted=system is None)
-    speed_pass(pair.model.requires_grad_(False))
+    speed_up(pair.model.requires_grad_(False))
     return ChatSession(
         model=pair.model,
         tokenizer=pair.tokenizer,

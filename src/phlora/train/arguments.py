@@ -29,7 +29,7 @@ from phlora.train.field_values import (
     typed_value,
 )
 from phlora.train.fields import HONOURED, MAPPED, REFUSED
-from phlora.train.optimizer import check_optimizer
+from phlora.train.optimizer import LORAPLUS, check_optimizer
 
 # Phlora's default, and why it is not TRL's.
 DEFAULTS: dict[str, tuple[Any, str]] = {
@@ -89,9 +89,6 @@ REMOVED = {
     "group_by_length": 'use train_sampling_strategy: "group_by_length"',
 }
 
-# For the optimizer as well, but said beside the adapter that it is about.
-_LORAPLUS = "loraplus_lr_ratio"
-
 # Phlora's own, beside the fields of TRL's configuration.
 _Z_LOSS = "z_loss"
 
@@ -131,7 +128,7 @@ def training_arguments(
     *,
     output_dir: str | Path,
     device: str = "cpu",
-    peft_config: Mapping[str, Any] | None = None,
+    loraplus_lr_ratio: float | None = None,
 ) -> Arguments:
     """Check `training_config` and build the trainer's arguments from it.
 
@@ -140,7 +137,7 @@ def training_arguments(
             `z_loss`.
         output_dir: where checkpoints go; an `output_dir` in the dictionary is replaced by it.
         device: type of the device that trains: cpu, cuda or mps.
-        peft_config: its `loraplus_lr_ratio` is the optimizer's; everything else is the adapter's.
+        loraplus_lr_ratio: of `peft_config`, see `optimizer.take_loraplus`.
 
     Raises:
         ConfigError: an unknown key (with the nearest name), a value of the wrong type, or one out of range.
@@ -176,7 +173,7 @@ def training_arguments(
     ) as error:
         raise ConfigError(f"The settings contradict each other: {error}", where=WHERE) from None
     check_optimizer(args)
-    return Arguments(args, tuple(notes), origins, _loraplus_lr_ratio(peft_config or {}), z_loss)
+    return Arguments(args, tuple(notes), origins, loraplus_lr_ratio, z_loss)
 
 
 def train_on_of(training_config: Mapping[str, Any]) -> TrainOn | None:
@@ -237,7 +234,7 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
         elif key in RENAMED and key not in known:
             notes.append(f"{WHERE}.{key} is now called {RENAMED[key]}")
             values.setdefault(RENAMED[key], value)
-        elif key == _LORAPLUS:
+        elif key == LORAPLUS:
             raise ConfigError(
                 f"`{key}` cannot be set here", where=WHERE, fix="say it in `peft_config`, beside the adapter"
             )
@@ -250,20 +247,6 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
                 fix=did_you_mean(str(key), known | RENAMED.keys() | {_Z_LOSS}),
             )
     return values
-
-
-def _loraplus_lr_ratio(peft_config: Mapping[str, Any]) -> float | None:
-    ratio = peft_config.get("loraplus_lr_ratio")
-    if ratio is None:
-        return None
-    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
-    if not number or not 0 < ratio < math.inf:
-        raise ConfigError(
-            f"`{ratio}` was given",
-            where="peft_config.loraplus_lr_ratio",
-            expected="a number above 0: the learning rate of lora_B, as a multiple of learning_rate",
-        )
-    return float(ratio)
 
 
 def _z_loss(value: Any, notes: list[str]) -> float:

@@ -34,6 +34,7 @@ from phlora.train import record
 from phlora.train.arguments import Arguments, needed_by_trackers, training_arguments
 from phlora.train.base import HandedOver, device_of, model_of, require_no_adapted_head, tokenizer_of
 from phlora.train.loop import fit
+from phlora.train.optimizer import LORAPLUS, take_loraplus
 from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import PreparedData, prepare_data
 from phlora.train.request import Request, collect_request, require_one_process, require_rows_outside
@@ -189,14 +190,15 @@ def finetune(
 
 def _settings(config: RunConfig, folder: RunFolder, *, device: str) -> tuple[Arguments, LoraConfig]:
     """What trainer, adapter and proof are made of, all checked before anything is read."""
+    adapter, loraplus = take_loraplus(config.peft_config)
     arguments = training_arguments(
         config.training_config,
         output_dir=folder.checkpoints,
         device=device,
-        peft_config=config.peft_config,
+        loraplus_lr_ratio=loraplus,
     )
     resolve_metrics(config.evaluation.metrics)
-    return arguments, lora_settings(config.peft_config)
+    return arguments, lora_settings(adapter, also_known=(LORAPLUS,))
 
 
 def _proof(

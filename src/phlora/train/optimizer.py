@@ -11,6 +11,8 @@ at a rate of 1e-6, and knows nothing of the trainer's weight decay.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +20,30 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from transformers import Trainer, TrainingArguments, get_scheduler
 
-from phlora.errors import ConfigError
+from phlora.errors import ConfigError, shown
+
+# In `peft_config`, beside the adapter that it is about; PEFT keeps it out of `LoraConfig`.
+LORAPLUS = "loraplus_lr_ratio"
+
+
+def take_loraplus(peft_config: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
+    """`peft_config` without what is for the optimizer, and the ratio of LoRA+; None: one rate for all.
+
+    Raises:
+        ConfigError: the ratio is no number above 0.
+    """
+    adapter = {key: value for key, value in peft_config.items() if key != LORAPLUS}
+    ratio = peft_config.get(LORAPLUS)
+    if ratio is None:
+        return adapter, None
+    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio < math.inf:
+        raise ConfigError(
+            f"{shown(ratio)} was given",
+            where=f"peft_config.{LORAPLUS}",
+            expected="a number above 0: the learning rate of lora_B, as a multiple of learning_rate",
+        )
+    return adapter, float(ratio)
 
 
 def is_lora_B(name: str) -> bool:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from phlora.adapters.attach import attach, recorded_blocks, split_adapter
 from phlora.adapters.block_modules import BlockUp
 from phlora.adapters.load import load_adapter
-from phlora.adapters.peft_layer import LoraLinear, slow_down
+from phlora.adapters.peft_layer import LoraLinear, fuse_lora, unfuse_lora
 from phlora.errors import ConfigError, ModelError
 from phlora.testing import tiny_phi3
 
@@ -24,7 +24,9 @@ QKV, SECOND_QKV = (f"model.layers.{i}.self_attn.qkv_proj" for i in (0, 1))
 
 def attached(**peft_config: Any) -> Any:
     torch.manual_seed(0)
-    return attach(tiny_phi3()[0], {"r": 4, **peft_config})
+    result = attach(tiny_phi3()[0], {"r": 4, **peft_config})
+    fuse_lora(result.model)
+    return result
 
 
 def layer_of(model: Any, name: str = QKV) -> Any:
@@ -186,7 +188,7 @@ def test_dora_on_a_whole_weight_is_computed_by_peft() -> None:
     model = attached(target_modules=["qkv_proj", "o_proj"], use_dora=True).model
     x = torch.randn(2, 3, layer_of(model).in_features)
     ours = layer_of(model)(x)
-    assert torch.equal(ours, layer_of(slow_down(model))(x))
+    assert torch.equal(ours, layer_of(unfuse_lora(model))(x))
     assert "lora_magnitude_vector" in str(list(model.state_dict()))
 
 
@@ -230,7 +232,7 @@ def test_a_saved_adapter_comes_back_into_blocks_bit_for_bit(tmp_path: Path, peft
     model.save_pretrained(tmp_path)
     loaded = load_adapter(tiny_phi3()[0], tmp_path, trainable=True).model
     assert not any(isinstance(module, BlockUp) for module in loaded.modules())
-    back = split_adapter(loaded, tmp_path)
+    back = fuse_lora(split_adapter(loaded, tmp_path))
     ours = {n: p for n, p in model.named_parameters() if "lora_" in n}
     theirs = {n: p for n, p in back.named_parameters() if "lora_" in n}
     assert ours.keys() == theirs.keys()

@@ -27,7 +27,7 @@ def lean_model(**settings: Any) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    speed_pass(peft_layer.speed_up(model))
+    speed_pass(peft_layer.fuse_lora(model))
     return model.train()
 
 

@@ -49,7 +49,7 @@ def phi3(dtype: torch.dtype = torch.float32, **changes) -> Phi3ForCausalLM:
 
 def adapted(model: nn.Module, **changes) -> nn.Module:
     torch.manual_seed(1)
-    peft_model = attach(model, {**SETTINGS, **changes}).model
+    peft_model = peft_layer.fuse_lora(attach(model, {**SETTINGS, **changes}).model)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
@@ -350,7 +350,7 @@ def test_second_derivatives_of_a_whole_model(settings):
     model.set_attn_implementation("eager")
     with at_speed(model, "reference"):
         expected = second_derivatives(model)
-    lean_layers.speed_pass(peft_layer.speed_up(model))
+    lean_layers.speed_pass(peft_layer.fuse_lora(model))
     for ours, theirs in zip(second_derivatives(model), expected, strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-7)
@@ -371,7 +371,7 @@ def test_transforms_of_torch_func_on_a_whole_model():
 
     with at_speed(model, "reference"):
         expected = per_row()
-    lean_layers.speed_pass(peft_layer.speed_up(model))
+    lean_layers.speed_pass(peft_layer.fuse_lora(model))
     torch.testing.assert_close(per_row(), expected, rtol=1e-3, atol=1e-7)
 
 

@@ -21,7 +21,7 @@ from phlora.errors import ConfigError, RunError
 from phlora.testing import tiny_phi3
 from phlora.train.arguments import training_arguments
 from phlora.train.finetune import finetune
-from phlora.train.optimizer import is_lora_B, raise_rate_of_B
+from phlora.train.optimizer import is_lora_B, raise_rate_of_B, take_loraplus
 
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
 # Row blocks, whole weights, and an embedding; weights kept beside the adapter are neither A nor B.
@@ -180,13 +180,13 @@ def test_a_run_shows_the_ratio_trains_with_it_and_continues_with_no_other(
 
 
 @pytest.mark.parametrize("ratio", [0, -1, True, "fast", float("inf"), float("nan")])
-def test_a_ratio_that_is_none_is_an_error(ratio: Any, tmp_path: Path) -> None:
+def test_a_ratio_that_is_none_is_an_error(ratio: Any) -> None:
     with pytest.raises(ConfigError, match="(?s)peft_config.loraplus_lr_ratio.*above 0"):
-        training_arguments({}, output_dir=tmp_path, peft_config={"loraplus_lr_ratio": ratio})
+        take_loraplus({"loraplus_lr_ratio": ratio})
 
 
 def test_a_ratio_with_a_wrong_name_or_in_the_wrong_place_is_led_to_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean `loraplus_lr_ratio`"):
-        lora_settings({"loraplus_ratio": 16})
+        lora_settings({"loraplus_ratio": 16}, also_known=("loraplus_lr_ratio",))
     with pytest.raises(ConfigError, match="(?s)cannot be set here.*peft_config"):
         training_arguments({"loraplus_lr_ratio": 16}, output_dir=tmp_path)
