@@ -75,6 +75,13 @@ def as_base(model: PeftModel) -> Iterator[None]:
                 parameter.data = tuned[name]
 
 
+def restore_base(model: PeftModel) -> None:
+    """Give the base the values that it had before the adapter came, for good; the adapter is left as it is."""
+    kept: Kept = getattr(model, _KEPT, {})
+    for parameter, before in kept.values():
+        parameter.data = before.to(parameter.device, parameter.dtype)
+
+
 def _keep(model: PeftModel, kept: Kept) -> None:
     if kept:
         # Past nn.Module, whose own lists would take the parameters for its children.

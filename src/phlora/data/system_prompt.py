@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -65,17 +65,38 @@ class SystemPrompts:
 
 def find_system_prompts(rows: Iterable[Row]) -> SystemPrompts:
     """Look at the first turns of the first `MOST_ROWS` rows."""
-    found: Counter[str] = Counter()
-    num_rows = 0
-    for row in islice(rows, MOST_ROWS):
-        num_rows += 1
+    watch = SystemPromptWatch()
+    for _ in watch.watched(islice(rows, MOST_ROWS)):
+        pass
+    return watch.found()
+
+
+class SystemPromptWatch:
+    """Counts system prompts while somebody else reads the rows, so that they are not read for it once more."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._prompts: Counter[str] = Counter()
+
+    def watched(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows; the first `MOST_ROWS` of all count."""
+        for row in rows:
+            if self.num_rows < MOST_ROWS:
+                self._count(row)
+            yield row
+
+    def _count(self, row: Row) -> None:
+        self.num_rows += 1
         first = row.messages[0] if row.messages else {}
         if first.get("role") == "system" and isinstance(first.get("content"), str) and first["content"]:
-            found[first["content"]] += 1
-    text, num_same = found.most_common(1)[0] if found else (None, 0)
-    return SystemPrompts(
-        text=text if 2 * num_same > num_rows else None,
-        num_rows=num_rows,
-        num_same=num_same,
-        num_different=len(found),
-    )
+            self._prompts[first["content"]] += 1
+
+    def found(self) -> SystemPrompts:
+        """What was seen so far."""
+        text, num_same = self._prompts.most_common(1)[0] if self._prompts else (None, 0)
+        return SystemPrompts(
+            text=text if 2 * num_same > self.num_rows else None,
+            num_rows=self.num_rows,
+            num_same=num_same,
+            num_different=len(self._prompts),
+        )

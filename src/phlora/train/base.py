@@ -1,9 +1,9 @@
-"""The model that trains: loaded by its name, or handed over as an object."""
+"""The model that trains: loaded by its name, or handed over as an object (`handed_over` gives that one back)."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from phlora.config import ModelConfig
 from phlora.errors import ConfigError, ModelError
 from phlora.models.device import Choice, choose_device
 from phlora.models.fingerprint import fingerprint
-from phlora.models.lean_layers import slow_down
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.locate import ModelSource, resolve_source
 from phlora.models.operands import is_quantized
@@ -30,7 +29,7 @@ def device_of(model: ModelConfig, objects: Objects) -> torch.device:
     """Where the training computes: where the object is, or where the configuration says."""
     if objects.model is None:
         return choose_device(model.device)
-    return _checked(objects.model).device
+    return require_plain_model(objects.model).device
 
 
 def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
@@ -47,7 +46,7 @@ def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
             )
         return load_tokenizer(model)
     if objects.model is not None:
-        checked = _checked(objects.model)
+        checked = require_plain_model(objects.model)
         return prepare_tokenizer(
             copy.deepcopy(objects.tokenizer),
             config=checked.config,
@@ -68,7 +67,7 @@ def model_of(
     """
     if objects.model is None:
         return load_model(replace(model, device=str(device)), tokenizer=tokenizer)
-    given = _checked(objects.model)
+    given = require_plain_model(objects.model)
     if any(is_quantized(module) for module in given.modules()):
         # Imported here: an optional package, without which there would be no such layer.
         from phlora.models.bnb import use_operands
@@ -86,7 +85,7 @@ def model_of(
     )
 
 
-def _checked(model: nn.Module) -> PreTrainedModel:
+def require_plain_model(model: nn.Module) -> PreTrainedModel:
     """
     Raises:
         ModelError: no plain model of transformers.
@@ -103,33 +102,6 @@ def _checked(model: nn.Module) -> PreTrainedModel:
             "with the adapter in its weights by merge_and_unload()"
         )
     raise ModelError(found, expected="a causal language model of transformers, without an adapter", fix=fix)
-
-
-@dataclass(frozen=True)
-class HandedOver:
-    """What training changes on a model object besides its adapter, as it was before."""
-
-    model: PreTrainedModel
-    attention: str | None
-    settings: tuple[tuple[Any, str, Any], ...]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> HandedOver:
-        given = _checked(model)
-        kept = [
-            (config, name, getattr(config, name))
-            for config in (given.config, given.generation_config)
-            for name in ("pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
-            if config is not None and hasattr(config, name)
-        ]
-        return cls(given, given.config._attn_implementation, tuple(kept))
-
-    def give_back(self) -> None:
-        """Leave nothing on the object but the adapter."""
-        slow_down(self.model)
-        self.model.config._attn_implementation = self.attention
-        for config, name, value in self.settings:
-            setattr(config, name, value)
 
 
 def require_no_adapted_head(model: nn.Module) -> None:

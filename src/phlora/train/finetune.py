@@ -29,11 +29,13 @@ from phlora.files import require_room
 from phlora.measure import Clock
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
+from phlora.runs.facts import SplitBy, split_of
 from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
 from phlora.train import record
 from phlora.train.arguments import Arguments, needed_by_trackers, training_arguments
-from phlora.train.base import HandedOver, device_of, model_of, require_no_adapted_head, tokenizer_of
-from phlora.train.loop import fit
+from phlora.train.base import device_of, model_of, require_no_adapted_head, tokenizer_of
+from phlora.train.handed_over import handed_over
+from phlora.train.loop import Training, fit
 from phlora.train.optimizer import LORAPLUS, take_loraplus
 from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import PreparedData, prepare_data
@@ -49,7 +51,7 @@ class Run:
     Attributes:
         folder: the run folder; None for a dry run.
         report: base against tuned model; None for a dry run and with `evaluation.enabled: false`.
-        model: the PEFT model; its adapter is the best one.
+        model: the PEFT model; its adapter is the best one. Of a dry run with a model object that object, as it was.
         tokenizer: its tokenizer.
         config_text: the resolved configuration as YAML, each value with where it came from.
         plan: the numbers of the run.
@@ -88,7 +90,7 @@ def finetune(
             `peft_config`, `evaluation` and `output`.
         model: hub id, local folder, .gguf file or embedded name, a mapping of `ModelConfig` fields, or a model of
             transformers, also a quantised one. Such an object is trained as it is and carries the adapter
-            afterwards; nothing else of it changes.
+            afterwards; nothing else of it changes, and nothing at all where the run fails, is stopped or is dry.
         tokenizer: in the place of the model's own.
         data: file(s), a list of rows, a data set of the `datasets` library (of a dictionary of them `train`, and
             `test` or `validation` as held-out rows), or a mapping of `DataConfig` fields. Rows in memory are
@@ -126,79 +128,86 @@ def finetune(
         compute_metrics=compute_metrics,
     )
     config, objects = request.config, request.objects
-    require(
-        needed_by_model(config.model)
-        | needed_by_trackers(config.training_config.get("report_to"))
-        | needed_by_tables(file.path for file in (*config.data.files, *config.data.eval))
-    )
+    require(_needed_by(config))
     require_rows_outside(config, objects, overwrite=overwrite)
     folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
     device = device_of(config.model, objects)
-    given = HandedOver.of(objects.model) if objects.model is not None else None
     arguments, lora = _settings(config, folder, device=device.type)
 
-    display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
-    words = tokenizer_of(config.model, objects)
-    begun = folder.facts() if resume and folder.has_facts else None
-    prepared = prepare_data(config, objects, words, arguments, display, begun=begun)
-    clock.lap("data")
+    with handed_over(objects.model) as given:
+        display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
+        words = tokenizer_of(config.model, objects)
+        data = prepare_data(
+            config, objects, words, arguments, display, split_by=_split_of(folder, resume=resume)
+        )
+        clock.lap("data")
 
-    display.stage(f"Loading {config.model.name}")
-    loaded = model_of(config.model, objects, words, device=device)
-    # The adapter's first weights are drawn here, before the trainer seeds itself.
-    set_seed(arguments.args.seed)
-    attached = attach(loaded.model, lora)
-    require_no_adapted_head(attached.model)
-    plan = make_plan(prepared, attached.summary, arguments, attached.model, objects)
-    record.tell_choices(display, loaded, arguments, attached, request.notes)
-    display.show(plan.render())
-    clock.lap("loading")
-    config_text = record.config_text(config, arguments, lora)
-    if dry_run:
-        return Run(None, None, attached.model, words.tokenizer, config_text, plan)
+        display.stage(f"Loading {config.model.name}")
+        loaded = model_of(config.model, objects, words, device=device)
+        # The adapter's first weights are drawn here, before the trainer seeds itself.
+        set_seed(arguments.args.seed)
+        attached = attach(loaded.model, lora)
+        given.adapted = attached.model
+        require_no_adapted_head(attached.model)
+        plan = make_plan(data, attached.summary, arguments, attached.model, objects)
+        record.tell_choices(display, loaded, arguments, attached, request.notes)
+        display.show(plan.render())
+        clock.lap("loading")
+        config_text = record.config_text(config, arguments, lora)
+        if dry_run:
+            return Run(None, None, objects.model or attached.model, words.tokenizer, config_text, plan)
 
+        _require_room(folder, plan)
+        with claimed(folder, resume=resume, overwrite=overwrite):
+            facts = record.run_facts(config, data, loaded, arguments, lora, plan)
+            checkpoint = record.open_run(folder, facts, config_text, data, objects, resume=resume)
+            start = f", from {checkpoint.name}" if checkpoint else ""
+            display.stage(f"Training {plan.num_optimizer_steps} steps{start}")
+            task = Training(attached.model, loaded, data, arguments, objects, shared=plan.sharing.on)
+            with recorded_status(folder):
+                fit(task, folder, checkpoint=checkpoint, display=display)
+            clock.lap("training")
+            report = _proof(request, attached, words, data, arguments, folder, clock, display)
+            folder.update_facts(status="finished", timing=clock.seconds)
+        given.is_trained = True
+    return Run(folder.path, report, attached.model, words.tokenizer, config_text, plan)
+
+
+def _needed_by(config: RunConfig) -> dict[str, str]:
+    """The optional packages that the run takes; see `extras.require`."""
+    files = (*config.data.files, *config.data.eval)
+    return {
+        **needed_by_model(config.model),
+        **needed_by_trackers(config.training_config.get("report_to")),
+        **needed_by_tables(file.path for file in files),
+    }
+
+
+def _settings(config: RunConfig, folder: RunFolder, *, device: str) -> tuple[Arguments, LoraConfig]:
+    """What trainer, adapter and proof are made of, all checked before anything is read."""
+    adapter, loraplus_lr_ratio = take_loraplus(config.peft_config)
+    arguments = training_arguments(
+        config.training_config,
+        output_dir=folder.checkpoints,
+        device=device,
+        loraplus_lr_ratio=loraplus_lr_ratio,
+    )
+    resolve_metrics(config.evaluation.metrics)
+    return arguments, lora_settings(adapter, also_known=(LORAPLUS,))
+
+
+def _split_of(folder: RunFolder, *, resume: bool) -> SplitBy:
+    """What the rows are dealt out by: as it was, in a run that is continued."""
+    return split_of(folder.facts()) if resume and folder.has_facts else "conversations"
+
+
+def _require_room(folder: RunFolder, plan: Plan) -> None:
     require_room(
         folder.path,
         plan.disk_bytes,
         what="The run with its checkpoints",
         fix="make room, name an --output on another disk, or set training_config.save_total_limit lower",
     )
-    with claimed(folder, resume=resume, overwrite=overwrite):
-        facts = record.run_facts(config, prepared, loaded, arguments, lora, plan)
-        checkpoint = record.open_run(folder, facts, config_text, prepared, objects, resume=resume)
-        start = f", from {checkpoint.name}" if checkpoint else ""
-        display.stage(f"Training {plan.num_optimizer_steps} steps{start}")
-        with recorded_status(folder):
-            fit(
-                attached.model,
-                loaded,
-                prepared,
-                arguments,
-                folder,
-                checkpoint=checkpoint,
-                shared=plan.sharing.on,
-                objects=objects,
-                display=display,
-            )
-        clock.lap("training")
-        report = _proof(request, attached, words, prepared, arguments, folder, clock, display)
-        folder.update_facts(status="finished", timing=clock.seconds)
-    if given:
-        given.give_back()
-    return Run(folder.path, report, attached.model, words.tokenizer, config_text, plan)
-
-
-def _settings(config: RunConfig, folder: RunFolder, *, device: str) -> tuple[Arguments, LoraConfig]:
-    """What trainer, adapter and proof are made of, all checked before anything is read."""
-    adapter, loraplus = take_loraplus(config.peft_config)
-    arguments = training_arguments(
-        config.training_config,
-        output_dir=folder.checkpoints,
-        device=device,
-        loraplus_lr_ratio=loraplus,
-    )
-    resolve_metrics(config.evaluation.metrics)
-    return arguments, lora_settings(adapter, also_known=(LORAPLUS,))
 
 
 def _proof(

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +38,33 @@ from phlora.train.request import Objects
 from phlora.train.trainer import SFTTrainer
 
 
-def fit(
-    model: PeftModel,
-    loaded: LoadedModel,
-    data: PreparedData,
-    arguments: Arguments,
-    folder: RunFolder,
-    *,
-    checkpoint: Path | None,
-    shared: bool,
-    objects: Objects,
-    display: Display,
-) -> None:
+@dataclass(frozen=True)
+class Training:
+    """What trains, on what, and how.
+
+    Attributes:
+        shared: whether rows share the computation of their common starts.
+        objects: of these the callbacks and the metrics count.
+    """
+
+    model: PeftModel
+    loaded: LoadedModel
+    data: PreparedData
+    arguments: Arguments
+    objects: Objects
+    shared: bool
+
+
+def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: Display) -> None:
     """Train the adapter, or continue from a checkpoint; afterwards the model carries the best adapter.
 
-    Writes `adapter/last`, and `adapter/best` by held-out loss (the last one where nothing is held out). With `shared`,
-    rows share the computation of their common starts. Of `objects` the callbacks and the metrics count.
+    Writes `adapter/last`, and `adapter/best` by held-out loss (the last one where nothing is held out).
 
     Raises:
         NonFiniteError: the loss or a gradient became no number; nothing was saved with it.
         KeyboardInterrupt: stopped by a signal; a checkpoint was written first.
     """
-
+    model, loaded, data = task.model, task.loaded, task.data
     prompts = {SYSTEM_PROMPTS: data.system_prompts.to_json()} if data.system_prompts else {}
 
     def save(path: Path, **facts: Any) -> None:
@@ -74,7 +80,7 @@ def fit(
     try:
         with at_speed(model, data.speed) as chosen, _for_training(model):
             display.note(chosen)
-            trainer = _trainer(model, loaded, data, arguments, shared=shared, objects=objects)
+            trainer = _trainer(task)
             trainer.remove_callback(PrinterCallback)
             for callback in (
                 NewPacks(data.train),
@@ -91,7 +97,7 @@ def fit(
         stop.restore()
     if stop.signal is not None:
         raise KeyboardInterrupt
-    if shared:
+    if task.shared:
         display.note(f"{trainer.num_tokens:,} tokens computed as {trainer.num_positions:,}{_merged(trainer)}")
     save(folder.last_adapter, step=trainer.state.global_step)
     if not best.step:
@@ -123,15 +129,8 @@ def _for_training(model: PeftModel) -> Iterator[None]:
         del vars(model)["save_pretrained"]
 
 
-def _trainer(
-    model: PeftModel,
-    loaded: LoadedModel,
-    data: PreparedData,
-    arguments: Arguments,
-    *,
-    shared: bool,
-    objects: Objects,
-) -> SFTTrainer:
+def _trainer(task: Training) -> SFTTrainer:
+    model, loaded, data, arguments, objects = task.model, task.loaded, task.data, task.arguments, task.objects
     args, packed = copy.copy(arguments.args), arguments.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
     args.packing, args.max_length = False, None
@@ -159,7 +158,7 @@ def _trainer(
             held_out,
             loaded.tokenizer.tokenizer.pad_token_id,
             packed=packed,
-            shared=shared,
+            shared=task.shared,
             rope_limit=longrope_limit(model.config),
         ),
     )

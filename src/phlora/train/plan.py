@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from phlora.adapters.attach import AdapterSummary
 from phlora.models.prefix_sharing import Sharing, decide_sharing
+from phlora.runs.facts import DataFacts
 from phlora.train.arguments import Arguments
 from phlora.train.prepare import PreparedData
 from phlora.train.request import Objects
@@ -25,7 +25,7 @@ class Plan:
     """What a run will do, in numbers."""
 
     adapter: AdapterSummary
-    data: Mapping[str, Any]
+    data: DataFacts
     sequences_per_step: int
     num_optimizer_steps: int
     disk_bytes: int
@@ -37,8 +37,11 @@ class Plan:
         """The plan for programs: counts, and whether rows share their common starts."""
         data = self.data
         return {
-            **{name: data[name] for name in ("train_rows", "held_out_rows", "tokens", "trained_tokens")},
-            "packs": data.get("packs"),
+            "train_rows": data.train_rows,
+            "held_out_rows": data.held_out_rows,
+            "tokens": data.tokens,
+            "trained_tokens": data.trained_tokens,
+            "packs": dataclasses.asdict(data.packs) if data.packs else None,
             "sequences_per_step": self.sequences_per_step,
             "num_optimizer_steps": self.num_optimizer_steps,
             "trainable_parameters": self.adapter.num_trainable,
@@ -49,16 +52,16 @@ class Plan:
     def render(self) -> str:
         """A few lines for the terminal, shown before anything is trained."""
         data = self.data
-        share = data["trained_tokens"] / max(1, data["tokens"])
-        packs = data.get("packs")
-        packed = f" in {packs['count']:,} packs ({packs['filled']:.0%} full)" if packs else ""
+        share = data.trained_tokens / max(1, data.tokens)
+        packs = data.packs
+        packed = f" in {packs.count:,} packs ({packs.filled:.0%} full)" if packs else ""
         kind = "packs" if packs else "rows"
         ratio, rate = self.loraplus_lr_ratio, self.learning_rate
         loraplus = f"\n  LoRA+: learning rate {rate:g}, for lora_B {ratio * rate:g}" if ratio else ""
         return (
             f"{self.adapter.render()}\n"
-            f"  {data['train_rows']:,} training rows{packed}, {data['held_out_rows']:,} held out; "
-            f"{data['tokens']:,} tokens an epoch, {data['trained_tokens']:,} of them trained ({share:.0%})\n"
+            f"  {data.train_rows:,} training rows{packed}, {data.held_out_rows:,} held out; "
+            f"{data.tokens:,} tokens an epoch, {data.trained_tokens:,} of them trained ({share:.0%})\n"
             f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}{loraplus}\n"
             f"  shared prefixes {self.sharing.describe()}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,17 +21,17 @@ from phlora.data.packing import TokenSequences
 from phlora.data.problems import merge_problems
 from phlora.data.rows import Origin, Problem, Row, fingerprint_of
 from phlora.data.split import split_keys
-from phlora.data.system_prompt import SystemPrompts, find_system_prompts
+from phlora.data.system_prompt import SystemPrompts, SystemPromptWatch, find_system_prompts
 from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding
 from phlora.files import cache_root, replaced_file
 from phlora.models.tokenizer import LoadedTokenizer
+from phlora.runs.facts import DataFacts, FileContents, Packs, SplitBy
 from phlora.train.arguments import Arguments
 from phlora.train.request import Objects
 
-# The rows of the proof, kept in the run folder.
 # Beyond this share of dropped rows the data and max_length do not belong together.
 _MOST_DROPPED = 0.5
 
@@ -54,7 +54,7 @@ class PreparedData:
     train: TokenSequences
     held_out: TokenTable
     held_out_rows: list[Row]
-    facts: dict[str, Any]
+    facts: DataFacts
     fingerprint: str
     speed: Speed = "auto"
     system_prompts: SystemPrompts | None = None
@@ -68,21 +68,24 @@ def prepare_data(
     arguments: Arguments,
     display: Display,
     *,
-    begun: Mapping[str, Any] | None = None,
+    split_by: SplitBy = "conversations",
 ) -> PreparedData:
     """Read, split, tokenise and pack the rows; say what was dropped or cut, and where.
 
+    The sources are read once to find what is in them, and each side once more for its tokens.
+
     Args:
-        begun: the facts of the run that is continued; one that was split by rows still is.
+        split_by: what the rows are dealt out by; a run that was split by rows is continued so.
 
     Raises:
         DataError: the data cannot be used, or most of it would be dropped.
     """
-    by_rows = begun is not None and begun.get("data", {}).get("split", "rows") == "rows"
-    train_rows, held_out_rows, formats = _both_sides(config, objects, arguments, display, by_rows=by_rows)
+    train_rows, held_out_rows, formats = _both_sides(config, objects, arguments, display, split_by=split_by)
     tokenize = _tokenizing(config, tokenizer, arguments, display)
+    prompts, proof_rows = SystemPromptWatch(), list(held_out_rows)
     with display.progress("Tokenising", len(train_rows) + len(held_out_rows)) as progress:
-        train, held_out = (tokenize(rows, progress) for rows in (train_rows, held_out_rows))
+        train = tokenize(train_rows, prompts.watched(train_rows), progress)
+        held_out = tokenize(held_out_rows, proof_rows, progress)
     for tokenized, name in ((train, "training"), (held_out, "held-out")):
         _tell_cuts(tokenized, name, arguments, display)
     if config.data.strict:
@@ -92,24 +95,25 @@ def prepare_data(
     return PreparedData(
         train=sequences,
         held_out=held_out.rows,
-        held_out_rows=[row for row in held_out_rows if row.origin in kept],
-        facts={
-            "files": [file.path for file in config.data.files],
-            "formats": formats,
-            "contents": _contents(train_rows, held_out_rows),
-            "split": "rows" if by_rows else "conversations",
-            "train_rows": len(train.rows),
-            "held_out_rows": len(held_out.rows),
-            "sequences": len(sequences),
-            **_packs(sequences, train.num_tokens),
-            "tokens": train.num_tokens,
-            "trained_tokens": train.num_trained_tokens,
-            "dropped": [f"{skip.origin}: {skip.reason}" for skip in (*train.skipped, *held_out.skipped)],
-            "cut": [str(origin) for origin in (*train.cut, *held_out.cut)],
-        },
+        held_out_rows=[row for row in proof_rows if row.origin in kept],
+        facts=DataFacts(
+            files=tuple(file.path for file in config.data.files),
+            formats=formats,
+            contents=_contents(train_rows, held_out_rows),
+            split=split_by,
+            train_rows=len(train.rows),
+            held_out_rows=len(held_out.rows),
+            sequences=len(sequences),
+            packs=_packs(sequences, train.num_tokens),
+            tokens=train.num_tokens,
+            trained_tokens=train.num_trained_tokens,
+            dropped=tuple(f"{skip.origin}: {skip.reason}" for skip in (*train.skipped, *held_out.skipped)),
+            cut=tuple(str(origin) for origin in (*train.cut, *held_out.cut)),
+        ),
         fingerprint=fingerprint_of(chain(train_rows.digests(), held_out_rows.digests())),
         speed=config.speed,
-        system_prompts=find_system_prompts(train_rows),
+        # Tokens from the cache are made without reading a row.
+        system_prompts=prompts.found() if prompts.num_rows else find_system_prompts(train_rows),
         trained_keys=_trained_keys(train_rows, train.rows),
     )
 
@@ -121,7 +125,7 @@ def _trained_keys(rows: RowSubset, tokens: TokenTable) -> frozenset[bytes]:
     return frozenset(key for origin, key in keys if origin in kept)
 
 
-def _contents(*sides: RowSubset) -> dict[str, dict[str, Any]]:
+def _contents(*sides: RowSubset) -> dict[str, FileContents]:
     """For each file that was read, how many rows came from it and a digest of them."""
     digests: dict[str, Any] = {}
     counts: Counter[str] = Counter()
@@ -129,11 +133,14 @@ def _contents(*sides: RowSubset) -> dict[str, dict[str, Any]]:
         for origin, digest in zip(side.origins(), side.digests(), strict=True):
             digests.setdefault(origin.file, hashlib.sha256()).update(digest)
             counts[origin.file] += 1
-    return {file: {"rows": counts[file], "digest": found.hexdigest()[:16]} for file, found in digests.items()}
+    return {
+        file: FileContents(rows=counts[file], digest=found.hexdigest()[:16])
+        for file, found in digests.items()
+    }
 
 
 def _both_sides(
-    config: RunConfig, objects: Objects, arguments: Arguments, display: Display, *, by_rows: bool
+    config: RunConfig, objects: Objects, arguments: Arguments, display: Display, *, split_by: SplitBy
 ) -> tuple[RowSubset, RowSubset, dict[str, str]]:
     """The training rows, the held-out rows, and the schema of each training source."""
     data = config.data
@@ -156,7 +163,7 @@ def _both_sides(
     formats = found.index.formats
     if data.eval:
         return _without_leaks(found.index, found.held_out.survey, display), found.held_out, formats
-    if by_rows:
+    if split_by == "rows":
         sides = split_keys(found.index.keys, eval_size=data.eval_size, seed=seed)
         train, held_out = (RowSubset(found.index, numbers) for numbers in sides)
         return train, held_out, formats
@@ -165,8 +172,9 @@ def _both_sides(
 
 def _tokenizing(
     config: RunConfig, tokenizer: LoadedTokenizer, arguments: Arguments, display: Display
-) -> Callable[[RowSubset, Callable[[int], None]], TokenizedSet]:
-    """A function of (rows, progress) that gives their tokens, from the cache where it has them."""
+) -> Callable[[RowSubset, Iterable[Row], Callable[[int], None]], TokenizedSet]:
+    """A function of (rows, the same as they are read, progress) that gives their tokens, from the cache where it has
+    them."""
     options: dict[str, Any] = {
         "train_on": config.data.train_on,
         "max_length": arguments.args.max_length,
@@ -178,7 +186,7 @@ def _tokenizing(
     use_cache = config.data.cache and tokenizer.tokenizer.is_fast
     tokenizer_digest = digest_tokenizer(tokenizer.tokenizer) if use_cache else b""
 
-    def tokenize(rows: RowSubset, progress: Callable[[int], None]) -> TokenizedSet:
+    def tokenize(rows: RowSubset, read: Iterable[Row], progress: Callable[[int], None]) -> TokenizedSet:
         if not len(rows):
             return TokenizedSet.empty()
         key = token_key(rows, tokenizer_digest, options) if use_cache else ""
@@ -187,7 +195,7 @@ def _tokenizing(
             display.note(f"{len(rows):,} rows: tokens from cache ({cache.folder})")
             progress(len(rows))
             return found
-        tokenized = tokenize_rows(rows, tokenizer.tokenizer, **options, progress=progress)
+        tokenized = tokenize_rows(read, tokenizer.tokenizer, **options, progress=progress)
         if key:
             cache.save(key, tokenized)
         return tokenized
@@ -223,12 +231,12 @@ def _without_leaks(survey: RowIndex, held_out: RowIndex, display: Display) -> Ro
     return RowSubset(survey, kept)
 
 
-def _packs(sequences: TokenSequences, num_tokens: int) -> dict[str, Any]:
+def _packs(sequences: TokenSequences, num_tokens: int) -> Packs | None:
     """With packing, how many packs there are and how much of their length is filled."""
     if sequences.max_length is None:
-        return {}
+        return None
     room = max(1, len(sequences) * sequences.max_length)
-    return {"packs": {"count": len(sequences), "filled": round(num_tokens / room, 4)}}
+    return Packs(count=len(sequences), filled=round(num_tokens / room, 4))
 
 
 def _sequences(rows: TokenTable, arguments: Arguments) -> TokenSequences:

@@ -16,8 +16,8 @@ from phlora.display import Display
 from phlora.files import write_text
 from phlora.models.load import LoadedModel
 from phlora.models.locate import ModelSource
+from phlora.runs.facts import AdapterFacts, ModelFacts, RunFacts
 from phlora.runs.folder import (
-    BASE_LOCATION,
     CONFIG_FILE,
     EVAL_ROWS_FILE,
     HELD_OUT_FILE,
@@ -29,11 +29,11 @@ from phlora.runs.folder import (
     digest,
     environment,
 )
-from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.runs.trained_rows import write_trained_keys
 from phlora.train.arguments import Arguments
 from phlora.train.config_objects import lora_fields, plain_setting
 from phlora.train.fields import MAPPED, REFUSED
+from phlora.train.optimizer import LORAPLUS
 from phlora.train.plan import Plan
 from phlora.train.prepare import PreparedData, write_rows
 from phlora.train.request import (
@@ -80,68 +80,69 @@ def run_facts(
     arguments: Arguments,
     lora: LoraConfig,
     plan: Plan,
-) -> dict[str, Any]:
-    """The contents of run.json at the start of a run.
+) -> RunFacts:
+    """The contents of run.json at the start of a run."""
+    return RunFacts(
+        config=resolved(config),
+        origins=config.origins,
+        lora=plain_lora(lora),
+        identity=_identity(config, data, loaded, arguments, lora),
+        max_length=arguments.args.max_length,
+        seed=arguments.args.seed,
+        environment=environment(),
+        model=ModelFacts(
+            name=config.model.name,
+            location=_place(loaded.source),
+            kind=loaded.source.kind,
+            family=loaded.tokenizer.family.name,
+            fingerprint=loaded.fingerprint,
+            device=str(loaded.device),
+            dtype=str(loaded.dtype.value).removeprefix("torch."),
+            dtype_reason=loaded.dtype.reason,
+            attention=loaded.attention.value,
+        ),
+        data=data.facts,
+        system_prompts=data.system_prompts,
+        adapter=AdapterFacts(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            trainable_parameters=plan.adapter.num_trainable,
+            all_parameters=plan.adapter.num_total,
+            modules={name: count for name, (count, _) in plan.adapter.modules.items()},
+        ),
+        num_optimizer_steps=plan.num_optimizer_steps,
+    )
 
-    `identity` is what has to be the same for a run to be continued.
-    """
-    values = _plain(arguments.args)
-    trained = {name: value for name, value in values.items() if name not in _NOT_IDENTITY}
-    identity = {
+
+def _identity(
+    config: RunConfig, data: PreparedData, loaded: LoadedModel, arguments: Arguments, lora: LoraConfig
+) -> dict[str, Any]:
+    """What has to be the same for a run to be continued."""
+    trained = {name: value for name, value in _plain(arguments.args).items() if name not in _NOT_IDENTITY}
+    template = loaded.tokenizer.tokenizer.chat_template
+    return {
         "base model": loaded.fingerprint,
         "data": data.fingerprint[:16],
-        "tokenizer and chat template": digest(
-            [loaded.tokenizer.tokenizer.chat_template, len(loaded.tokenizer.tokenizer)]
-        ),
+        "tokenizer and chat template": digest([template, len(loaded.tokenizer.tokenizer)]),
         "peft_config": digest({k: v for k, v in _plain(lora).items() if k != "base_model_name_or_path"}),
-        "peft_config.loraplus_lr_ratio": arguments.loraplus_lr_ratio,
+        f"peft_config.{LORAPLUS}": arguments.loraplus_lr_ratio,
         "training_config.z_loss": arguments.z_loss,
         "train_on": config.data.train_on,
         "too_long": config.data.too_long,
         **{f"training_config.{name}": trained[name] for name in sorted(arguments.origins) if name in trained},
     }
-    return {
-        "config": resolved(config),
-        "origins": dict(config.origins),
-        "lora": plain_lora(lora),
-        "identity": identity,
-        "max_length": values["max_length"],
-        "seed": values["seed"],
-        "environment": environment(),
-        "model": {
-            "name": config.model.name,
-            **_place(loaded.source),
-            "kind": loaded.source.kind,
-            "family": loaded.tokenizer.family.name,
-            "fingerprint": loaded.fingerprint,
-            "device": str(loaded.device),
-            "dtype": str(loaded.dtype.value).removeprefix("torch."),
-            "dtype_reason": loaded.dtype.reason,
-            "attention": loaded.attention.value,
-        },
-        "data": data.facts,
-        **({SYSTEM_PROMPTS: data.system_prompts.to_json()} if data.system_prompts else {}),
-        "adapter": {
-            "r": lora.r,
-            "lora_alpha": lora.lora_alpha,
-            "trainable_parameters": plan.adapter.num_trainable,
-            "all_parameters": plan.adapter.num_total,
-            "modules": {name: count for name, (count, _) in plan.adapter.modules.items()},
-        },
-        "num_optimizer_steps": plan.num_optimizer_steps,
-    }
 
 
-def _place(source: ModelSource) -> dict[str, str]:
+def _place(source: ModelSource) -> str | None:
     """Where a base lies that was named from the working folder; from another one it is found by this."""
     path = Path(source.location)
     named = source.kind in ("folder", "gguf") and path.exists() and not path.is_absolute()
-    return {BASE_LOCATION: str(path.absolute())} if named else {}
+    return str(path.absolute()) if named else None
 
 
 def open_run(
     folder: RunFolder,
-    facts: Mapping[str, Any],
+    facts: RunFacts,
     config_text: str,
     data: PreparedData,
     objects: Objects,
@@ -159,8 +160,8 @@ def open_run(
     if objects.held_out is not None:
         files[EVAL_ROWS_FILE] = lambda path: write_records(objects.held_out, path)
     if resume and folder.has_facts:
-        return continue_run(folder, facts, files, ignored={*MAPPED, *REFUSED})
-    begin_run(folder, facts, files)
+        return continue_run(folder, facts.to_json(), files, ignored={*MAPPED, *REFUSED})
+    begin_run(folder, facts.to_json(), files)
     return None
 
 
@@ -183,7 +184,7 @@ def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> st
         if name not in config.peft_config:
             origins[f"peft_config.{name}"] = _lora_origin(name)
     if arguments.loraplus_lr_ratio is not None:
-        values["peft_config"]["loraplus_lr_ratio"] = arguments.loraplus_lr_ratio
+        values["peft_config"][LORAPLUS] = arguments.loraplus_lr_ratio
     lines = ["# Written by Phlora. Run again with: phlora train THIS_FILE --output NEW_FOLDER"]
     if config.model.name == IN_MEMORY:
         lines.append("# The model was an object in memory: name one in its place.")
