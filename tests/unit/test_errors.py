@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+from typing import Any
 
 import pytest
 
 from phlora import errors
+from phlora.display import Display
+from phlora.errors import ConfigError, masked, shown
 
 
 @pytest.mark.parametrize(
@@ -61,3 +65,58 @@ def test_the_nearest_name_or_all_of_them(name: str, expected: str) -> None:
 def test_a_long_list_of_names_is_cut() -> None:
     found = errors.did_you_mean("zzz", [f"name{i:02}" for i in range(40)])
     assert found.endswith("…") and found.count("name") == 24
+
+
+SECRETS = [
+    {"token": "s3cret"},
+    {"outer": [{"api_key": "s3cret"}]},
+    "https://me:s3cret@hub.example/model",
+    "https://s3cret@hub.example/model",
+    "unexpected keyword {'token': 's3cret'}",
+    '{"hub_token": "s3cret"}',
+    "--set training_config.hub_token=s3cret",
+    "{token: s3cret",
+    "password=s3cret",
+    "hf_" + "s3cret" * 5,
+]
+
+
+@pytest.mark.parametrize("value", SECRETS, ids=str)
+def test_no_message_shows_a_secret(value: Any) -> None:
+    assert "s3cret" not in shown(value) and "s3cret" not in str(masked(value))
+    for part in (
+        {"found": shown(value)},
+        {"found": "x", "where": str(value)},
+        {"found": "x", "fix": str(value)},
+    ):
+        error = ConfigError(**part)
+        assert "s3cret" not in str(error) and "s3cret" not in repr(error)
+    stream = io.StringIO()
+    display = Display(stream)
+    for say in (display.stage, display.note, display.warn):
+        say(str(value))
+    assert "s3cret" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eos_token='<|end|>'",
+        "max_new_tokens=128",
+        "the token: 5",
+        "hf://datasets/owner/chats@main",
+        "git@host.example:owner/name",
+        "a pad token that ends no reply",
+        "token=None",
+        "mail me@host.example",
+        "use hub_token",
+    ],
+)
+def test_what_is_no_secret_is_shown(text: str) -> None:
+    assert masked(text) == text
+    assert masked({"eos_token": text, "num": 5, "pair": (1, 2), "none": None}) == {
+        "eos_token": text,
+        "num": 5,
+        "pair": (1, 2),
+        "none": None,
+    }

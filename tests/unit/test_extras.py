@@ -87,7 +87,7 @@ def test_one_package_is_named_with_what_needs_it(bare: None) -> None:
 
 def test_all_missing_packages_are_named_at_once_with_one_command(bare: None) -> None:
     from phlora.models.requirements import needed_by_model
-    from phlora.train.arguments import needed_by_trackers
+    from phlora.train.backends import needed_by_trackers
 
     model = ModelConfig(name="smollm2-135m", quantization=QuantizationConfig(type="nf4"))
     with pytest.raises(MissingExtraError) as error:

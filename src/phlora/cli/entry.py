@@ -20,7 +20,7 @@ import phlora
 from phlora.cli.console import is_debugging, print_result, recent_records, start_log, use_utf8
 from phlora.cli.program import app
 from phlora.display import printable
-from phlora.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NoRoomError, PhloraError
+from phlora.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NoRoomError, PhloraError, masked
 from phlora.stop import was_asked
 
 # sysexits.h: EX_SOFTWARE. 1 means a finding here, so a crash must not look like one.
@@ -121,7 +121,8 @@ def _describe_bug(error: Exception, arguments: Sequence[str]) -> str:
     if is_debugging():
         return f"{head}\n{trace}"
     facts = f"phlora {phlora.__version__}, Python {platform.python_version()}, {platform.platform()}"
-    text = "\n".join([facts, shlex.join(["phlora", *arguments]), trace, *recent_records.lines, ""])
+    command = shlex.join(["phlora", *arguments])
+    text = masked("\n".join([facts, command, trace, *recent_records.lines, ""]))
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="phlora-", suffix=".log", encoding="utf-8", delete=False

@@ -21,7 +21,7 @@ from typing import Any
 import jinja2
 
 from phlora.display import printable
-from phlora.errors import NoRoomError, RunError
+from phlora.errors import NoRoomError, RunError, masked
 from phlora.evaluate.charts import Bar, loss_curve, sparkline
 from phlora.evaluate.compare import AnsweredItem, Change, Comparison, ModelScores
 from phlora.evaluate.findings import (
@@ -49,15 +49,8 @@ _MOST_SHOWN = 20_000
 _CHANGES: tuple[Change, ...] = ("improved", "worsened")
 # Aligning longer texts word by word takes seconds and helps nobody.
 _MAX_DIFF_PIECES = 1500
-_NOT_SHOWN = "(not shown)"
 _PATH = re.compile(r"[^\n]*[/\\][^\n]*|[^\n]*\.\w{1,7}(:\d+)?")
 _ORIGIN = re.compile(r"[^\n]{1,1000}?:\d+(?=: |$)")
-# `eos_token` and the like are no secrets.
-_SECRET_KEY = re.compile(
-    r"^((use_)?auth_|access_|(push_to_)?hub_|hf_)?token$|secret|passw(or)?d|credential|api_?key",
-    re.IGNORECASE,
-)
-_SECRET_VALUE = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +115,9 @@ class Report:
             "task": _plain(asdict(comparison.task)),
             "flips": {kind: [_plain(asdict(item)) for item in comparison.changed(kind)] for kind in _CHANGES},
             "answers": [_plain(asdict(item)) for item in comparison.answers],
-            "config": _redacted(self.config),
+            "config": masked(_plain(self.config)),
             "config_origins": dict(self.origins),
-            **_redacted(facts),
+            **masked(_plain(facts)),
             "timing": _plain(self.timing),
             "peak_bytes": self.peak_bytes,
             "training_curve": _points(("step", "loss", "learning_rate"), self.training_curve),
@@ -222,7 +215,7 @@ class Report:
             "Environment": self.environment,
         }
         return [
-            (name, [(key, _grouped(value)) for key, value in _leaves(_redacted(facts))])
+            (name, [(key, _grouped(value)) for key, value in _leaves(masked(_plain(facts)))])
             for name, facts in tables.items()
             if facts
         ]
@@ -352,7 +345,7 @@ def _content(content: Any) -> str:
 
 
 def _config_rows(config: Mapping[str, Any], origins: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    return [(key, _shown(value), _origin_of(key, origins)) for key, value in _leaves(_redacted(config))]
+    return [(key, _shown(value), _origin_of(key, origins)) for key, value in _leaves(masked(_plain(config)))]
 
 
 def _origin_of(key: str, origins: Mapping[str, str]) -> str:
@@ -403,18 +396,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _redacted(value: Any, key: str = "") -> Any:
-    """Plain values without secrets, known by the key that they stand under or by their look."""
-    value = _plain(value)
-    if value is not None and _SECRET_KEY.search(key):
-        return _NOT_SHOWN
-    if isinstance(value, dict):
-        return {name: _redacted(entry, name) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_redacted(entry) for entry in value]
-    return _SECRET_VALUE.sub(_NOT_SHOWN, value) if isinstance(value, str) else value
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -19,6 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 from phlora.config import TrainOn
 from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.extras import require
+from phlora.train.backends import check_compiler, check_trackers
 from phlora.train.field_values import (
     WHERE,
     check_ranges,
@@ -92,17 +93,6 @@ REMOVED = {
 # Phlora's own, beside the fields of TRL's configuration.
 _Z_LOSS = "z_loss"
 
-# What `report_to` names, and the package that it needs.
-_TRACKERS = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-    "comet_ml": "comet_ml",
-    "swanlab": "swanlab",
-    "clearml": "clearml",
-}
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -147,9 +137,10 @@ def training_arguments(
     values = _current_names({k: v for k, v in training_config.items() if k != _Z_LOSS}, notes)
     values = _for_the_trainer(values, notes, device)
     check_ranges(values)
-    _check_trackers(values.get("report_to"))
+    check_trackers(values.get("report_to"))
+    check_compiler(values)
     if values.get("use_liger_kernel"):
-        require({"liger_kernel": "its kernels"}, where=f"{WHERE}.use_liger_kernel", instead="leave it out")
+        _require_liger(device)
     _fit_device(values, device, notes)
     origins = dict.fromkeys(values, "user")
     for key, (default, _) in DEFAULTS.items():
@@ -172,7 +163,7 @@ def training_arguments(
         OSError,
     ) as error:
         raise ConfigError(f"The settings contradict each other: {error}", where=WHERE) from None
-    check_optimizer(args)
+    notes += check_optimizer(args)
     return Arguments(args, tuple(notes), origins, loraplus_lr_ratio, z_loss)
 
 
@@ -265,16 +256,13 @@ def _z_loss(value: Any, notes: list[str]) -> float:
     return float(weight)
 
 
-def _check_trackers(report_to: Any) -> None:
-    require(needed_by_trackers(report_to), where=f"{WHERE}.report_to")
-
-
-def needed_by_trackers(report_to: Any) -> dict[str, str]:
-    """The packages of `training_config.report_to`; see `extras.require`."""
-    names = report_to if isinstance(report_to, list | tuple | set) else [report_to]
-    # What is no name of a tracker is said where the fields are checked.
-    known = [name for name in names if isinstance(name, str) and name in _TRACKERS]
-    return {_TRACKERS[name]: f"report_to: {name}" for name in known}
+def _require_liger(device: str) -> None:
+    where = f"{WHERE}.use_liger_kernel"
+    if device == "cpu":
+        raise ConfigError(
+            "Liger's kernels need a GPU, and this run is on the cpu", where=where, fix="leave it out"
+        )
+    require({"liger_kernel": "its kernels"}, where=where, instead="leave it out")
 
 
 def _fit_device(values: dict[str, Any], device: str, notes: list[str]) -> None:

@@ -29,6 +29,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "save_total_limit": (1, 1_000_000),
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, 1),
     "weight_decay": (0, 1000),
     "max_grad_norm": (0, 1e12),
     "warmup_steps": (0, 100_000_000),
@@ -45,6 +48,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "dataloader_prefetch_factor": (1, 1024),
 }
 _ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+_BELOW_MOST = ("adam_beta1", "adam_beta2")
 _MOST_STEPS = 100_000_000
 # What YAML 1.1 makes of the unquoted words.
 _WORDS = {False: ("no", "none", "off"), True: ("yes", "on")}
@@ -98,13 +102,13 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         value = values.get(key)
         if not isinstance(value, int | float):
             continue
-        above = key in _ABOVE_ZERO
-        if not least <= value <= most or (above and not value > 0):
+        above, below = key in _ABOVE_ZERO, key in _BELOW_MOST
+        fits = (least < value if above else least <= value) and (value < most if below else value <= most)
+        if not fits:
             low = "above 0" if above else f"{least:,}"
+            high = f"below {most:,}" if below else f"{most:,}"
             raise ConfigError(
-                f"{shown(value)} was given",
-                where=f"{WHERE}.{key}",
-                expected=f"a number from {low} to {most:,}",
+                f"{shown(value)} was given", where=f"{WHERE}.{key}", expected=f"a number from {low} to {high}"
             )
     steps = values.get("max_steps", -1)
     if not (1 <= steps <= _MOST_STEPS or steps == -1):

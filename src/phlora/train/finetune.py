@@ -32,7 +32,8 @@ from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.facts import SplitBy, split_of
 from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
 from phlora.train import record
-from phlora.train.arguments import Arguments, needed_by_trackers, training_arguments
+from phlora.train.arguments import Arguments, training_arguments
+from phlora.train.backends import needed_by_trackers
 from phlora.train.base import device_of, model_of, require_no_adapted_head, tokenizer_of
 from phlora.train.handed_over import handed_over
 from phlora.train.loop import Training, fit

@@ -11,19 +11,29 @@ at a rate of 1e-6, and knows nothing of the trainer's weight decay.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from phlora.errors import ConfigError, shown
+from phlora.train.field_values import WHERE
 
 # In `peft_config`, beside the adapter that it is about; PEFT keeps it out of `LoraConfig`.
 LORAPLUS = "loraplus_lr_ratio"
+# What the many makers of optimizers and schedules raise about their settings.
+_CANNOT_MAKE = (
+    *(ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, RuntimeError, ImportError),
+)
+_GIVEN_TO_SCHEDULES = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
 
 
 def take_loraplus(peft_config: Mapping[str, Any]) -> tuple[dict[str, Any], float | None]:
@@ -72,38 +82,90 @@ def raise_rate_of_B(optimizer: Optimizer, model: nn.Module, ratio: float) -> Non
             optimizer.add_param_group({**group, "params": raised, "lr": ratio * group["lr"]})
 
 
-def check_optimizer(args: TrainingArguments) -> None:
+def check_optimizer(args: TrainingArguments) -> tuple[str, ...]:
     """Make the optimizer and the schedule once for a single number, before anything heavy is loaded.
 
+    Returns:
+        What was set and changes nothing, one sentence each.
+
     Raises:
-        ConfigError: their settings cannot be used.
+        ConfigError: their settings cannot be used; it names the one that is to blame.
     """
-    weight = nn.Parameter(torch.zeros(1))
+    optimizer = _named(lambda: _optimizer(args), args, kind="optim", settings="optim_args")
+    _named(lambda: _schedule(args, optimizer), args, kind="lr_scheduler_type", settings="lr_scheduler_kwargs")
+    # Some optimizers read none of them, and say nothing.
+    if (
+        args.optim_args
+        and not args.optim_target_modules
+        and _kind_and_keywords(args) == _kind_and_keywords(_without(args, "optim_args"))
+    ):
+        return (f"{WHERE}.optim_args changes nothing with optim: {_word(args.optim)}",)
+    return ()
+
+
+def _named(make: Callable[[], Any], args: TrainingArguments, *, kind: str, settings: str) -> Any:
+    """What `make` makes; where it cannot, the error names its settings, or its kind where that fails by itself."""
     try:
-        kind: Any = SGD
-        keywords: dict[str, Any] = {}
-        # Those that project gradients look at a model.
-        if not args.optim_target_modules:
-            kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = kind([weight], **keywords)
-        schedule: Any = args.lr_scheduler_kwargs
-        get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=args.get_warmup_steps(10),
-            num_training_steps=10,
-            scheduler_specific_kwargs=schedule,
-        )
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        ImportError,
-    ) as error:
-        raise ConfigError(
-            f"The optimizer {args.optim} with the schedule {args.lr_scheduler_type} cannot be made: {error}",
-            where="training_config.optim, lr_scheduler_type",
-        ) from None
+        return make()
+    except _CANNOT_MAKE as error:
+        given, word = getattr(args, settings), _word(getattr(args, kind))
+        alone = _without(args, settings)
+        to_blame = bool(given) and _can(lambda: _optimizer(alone) if kind == "optim" else _schedule(alone))
+        if to_blame:
+            raise ConfigError(
+                f"{shown(given)} was given, which {kind}: {word} cannot take: {error}",
+                where=f"{WHERE}.{settings}",
+                expected=_expected(args, kind),
+            ) from None
+        raise ConfigError(f"{kind}: {word} cannot be made: {error}", where=f"{WHERE}.{kind}") from None
+
+
+def _can(make: Callable[[], Any]) -> bool:
+    try:
+        make()
+    except _CANNOT_MAKE:
+        return False
+    return True
+
+
+def _optimizer(args: TrainingArguments) -> Optimizer:
+    # Those that project gradients look at a model.
+    kind, keywords = (SGD, {}) if args.optim_target_modules else _kind_and_keywords(args)
+    made: Optimizer = kind([nn.Parameter(torch.zeros(1))], **keywords)
+    return made
+
+
+def _kind_and_keywords(args: TrainingArguments) -> tuple[Any, dict[str, Any]]:
+    found: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args)
+    return found
+
+
+def _schedule(args: TrainingArguments, optimizer: Optimizer | None = None) -> Any:
+    settings: Any = args.lr_scheduler_kwargs
+    return get_scheduler(
+        args.lr_scheduler_type,
+        optimizer or SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
+        num_warmup_steps=args.get_warmup_steps(10),
+        num_training_steps=10,
+        scheduler_specific_kwargs=settings,
+    )
+
+
+def _without(args: TrainingArguments, name: str) -> TrainingArguments:
+    """The arguments without one of them, past the checks of the class."""
+    other = copy.copy(args)
+    object.__setattr__(other, name, {} if name == "lr_scheduler_kwargs" else None)
+    return other
+
+
+def _expected(args: TrainingArguments, kind: str) -> str:
+    """What the settings of an optimizer or a schedule look like."""
+    if kind == "optim":
+        return "text of settings that this optimizer has, such as key=value,key=value"
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(_word(args.lr_scheduler_type))]
+    own = [name for name in inspect.signature(make).parameters if name not in _GIVEN_TO_SCHEDULES]
+    return f"a mapping with {', '.join(own)}" if own else "nothing: this schedule has no settings"
+
+
+def _word(value: Any) -> str:
+    return str(getattr(value, "value", value))

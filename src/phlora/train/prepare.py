@@ -34,6 +34,11 @@ from phlora.train.request import Objects
 
 # Beyond this share of dropped rows the data and max_length do not belong together.
 _MOST_DROPPED = 0.5
+# What to do about rows that were left out, by the reason of the first.
+_ADVICE = {
+    "too_long": "raise training_config.max_length, or shorten the rows",
+    "no_trained_token": "let a message of theirs train (`train: true`, or a weight above 0), or change data.train_on",
+}
 
 
 @dataclass(frozen=True)
@@ -300,7 +305,9 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display
                 f"{len(dropped)} of {num_rows} {name} rows would be left out, "
                 f"the first because {dropped[0].reason}",
                 where=str(dropped[0].origin),
-                fix="raise training_config.max_length, or shorten the rows",
+                fix=_ADVICE.get(
+                    dropped[0].kind, "correct or remove the rows; `phlora data check FILE` lists them"
+                ),
             )
 
 

@@ -190,3 +190,37 @@ def test_a_ratio_with_a_wrong_name_or_in_the_wrong_place_is_led_to_the_right_one
         lora_settings({"loraplus_ratio": 16}, also_known=("loraplus_lr_ratio",))
     with pytest.raises(ConfigError, match="(?s)cannot be set here.*peft_config"):
         training_arguments({"loraplus_lr_ratio": 16}, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "says"),
+    [
+        ({"adam_beta1": 1.0}, "adam_beta1", "from 0 to below 1"),
+        ({"adam_beta2": -0.5}, "adam_beta2", "from 0 to below 1"),
+        ({"adam_epsilon": -1e-8}, "adam_epsilon", "from 0 to 1"),
+        ({"lr_scheduler_kwargs": {"cycles": 2}}, "lr_scheduler_kwargs", "a mapping with num_cycles"),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            "lr_scheduler_kwargs",
+            "",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 9.0}},
+            "lr_scheduler_kwargs",
+            "9.0",
+        ),
+        ({"optim": "adafactor", "optim_args": "evil"}, "optim_args", "key=value"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_blamed_itself(
+    settings: dict[str, Any], where: str, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        training_arguments(settings, output_dir=tmp_path)
+    assert error.value.where == f"training_config.{where}" and says in str(error.value)
+    assert "OptimizerNames" not in str(error.value) and "SchedulerType" not in str(error.value)
+
+
+def test_settings_that_an_optimizer_does_not_read_are_told(tmp_path: Path) -> None:
+    notes = training_arguments({"optim_args": "momentum=0.9"}, output_dir=tmp_path).notes
+    assert any("optim_args changes nothing with optim: adamw_torch" in note for note in notes)

@@ -11,7 +11,7 @@ from phlora.data.checks import check
 from phlora.data.dataset import RowSubset, index_rows
 from phlora.data.tokenize import tokenize_rows
 from phlora.display import Display
-from phlora.errors import Finding
+from phlora.errors import DataError, Finding
 from phlora.testing.tokenizers import phi3_tokenizer
 from phlora.train.finetune import finetune
 from phlora.train.prepare import _trained_keys
@@ -71,6 +71,18 @@ def test_rows_of_weight_0_are_left_out_by_choice(model_folder, tmp_path):
     assert "11 training rows were left out" in said
     assert "the row's weight is 0" in said
     assert "none of the row's tokens" not in said
+
+
+def test_rows_in_which_nothing_trains_are_told_what_decides_that(model_folder, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = _rows()[:20]
+    for row in rows[:14]:
+        for message in row["messages"]:
+            message["weight"] = 0
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(DataError, match="(?s)none of the row's tokens is trained.*weight above 0") as error:
+        _train(model_folder, path, tmp_path / "run", eval_size=0)
+    assert "max_length" not in str(error.value)
 
 
 def test_rows_that_were_left_out_do_not_count_as_trained(tmp_path):
