@@ -32,13 +32,7 @@ from phlora.data.reasoning import with_reasoning_as_text
 from phlora.data.rendering import Frame, Rendering, Skeleton, Span, TemplateRefusal
 from phlora.data.rows import Message
 from phlora.data.template_analysis import writes_contents_only
-from phlora.data.template_messages import (
-    LOSS_KEYS,
-    fold_system,
-    is_marked,
-    shape_of,
-    trimmed,
-)
+from phlora.data.template_messages import fold_system, is_marked, shape_of, trimmed, without_loss_keys
 from phlora.data.tool_probes import speaks_of_tools, tool_probes
 from phlora.data.tools_text import tools_as_text
 from phlora.errors import ModelError
@@ -205,12 +199,9 @@ class ChatTemplate:
         return Rendering(text, messages, spans, ends, frozenset(notes))
 
     def _apply(self, messages: Sequence[Message], tools: list[Any] | None, generation: bool) -> str:
-        chat = [
-            {key: value for key, value in message.items() if key not in LOSS_KEYS} for message in messages
-        ]
         try:
             text = self.tokenizer.apply_chat_template(
-                chat,
+                without_loss_keys(messages),
                 tools=tools,
                 chat_template=self.template,
                 add_generation_prompt=generation,
@@ -219,6 +210,19 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError) as error:
             raise TemplateRefusal(f"the chat template refuses the chat: {error}") from None
         return str(text)
+
+    def generation_mask(
+        self, messages: Sequence[Message], tools: list[Any] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The tokens of a chat, and the template's own mask of those that its generation markers enclose."""
+        encoded = self.tokenizer.apply_chat_template(
+            without_loss_keys(messages),
+            tools=tools,
+            chat_template=self.template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        return encoded["input_ids"], encoded["assistant_masks"]
 
     # ---------------------------------------------------------------------------------------- spans
 

@@ -227,11 +227,10 @@ def warnings_of(tokenized: TokenizedSet) -> list[Problem]:
 def _token_problems(tokenized: TokenizedSet, *, is_error: bool) -> list[Problem]:
     problems = list(tokenized.notes)
     for skip in tokenized.skipped:
-        if skip.kind == "no_answer":
+        if skip.kind in ("no_answer", "weight_zero"):
             continue  # reported by the structural check
         is_mistake = skip.kind in MISTAKES or (is_error and skip.kind == "too_long")
-        asked_for = "note" if skip.kind == "weight_zero" else "warning"
-        severity = "error" if is_mistake else asked_for
+        severity = "error" if is_mistake else "warning"
         message = {
             "too_long": "The row is longer than max_length and is left out",
             "no_trained_token": "None of the row's tokens is trained; it is left out",
@@ -253,7 +252,12 @@ def _report(
     unreadable = {
         origin for problem in survey.problems if problem.severity == "error" for origin in problem.origins
     }
-    unanswered = {origin for problem in problems if problem.kind == "no_answer" for origin in problem.origins}
+    unanswered = {
+        origin
+        for problem in problems
+        if problem.kind in ("no_answer", "weight_zero")
+        for origin in problem.origins
+    }
     num_usable = sum(origin not in unanswered for origin in survey.all().origins())
     leaks = num_leaks(problems)
     return CheckReport(

@@ -168,7 +168,8 @@ def _records(
                 if isinstance(item, Problem):
                     problems.append(item)
                 else:
-                    problems += oddities(item, "all")
+                    # A weight of 0 is written down, and means something only where the file is read.
+                    problems += oddities(item, "all") if item.weight else []
                     yield _plain(item)
 
 

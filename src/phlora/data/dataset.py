@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from phlora.config import DataFile
 from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
 from phlora.data.readers import Opened, frame_records, open_path, pick_split
-from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Row, key_and_digest, row_digest
+from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Row, key_and_digest, row_mark
 from phlora.data.similarity import row_keys
 from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
@@ -46,9 +46,12 @@ class RowIndex:
         sources, format, keep_reasoning: what was read, and how.
         keys: `row_key` of each row, as bytes.
         near, prompts, openings: the digests of `similarity.RowKeys`, one row after the other.
+        exchanges, exchange_ends: its exchanges, one row after the other, and where those of each row end.
+        is_trained: a byte for each row, 0 where its weight is 0.
         groups: what each row belongs to, where a column says so.
         categories: the category of each row, where a column says so.
         digests: `row_digest` of each row, one after the other.
+        marks: `row_mark` of each row, by which a second reading knows it again.
         lines, file_numbers: where each row stands; `files` are the names that the numbers count.
         problems: what was wrong with other rows.
         formats: the schema of each source.
@@ -63,9 +66,13 @@ class RowIndex:
     files: tuple[str, ...]
     problems: list[Problem]
     formats: dict[str, str]
+    marks: array[int] = field(default_factory=lambda: array("q"))
     near: bytearray = field(default_factory=bytearray)
     prompts: bytearray = field(default_factory=bytearray)
     openings: bytearray = field(default_factory=bytearray)
+    exchanges: array[int] = field(default_factory=lambda: array("q"))
+    exchange_ends: array[int] = field(default_factory=lambda: array("q"))
+    is_trained: bytearray = field(default_factory=bytearray)
     groups: list[bytes] | None = None
     categories: list[str | None] = field(default_factory=list)
     keep_reasoning: bool = False
@@ -80,6 +87,10 @@ class RowIndex:
     def digest(self, number: int) -> bytes:
         """`row_digest` of a row."""
         return bytes(self.digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES])
+
+    def exchanges_of(self, number: int) -> array[int]:
+        """`similarity.RowKeys.exchanges` of a row."""
+        return self.exchanges[self.exchange_ends[number - 1] if number else 0 : self.exchange_ends[number]]
 
     def all(self) -> RowSubset:
         """All rows."""
@@ -107,7 +118,7 @@ class RowSubset:
             if number is None:
                 return
             if found == number:
-                if row_digest(row) != self.survey.digest(number):
+                if row_mark(row) != self.survey.marks[number]:
                     break
                 yield row
                 number = next(wanted, None)
@@ -209,10 +220,14 @@ def index_rows(
         key, digest = key_and_digest(item)
         survey.keys.append(key)
         survey.digests.extend(digest)
+        survey.marks.append(row_mark(item))
         keys = row_keys(item)
         survey.near.extend(keys.near)
         survey.prompts.extend(keys.prompt)
         survey.openings.extend(keys.openings)
+        survey.exchanges.extend(keys.exchanges)
+        survey.exchange_ends.append(len(survey.exchanges))
+        survey.is_trained.append(item.weight != 0)
         # Categories are few, so that each is kept once.
         survey.categories.append(None if item.category is None else sys.intern(item.category))
         if item.group is not None:
@@ -296,7 +311,7 @@ def _open_source(source: Source, format: str, weight: float) -> Iterator[tuple[S
     )
     names, num_found = [], 0
     for item in opened:
-        records = checked(item.records, file.columns if file else {})
+        records = checked(item.records, file.columns if file else {}, is_sound=item.is_sound)
         if file and file.limit:
             records = itertools.islice(records, min(file.limit, sys.maxsize))
         first = list(itertools.islice(records, NUM_ROWS_FOR_DETECTION))

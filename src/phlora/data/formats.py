@@ -181,14 +181,17 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
     tools = None
     if messages is not None:
         used = (*used, "tools", "system")
-        tools = tools_of(record.get("tools"))
-        messages = with_system(messages, record.get("system"))
+        if "tools" in record:
+            tools = tools_of(record["tools"])
+        if "system" in record:
+            messages = with_system(messages, record["system"])
         if shape.keep_reasoning and has_reasoning(messages):
             messages = with_reasoning_as_text(messages)
-    unused = record.keys() - schema.optional.union(used, heeded.known)
-    if unused:
+    if unused := [
+        key for key in record if key not in used and key not in heeded.known and key not in schema.optional
+    ]:
         # The split goes by these.
-        shape.ignored.update(unused.difference(CATEGORIES, (shape.group_by, shape.stratify_by)))
+        shape.ignored.update(set(unused).difference(CATEGORIES, (shape.group_by, shape.stratify_by)))
     return Row(
         messages=None if messages is None else tuple(messages),
         prompt=parts.prompt,

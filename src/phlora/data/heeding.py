@@ -9,9 +9,10 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from phlora.data.known_keys import (
     ANSWERS_TO_TEXT,
@@ -67,8 +68,7 @@ class Findings:
             yield Problem("unknown_message_keys", "note", message, (file,))
 
 
-@dataclass(frozen=True, slots=True)
-class Heeded:
+class Heeded(NamedTuple):
     """A record whose known keys are in Phlora's own terms.
 
     Attributes:
@@ -79,7 +79,7 @@ class Heeded:
 
     record: Mapping[str, Any]
     weight: float = 1.0
-    known: frozenset[str] = frozenset()
+    known: AbstractSet[str] = frozenset()
 
 
 def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Origin) -> Heeded:
@@ -94,7 +94,8 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
     known: set[str] = set()
     weight = 1.0
     changed: dict[str, Any] | None = None
-    for name in _noticed(tuple(record)):
+    noticed, choices = _looked_at(tuple(record))
+    for name in noticed:
         value = record[name]
         if isinstance(value, str) and name in ("messages", "conversations"):
             value = _parsed(value)
@@ -118,16 +119,21 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
         elif not _say(name, value, schema, record, findings, origin):
             continue
         known.add(name)
-    known |= _choices(tuple(record), schema, findings, origin)
+    if choices:
+        known |= _choices(choices, schema, findings, origin)
     heeded: Mapping[str, Any] = changed or record
     if schema == "qa":
         heeded = _with_context(heeded, known) or heeded
-    return Heeded(heeded, weight, frozenset(known))
+    return Heeded(heeded, weight, known)
 
 
 @lru_cache(maxsize=1024)
+def _looked_at(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that need a look at their values, and those that hold one choice each."""
+    return _noticed(names), _choice_columns(names)
+
+
 def _noticed(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns that need a look at their values."""
     asked = {
         *MEDIA,
         *LABELS,
@@ -146,7 +152,6 @@ def _noticed(names: tuple[str, ...]) -> tuple[str, ...]:
 _CHOICE = re.compile(r"(option|choice|opt|op|ending)[ _]?([a-h]|\d)", re.IGNORECASE)
 
 
-@lru_cache(maxsize=1024)
 def _choice_columns(names: tuple[str, ...]) -> tuple[str, ...]:
     """The columns that hold one choice each."""
     lettered = tuple(name for name in names if len(str(name)) == 1 and str(name) in "abcdefghABCDEFGH")
@@ -156,10 +161,9 @@ def _choice_columns(names: tuple[str, ...]) -> tuple[str, ...]:
     return found if len(found) > 1 else ()
 
 
-def _choices(names: tuple[str, ...], schema: str, findings: Findings, origin: Origin) -> set[str]:
+def _choices(found: tuple[str, ...], schema: str, findings: Findings, origin: Origin) -> set[str]:
     """Warn of choices in columns of their own; which they are."""
-    found = _choice_columns(names)
-    if not found or schema in ("preference_chosen", "classification"):
+    if schema in ("preference_chosen", "classification"):
         return set()
     known = _COLUMN["choices"]
     named = ", ".join(f"`{name}`" for name in found)

@@ -111,6 +111,8 @@ def inspect_data(
 
 def oddities(row: Row, train_on: TrainOn) -> list[Problem]:
     """What is odd about one row, whatever the model."""
+    if row.weight == 0:
+        return [Problem("weight_zero", "note", WEIGHT_ZERO, (row.origin,))]
     if row.messages is None:
         blank = row.completion is not None and not row.completion.strip()
         return [_warning("empty_answer", "The completion is empty", row)] if blank else []
@@ -161,6 +163,7 @@ def _empty_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     ]
 
 
+WEIGHT_ZERO = "The row's weight is 0 (`weight`, or `train: false`): it is left out"
 _A = {"assistant": "an assistant", "user": "a user", "system": "a system", "tool": "a tool"}
 
 

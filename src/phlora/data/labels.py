@@ -170,20 +170,9 @@ class Labeller:
         self, messages: Sequence[Message], ids: list[int], tools: list[Any] | None = None
     ) -> list[int] | None:
         """The training template's own mask, where it marks anything and speaks of the same tokens."""
-        chat = [
-            {key: value for key, value in message.items() if key not in ("train", "weight")}
-            for message in messages
-        ]
         with self.encoder.lock:
-            encoded = self.tokenizer.apply_chat_template(
-                chat,
-                tools=tools,
-                chat_template=self.training_template,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        mask: list[int] = encoded["assistant_masks"]
-        return mask if encoded["input_ids"] == ids and any(mask) else None
+            marked, mask = self.template.generation_mask(messages, tools)
+        return mask if marked == ids and any(mask) else None
 
     def loses_whitespace(self, rendering: Rendering, ids: list[int], offsets: list[Span]) -> bool:
         """Whether a control token swallows the white space that an answer begins with."""

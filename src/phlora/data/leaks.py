@@ -1,35 +1,52 @@
-"""Held-out rows of which training sees too much: the same row, nearly the same row, or the same prompt."""
+"""Held-out rows of which training sees too much: the same row, nearly the same row, its answers, or its prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from phlora.data.dataset import RowSubset
 from phlora.data.rows import Problem
 from phlora.data.similarity import KEY_BYTES
 
-# kind, and what is said of the rows
+# kind, and what is said of the rows, the worst first
 _LEAKS = (
     ("leaked_eval_row", "The held-out row also stands in the training data"),
     (
         "near_leaked_eval_row",
         "The held-out row nearly stands in the training data (case, punctuation or spacing differ)",
     ),
+    (
+        "leaked_answer",
+        "Answers of the held-out row, with their questions, also stand within longer or shorter chats of the "
+        "training data",
+    ),
     ("leaked_prompt", "The prompt of the held-out row also stands in the training data, with another answer"),
 )
+# A chat leaks where this share of its exchanges is trained: a greeting or thanks alone is none.
+_EXCHANGES_SHARE = 0.5
 
 
 def find_leaks(train: RowSubset, held_out: RowSubset) -> list[Problem]:
     """What of the held-out rows stands in the training rows: one problem a kind, each row in the worst that it has.
 
-    The message names the first pair.
+    Rows of weight 0 are on no side. The message names the first pair.
     """
+    train, held_out = _with_weight(train), _with_weight(held_out)
     found: dict[str, list[tuple[int, int]]] = {}
-    known = [dict(zip(keys, train.numbers, strict=True)) for keys in _keys(train)]
-    for number, *keys in zip(held_out.numbers, *_keys(held_out), strict=True):
-        for (kind, _), key, numbers in zip(_LEAKS, keys, known, strict=True):
-            if key in numbers:
-                found.setdefault(kind, []).append((number, numbers[key]))
+    same, near, prompts = (dict(zip(keys, train.numbers, strict=True)) for keys in _keys(train))
+    exchanges = {
+        exchange: number for number in train.numbers for exchange in train.survey.exchanges_of(number)
+    }
+    for number, key, near_key, prompt in zip(held_out.numbers, *_keys(held_out), strict=True):
+        others = (
+            same.get(key),
+            near.get(near_key),
+            _where_trained(held_out.survey.exchanges_of(number), exchanges),
+            prompts.get(prompt),
+        )
+        for (kind, _), other in zip(_LEAKS, others, strict=True):
+            if other is not None:
+                found.setdefault(kind, []).append((number, other))
                 break
     return [
         Problem(
@@ -42,6 +59,16 @@ def find_leaks(train: RowSubset, held_out: RowSubset) -> list[Problem]:
         for kind, message in _LEAKS
         if (pairs := found.get(kind))
     ]
+
+
+def _with_weight(rows: RowSubset) -> RowSubset:
+    return RowSubset(rows.survey, [number for number in rows.numbers if rows.survey.is_trained[number]])
+
+
+def _where_trained(asked: Sequence[int], trained: Mapping[int, int]) -> int | None:
+    """A training row that holds an exchange of a row, where enough of them are trained."""
+    found = [trained[exchange] for exchange in asked if exchange in trained]
+    return found[-1] if found and len(found) >= _EXCHANGES_SHARE * len(asked) else None
 
 
 def num_leaks(problems: Sequence[Problem]) -> dict[str, int]:

@@ -82,6 +82,14 @@ def row_digest(row: Row) -> bytes:
     return _digest(_plain_chat_json(row) if _is_plain_chat(row) else _content_json(row))
 
 
+def row_mark(row: Row) -> int:
+    """A number that tells rows apart as `row_digest` does, in a tenth of the time and within this process only."""
+    if _is_plain_chat(row):
+        messages = row.messages or ()
+        return hash((row.weight, *[m["role"] for m in messages], *[m["content"] for m in messages]))
+    return hash(row_digest(row))
+
+
 def key_and_digest(row: Row) -> tuple[bytes, bytes]:
     """`row_key` as bytes and `row_digest`, in one go."""
     if not _is_plain_chat(row):

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,22 +32,26 @@ _BEHIND_WORDS = re.compile(
 
 
 @lru_cache(maxsize=1)
-def _one_form() -> dict[int, str]:
-    """What a folded character is compared as, where it is not itself."""
+def _one_form() -> tuple[dict[str, str], re.Pattern[str], re.Pattern[str]]:
+    """What a folded character is compared as, where it is not itself, and two patterns that find all that may be so.
+
+    One knows the characters of the basic plane, where a class is a table; the other takes all beyond it.
+    """
     characters = map(chr, range(128, sys.maxunicode + 1))
     form = {}
     for character in characters:
         category = unicodedata.category(character)
         if category == "Cf":
-            form[ord(character)] = ""
+            form[character] = ""
         elif category == "Nd":
-            form[ord(character)] = str(unicodedata.digit(character))
+            form[character] = str(unicodedata.digit(character))
     # A dot above stays behind of a folded İ.
-    form |= {0x131: "i", 0x307: ""}
-    form |= {0x64A: "\u06cc", 0x649: "\u06cc", 0x643: "\u06a9", 0x640: ""}
-    form |= dict.fromkeys(range(0x64B, 0x653), "")
-    form |= dict.fromkeys(map(ord, "‘’‚‛ʼ"), "'") | dict.fromkeys(map(ord, "“”„‟«»"), '"')
-    return form
+    form |= {"\u0131": "i", "\u0307": ""}
+    form |= {"\u064a": "\u06cc", "\u0649": "\u06cc", "\u0643": "\u06a9", "\u0640": ""}
+    form |= dict.fromkeys(map(chr, range(0x64B, 0x653)), "")
+    form |= dict.fromkeys("‘’‚‛ʼ", "'") | dict.fromkeys("“”„‟«»", '"')
+    basic = "".join(character for character in form if character <= "\uffff")
+    return form, re.compile(f"[{re.escape(basic)}]"), re.compile("[\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +64,13 @@ class RowKeys:
         openings: of all up to the first, second and third question, one after the other; the last question
             counts for those that are missing. Rows for each turn of one chat, or with other answers to the same
             question, have the same first opening.
+        exchanges: of each question with its answer alone, in their order; comparable within one process only.
     """
 
     near: bytes
     prompt: bytes
     openings: bytes
+    exchanges: Sequence[int] = ()
 
 
 def row_keys(row: Row) -> RowKeys:
@@ -74,31 +81,34 @@ def row_keys(row: Row) -> RowKeys:
     roles = [message["role"] for message in row.messages]
     last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else -1
     openings: list[bytes] = []
-    prompt = b""
+    exchanges: list[int] = []
+    prompt, asked = b"", ""
     asks = False
     for number, message in enumerate(row.messages):
         if number == last and asks:
             prompt = digest.digest()
-        text = loose(message["content"])
+        text = (_loose_again if message["role"] == "system" else loose)(message["content"])
         digest.update(f"{message['role']}\0{text}\0".encode("utf-8", "surrogatepass"))
         if "tool_calls" in message:
             digest.update(json.dumps(message["tool_calls"], sort_keys=True, default=str).encode())
-        if message["role"] == "user" and text:
-            asks = True
+        if message["role"] == "assistant" and asked and text:
+            exchanges.append(hash((asked, text)))
+        elif message["role"] == "user" and text:
+            asks, asked = True, text
             if len(openings) < NUM_OPENINGS:
                 openings.append(digest.digest())
     near = digest.digest()
     # A chat that asks nothing is told apart by all that it says.
     openings = openings or [near]
     openings += openings[-1:] * (NUM_OPENINGS - len(openings))
-    return RowKeys(near, prompt or near, b"".join(openings))
+    return RowKeys(near, prompt or near, b"".join(openings), exchanges)
 
 
 def _plain_keys(row: Row) -> RowKeys:
     asked, said = loose(row.prompt or ""), loose(row.completion or row.text or "")
     near = _digest(f"{asked}\0{said}")
     prompt = _digest(f"{asked}\0") if asked else near
-    return RowKeys(near, prompt, prompt * NUM_OPENINGS)
+    return RowKeys(near, prompt, prompt * NUM_OPENINGS, (hash((asked, said)),) if asked and said else ())
 
 
 def _digest(text: str) -> bytes:
@@ -106,13 +116,20 @@ def _digest(text: str) -> bytes:
 
 
 def _folded(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold().translate(_one_form())
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    form, *patterns = _one_form()
+    # Few characters of a text have another form; `translate` would look up each of all.
+    for character in {found for pattern in patterns for found in pattern.findall(folded)}:
+        folded = folded.replace(character, form.get(character, character))
+    return folded
 
 
-# A system prompt is the same in many rows.
-@lru_cache(maxsize=256)
 def loose(text: str) -> str:
     """A text as it is compared; see the module."""
     folded = text.lower() if text.isascii() else _folded(text)
     bare = _BEHIND_WORDS.sub("", _BEFORE_WORDS.sub("", folded))
     return single_spaced(bare) or folded.strip()
+
+
+# A system prompt is the same in many rows.
+_loose_again = lru_cache(maxsize=256)(loose)

@@ -1,9 +1,10 @@
 """Which rows are held out: whole conversations, by a hash of what they open with.
 
 Rows that open with the same words (the system prompt and the first question), and rows of the same group where a
-column names groups, are one conversation and stay on one side. So do a row for each turn of a chat, and rows with
-other answers to the same question. An opening that very many conversations share, such as a greeting, does not
-make them one: they are then told apart by the next question.
+column names groups, are one conversation and stay on one side. So do a row for each turn of a chat, rows with other
+answers to the same question, and rows that begin with an exchange out of the middle of another row, as where each
+turn stands with the last one before it. An opening that very many conversations share, such as a greeting, does not
+make them one: they are then told apart by the next question. Rows of weight 0 are never held out.
 
 Whether a conversation is held out depends on its own hash and the seed, not on the others. Guaranteed is:
 
@@ -21,7 +22,7 @@ import hashlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from phlora.data.dataset import RowIndex
 from phlora.data.similarity import KEY_BYTES, NUM_OPENINGS
@@ -31,6 +32,7 @@ from phlora.errors import DataError
 # greeting.
 _GREETING_SHARE = 0.2
 _GREETING_CONVERSATIONS = 20
+_WINDOWS_OF_ONE_CHAT = 10
 _MOST_CATEGORIES = 50
 _ROWS_A_CATEGORY = 10
 _FULL = 1 << 64
@@ -58,6 +60,17 @@ def split_rows(
     Raises:
         DataError: there are not enough different rows to leave some on both sides.
     """
+    trained = [number for number, weight in enumerate(index.is_trained) if weight]
+    if len(trained) == len(index) or not trained:
+        return _split_all(index, eval_size=eval_size, seed=seed, stratify_by=stratify_by)
+    # A row of weight 0 would take a seat and be left empty.
+    split = _split_all(_only(index, trained), eval_size=eval_size, seed=seed, stratify_by=stratify_by)
+    held_out = [trained[number] for number in split.held_out]
+    others = set(held_out)
+    return replace(split, train=[n for n in range(len(index)) if n not in others], held_out=held_out)
+
+
+def _split_all(index: RowIndex, *, eval_size: float | int, seed: int, stratify_by: str | None) -> Split:
     categories = index.categories
     uses_categories = stratify_by is not None or useful_categories(categories)
     return split_conversations(
@@ -68,6 +81,26 @@ def split_rows(
         groups=index.groups,
         categories=[str(name) for name in categories] if uses_categories else None,
         category_column=stratify_by or "category",
+        exchanges=[index.exchanges_of(number) for number in range(len(index))],
+    )
+
+
+def _only(index: RowIndex, numbers: Sequence[int]) -> RowIndex:
+    """What the split needs to know of some rows."""
+    width = NUM_OPENINGS * KEY_BYTES
+    exchanges, ends = array("q"), array("q")
+    for number in numbers:
+        exchanges.extend(index.exchanges_of(number))
+        ends.append(len(exchanges))
+    return replace(
+        index,
+        lines=array("q", (index.lines[n] for n in numbers)),
+        openings=bytearray(b"".join(index.openings[n * width : (n + 1) * width] for n in numbers)),
+        near=bytearray(b"".join(index.near[n * KEY_BYTES : (n + 1) * KEY_BYTES] for n in numbers)),
+        exchanges=exchanges,
+        exchange_ends=ends,
+        groups=None if index.groups is None else [index.groups[n] for n in numbers],
+        categories=[index.categories[n] for n in numbers],
     )
 
 
@@ -86,6 +119,7 @@ def split_conversations(
     groups: Sequence[bytes] | None = None,
     categories: Sequence[str] | None = None,
     category_column: str = "",
+    exchanges: Sequence[Sequence[int]] | None = None,
 ) -> Split:
     """Split rows into training and held-out ones; see the module for what is guaranteed.
 
@@ -94,13 +128,14 @@ def split_conversations(
         eval_size: a share of the rows when below 1, else a number of rows.
         groups: what is to stay together besides, per row.
         categories: hold out the same share of each, per row; `category_column` is their name.
+        exchanges: of `similarity.RowKeys`, per row.
 
     Raises:
         DataError: there are not enough different rows to leave some on both sides.
     """
     num_rows = len(near) // KEY_BYTES
     wanted = _num_eval_rows(num_rows, eval_size)
-    conversations = _conversations(openings, num_rows, seed, groups)
+    conversations = _conversations(openings, num_rows, seed, groups, exchanges)
     if not wanted:
         return Split(list(range(num_rows)), [], len(conversations))
     warnings, notes = [], []
@@ -149,9 +184,15 @@ def useful_categories(categories: Sequence[str | None]) -> bool:
 
 
 def _conversations(
-    openings: bytes | bytearray, num_rows: int, seed: int, groups: Sequence[bytes] | None
+    openings: bytes | bytearray,
+    num_rows: int,
+    seed: int,
+    groups: Sequence[bytes] | None,
+    exchanges: Sequence[Sequence[int]] | None,
 ) -> list[_Conversation]:
     keys = _opening_keys(openings, num_rows)
+    if exchanges is not None:
+        keys = _with_windows(keys, exchanges)
     return _gather(keys if groups is None else _joined(keys, groups), seed)
 
 
@@ -178,21 +219,41 @@ def _opening_keys(openings: bytes | bytearray, num_rows: int) -> list[bytes]:
     return keys
 
 
+def _with_windows(keys: list[bytes], exchanges: Sequence[Sequence[int]]) -> list[bytes]:
+    """One key for rows that begin in the middle of each other, as where each turn stands with the few before it.
+
+    An exchange that many conversations begin with is a greeting and ties nothing.
+    """
+    begun: dict[int, set[bytes]] = defaultdict(set)
+    for key, said in zip(keys, exchanges, strict=True):
+        if said:
+            begun[said[0]].add(key)
+    parents: dict[bytes, bytes] = {}
+    for key, said in zip(keys, exchanges, strict=True):
+        for exchange in said[1:]:
+            others = begun.get(exchange, ())
+            if len(others) <= _WINDOWS_OF_ONE_CHAT:
+                for other in others:
+                    one, two = _root(parents, key), _root(parents, other)
+                    parents[max(one, two)] = min(one, two)
+    return [_root(parents, key) for key in keys] if parents else keys
+
+
+def _root(parents: dict[bytes, bytes], item: bytes) -> bytes:
+    while parents.setdefault(item, item) != item:
+        parents[item] = parents[parents[item]]
+        item = parents[item]
+    return item
+
+
 def _joined(keys: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
     """One key for all rows that are tied together by equal keys or equal groups: their smallest group."""
     parents: dict[bytes, bytes] = {}
-
-    def root(item: bytes) -> bytes:
-        while parents.setdefault(item, item) != item:
-            parents[item] = parents[parents[item]]
-            item = parents[item]
-        return item
-
     for key, group in zip(keys, groups, strict=True):
         # A group is never the child of a key, and the smaller group is the root.
-        one, other = root(b"g" + group), root(b"k" + key)
+        one, other = _root(parents, b"g" + group), _root(parents, b"k" + key)
         parents[max(one, other)] = min(one, other)
-    return [root(b"g" + group) for group in groups]
+    return [_root(parents, b"g" + group) for group in groups]
 
 
 def _gather(keys: Sequence[bytes], seed: int) -> list[_Conversation]:

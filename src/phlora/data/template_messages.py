@@ -12,6 +12,11 @@ LOSS_KEYS = ("train", "weight")
 _PLAIN_KEYS = frozenset(("role", "content", *LOSS_KEYS))
 
 
+def without_loss_keys(messages: Sequence[Message]) -> list[Message]:
+    """The messages as a template sees them: what they say of their own loss is none of its business."""
+    return [{key: value for key, value in message.items() if key not in LOSS_KEYS} for message in messages]
+
+
 def fold_system(messages: Sequence[Message]) -> list[Message]:
     """Move the system prompt to the head of the first user turn.
 

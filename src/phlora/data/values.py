@@ -140,17 +140,28 @@ def require_plain(value: Any, where: str) -> None:
             require_plain(item, where)
 
 
-def checked(records: Iterator[Record], columns: Mapping[str, str]) -> Iterator[Record]:
-    """Sound records with renamed columns; a `BadRow` in place of each that is not sound."""
+def as_sound(value: Any) -> Any:
+    """`sound` of a value that mostly is sound already."""
+    try:
+        return _plain(value)
+    except (ValueError, TypeError):
+        return sound(value)
+
+
+def checked(
+    records: Iterator[Record], columns: Mapping[str, str], *, is_sound: bool = False
+) -> Iterator[Record]:
+    """Sound records with renamed columns; a `BadRow` in place of each that is not sound.
+
+    Args:
+        is_sound: whether the reader has seen to that.
+    """
     for line, record in records:
         if isinstance(record, BadRow):
             yield line, record
             continue
         try:
-            try:
-                found = _plain(record)
-            except (ValueError, TypeError):
-                found = sound(record)
+            found = record if is_sound else as_sound(record)
             if isinstance(found, list) and found and all(isinstance(turn, dict) for turn in found):
                 found = {"messages": found}  # a chat that is a bare list of its turns
             elif isinstance(found, dict) and "row" in found and found.keys() <= _VIEWER:

@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from phlora.data.similarity import _CLOSING, _OPENING, loose
+from phlora.data.similarity import _CLOSING, _OPENING, _one_form, loose
 
 _FORMS = {0x307: ""} | dict.fromkeys(map(ord, "‘’"), "'") | dict.fromkeys(map(ord, "“”„«»"), '"')
 
@@ -59,3 +59,11 @@ def test_what_is_written_in_two_ways_is_one_text(one, other):
 @pytest.mark.parametrize("one, other", [("سال ۱۴۰۲", "سال ۱۴۰۳"), ("kar", "kır"), ("-1", "1"), ("é", "e")])
 def test_what_says_another_thing_is_another_text(one, other):
     assert loose(one) != loose(other)
+
+
+def test_every_character_with_another_form_is_found():
+    form, *patterns = _one_form()
+    assert all(any(pattern.fullmatch(character) for pattern in patterns) for character in form)
+    for character in "يكﻱ٣𝟛\u200f\U000e0041ı“”":
+        plain = unicodedata.normalize("NFKC", character).casefold()
+        assert loose(f"a{character}b") == f"a{form.get(plain, plain)}b"

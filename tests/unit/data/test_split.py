@@ -211,7 +211,12 @@ def test_leaks_are_counted_by_kind_and_named():
         _chat("2 - 2?", "4"),
     ]
     report = check(train, eval_sources=held_out)
-    assert report.leaks == {"leaked_eval_row": 1, "near_leaked_eval_row": 1, "leaked_prompt": 1}
+    assert report.leaks == {
+        "leaked_eval_row": 1,
+        "near_leaked_eval_row": 1,
+        "leaked_answer": 0,
+        "leaked_prompt": 1,
+    }
     (prompt,) = [problem for problem in report.problems if problem.kind == "leaked_prompt"]
     assert [origin.line for origin in prompt.origins] == [3] and "rows:3 as rows:3" in prompt.message
     assert report.exit_code(strict=True) == 1

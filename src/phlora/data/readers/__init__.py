@@ -40,14 +40,20 @@ from phlora.data.rows import Problem, Record
 
 __all__ = ["Opened", "frame_records", "open_path", "pick_split"]
 
+_JSON = (".jsonl", ".ndjson", ".json")
+
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that is being read: its name, its records, and what was found out about it so far."""
+    """A source that is being read: its name, its records, and what was found out about it so far.
+
+    `is_sound`: whether the reader has looked at every value already; see `values.sound`.
+    """
 
     name: str
     records: Iterator[Record]
     problems: list[Problem] = field(default_factory=list)
+    is_sound: bool = False
 
 
 def open_path(source: str, *, split: str | None = None, encoding: str | None = None) -> Iterator[Opened]:
@@ -111,7 +117,7 @@ def _open_existing(path: Path, name: str, split: str | None, encoding: str | Non
             message = f"{name}: only files of the split `{split or 'train'}` are read, not {left_out}"
             problems.append(Problem("split", "note", message))
         records = _guarded(stored.name, lambda s=stored, p=problems: _records(s, split, encoding, p))  # type: ignore[misc]
-        yield Opened(stored.name, records, problems)
+        yield Opened(stored.name, records, problems, is_sound=stored.kind in _JSON)
 
 
 def _guarded(name: str, read: Callable[[], Iterator[Record]]) -> Iterator[Record]:

@@ -1,13 +1,14 @@
 """JSON in every layout it is met in: a row a line, a list of rows, an object that holds one, rows one after another.
 
-Each row keeps the line that it begins in. A row that is no sound JSON is yielded as a `BadRow`, and reading goes on
-where it can.
+Each row keeps the line that it begins in. A row that is no sound JSON, or whose values are not sound, is yielded as a
+`BadRow`, and reading goes on where it can.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 from phlora.data.readers.files import StoredFile
 from phlora.data.readers.text import Line
 from phlora.data.rows import BadRow, Record, kind_of
+from phlora.data.values import MAX_DEPTH, MAX_NUMBER, as_sound
 from phlora.errors import DataError
 
 NUM_LINES_LOOKED_AT = 20
 MAX_DIGITS = 4300  # of Python's own conversion
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[\s\x1e]*")
 _SEPARATORS = re.compile(r"[\s,\x1e]*")  # \x1e: JSON text sequences
 # Lists under these keys belong to a row; a list under another may be the rows themselves.
@@ -40,21 +43,51 @@ def read_json(file: StoredFile, lines: Iterator[Line]) -> Iterator[Record]:
         for line, text in _not_blank(rest):
             yield line, text if isinstance(text, BadRow) else parse_json(text)
     else:
-        yield from _values(file, rest)
+        for line, value in _values(file, rest):
+            yield line, value if isinstance(value, BadRow) else _sound(value)
 
 
 def parse_json(text: str) -> Any:
-    """The value, or a `BadRow` that says what is wrong with the text."""
+    """The sound value of a text, or a `BadRow` that says what is wrong with it."""
+    text = text.strip("\x1e\ufeff \t\r\n")
     try:
-        return _DECODER.decode(text.strip("\x1e\ufeff \t\r\n"))
+        # What the text shows need not be looked for in the value.
+        return _USUAL.decode(text) if _reads_sound(text) else as_sound(_DECODER.decode(text))
+    except _UnusualNumber:
+        pass
+    except (BadRow, ValueError, RecursionError) as error:
+        return _as_bad(error)
+    try:
+        return as_sound(_DECODER.decode(text))
+    except (BadRow, ValueError, RecursionError) as error:
+        return _as_bad(error)
+
+
+def _sound(value: Any) -> Any:
+    try:
+        return as_sound(value)
     except BadRow as bad:
         return bad
-    except json.JSONDecodeError as error:
+
+
+def _as_bad(error: BadRow | ValueError | RecursionError) -> BadRow:
+    if isinstance(error, BadRow):
+        return error
+    if isinstance(error, json.JSONDecodeError):
         return _broken(error)
-    except RecursionError:
+    if isinstance(error, RecursionError):
         return BadRow("broken_json", "the JSON is nested too deeply")
-    except ValueError:
-        return BadRow("number", f"a number has more than {MAX_DIGITS} digits", "a number that fits a float")
+    return BadRow("number", f"a number has more than {MAX_DIGITS} digits", "a number that fits a float")
+
+
+def _reads_sound(text: str) -> bool:
+    """Whether a text can hold no half of a surrogate pair and nothing that is nested too deeply."""
+    if _SURROGATE.search(text) or text.count("{") + text.count("[") > MAX_DEPTH:
+        return False
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _broken(error: json.JSONDecodeError) -> BadRow:
@@ -81,7 +114,28 @@ def _no_number(name: str) -> Any:
     raise BadRow("number", f"`{name}` is no JSON value", "null where a value is missing")
 
 
+class _UnusualNumber(ValueError):
+    """A number that `sound` has to look at."""
+
+
+def _usual_int(text: str) -> int:
+    value = int(text)
+    if -MAX_NUMBER < value < MAX_NUMBER:
+        return value
+    raise _UnusualNumber
+
+
+def _usual_float(text: str) -> float:
+    value = float(text)
+    if math.isfinite(value):
+        return value
+    raise _UnusualNumber
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+_USUAL = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_no_number, parse_int=_usual_int, parse_float=_usual_float
+)
 # Finds the end of a value that the other one refuses.
 _LENIENT = json.JSONDecoder(parse_int=float)
 

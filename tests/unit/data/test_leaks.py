@@ -1,0 +1,77 @@
+"""What training sees of held-out rows, and rows that count on neither side."""
+
+from __future__ import annotations
+
+import pytest
+
+from phlora.data.checks import check
+from phlora.data.dataset import index_rows
+from phlora.data.inspection import SplitSettings, inspect_data
+
+
+def chat(*texts, **beside):
+    roles = ("user", "assistant") * len(texts)
+    turns = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return {"messages": turns, **beside}
+
+
+LONG = ("What is up?", "Nothing much", "And then?", "Then I went home", "Why?", "It was late")
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out"),
+    [
+        (LONG, LONG[:2]),  # the beginning
+        (LONG[:2], LONG[:4]),  # the other way
+        (LONG, LONG[2:4]),  # the middle
+        (LONG, ("WHAT is up", "nothing much.")),
+        (LONG, LONG[4:]),
+    ],
+)
+def test_a_chat_within_another_is_a_leak(trained, held_out):
+    others = [chat(f"question {n}", f"answer {n}") for n in range(5)]
+    report = check([*others, chat(*trained)], eval_sources=[chat("else", "nothing"), chat(*held_out)])
+    assert {kind: n for kind, n in report.leaks.items() if n} == {"leaked_answer": 1}
+    (problem,) = [item for item in report.problems if item.kind == "leaked_answer"]
+    assert "rows:2 as rows:6" in problem.message
+    assert report.exit_code(strict=True) == 1
+
+
+def test_thanks_alone_are_no_leak():
+    thanks = ("Thanks", "You are welcome")
+    held_out = chat("one", "1", "two", "2", *thanks)
+    assert not any(check([chat("three", "3", *thanks)], eval_sources=[held_out]).leaks.values())
+
+
+def test_windows_of_one_chat_stay_on_one_side():
+    def said(chat_number, turn):
+        return f"chat {chat_number} question {turn}", f"chat {chat_number} answer {turn}"
+
+    rows = [
+        chat(*(said(number, turn - 1) if turn else ()), *said(number, turn))
+        for number in range(30)
+        for turn in range(5)
+    ]
+    for seed in range(5):
+        found = inspect_data(rows, split=SplitSettings(seed=seed))
+        assert found.num_conversations == 30
+        assert not [problem for problem in found.problems if problem.severity == "warning"]
+        assert len(found.held_out) % 5 == 0
+
+
+def test_rows_of_weight_0_are_on_no_side():
+    rows = [chat(f"question {n}", f"answer {n}", weight=float(n % 3 > 0)) for n in range(60)]
+    for seed in range(5):
+        found = inspect_data(rows, split=SplitSettings(seed=seed, eval_size=0.2))
+        assert all(found.index.is_trained[number] for number in found.held_out.numbers)
+        assert len(found.train) + len(found.held_out) == 60
+    report = check(rows, eval_sources=[rows[0], rows[1]])
+    assert report.leaks["leaked_eval_row"] == 1
+    assert report.num_usable_rows == 40
+    (note,) = [problem for problem in report.problems if problem.kind == "weight_zero"]
+    assert (note.severity, note.count) == ("note", 21)
+
+
+def test_exchanges_are_kept_by_row():
+    index = index_rows([chat(*LONG), chat("a", "b"), {"messages": [{"role": "user", "content": "x"}]}])
+    assert [len(index.exchanges_of(number)) for number in range(3)] == [3, 1, 0]
