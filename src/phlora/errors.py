@@ -163,17 +163,17 @@ def shown(value: object, *, limit: int = 80) -> str:
     return f"`{text if len(text) <= limit else text[:limit] + '…'}`"
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `name` was most likely meant to be, or None."""
+def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The candidate that `name` was most likely meant to be, or None; `cutoff` is the likeness that it needs, to 1."""
     # What is longer than any name is near to none, and comparing it takes its time.
-    matches = difflib.get_close_matches(name[:200], list(candidates), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name[:200], list(candidates), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str:
     """A sentence that names the nearest candidate and, when there are few, all of them."""
     known = sorted(set(candidates))
-    match = nearest(name, known)
+    match = nearest(name, known, cutoff=cutoff)
     if match:
         return f"did you mean `{match}`?"
     shown = ", ".join(f"`{candidate}`" for candidate in known[:24])

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from phlora.errors import InputError, NoRoomError
+from phlora.errors import InputError, NoRoomError, shown
 
 # Written beside an adapter's tensors; `base_fingerprint` in it names the weights it was trained on.
 ADAPTER_FACTS = "phlora.json"
+# Key -> whether a value is right, and in words what it has to be.
+Expected: TypeAlias = Mapping[str, tuple[Callable[[Any], bool], str]]
 _LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{12}\.(?:part|old)")
 
 
@@ -40,6 +43,51 @@ def read_json(path: Path, problem: type[InputError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise problem("The file is no JSON object", where=str(path))
     return content
+
+
+def require_values(
+    content: Mapping[str, Any], expected: Expected, problem: type[InputError], *, where: str
+) -> None:
+    """Refuse values that whoever writes a file would not have written; a key may be left out, or be null.
+
+    Raises:
+        InputError: as `problem`, with the key, what it holds and what it should.
+    """
+    for key, (is_right, words) in expected.items():
+        value = content.get(key)
+        if value is not None and not is_right(value):
+            raise problem(f"`{key}` is {shown(repr_of(value))}", where=where, expected=words)
+
+
+def repr_of(value: Any) -> str:
+    """A value as Python writes it, also a number of more digits than it writes."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold, and no infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

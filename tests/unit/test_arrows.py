@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "phlora"
 FLOORS = [
     {"errors"},
     {"config_values"},
-    {"config", "display", "files", "extras", "measure", "stop"},
+    {"config", "display", "files", "extras", "measure", "patterns", "stop"},
     {"lora", "data"},
     {"models"},
     {"adapters"},

@@ -40,9 +40,10 @@ from phlora.adapters.layout import (
 )
 from phlora.adapters.lora_fields import require_known_names, require_supported
 from phlora.adapters.lora_values import LARGEST_RANK, check_types
+from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.targets import ALL_LINEAR, resolve_targets
 from phlora.errors import ConfigError, ModelError, did_you_mean, shown
-from phlora.files import ADAPTER_FACTS, read_json
+from phlora.files import ADAPTER_FACTS
 from phlora.lora.blocks import RowBlock, row_blocks
 
 _PREFIX = "base_model.model."
@@ -237,12 +238,11 @@ def _require_same(model: PeftModel, wanted: tuple[str, ...]) -> None:
 
 def _recorded(folder: Path) -> dict[str, Any]:
     """The `blocks` of a folder's phlora.json."""
-    file = folder / ADAPTER_FACTS
-    recorded: dict[str, Any] | None = read_json(file, ModelError).get("blocks") if file.is_file() else None
+    recorded: dict[str, Any] | None = read_adapter_facts(folder).get("blocks")
     if not recorded:
         raise ModelError(
             "The adapter names no row blocks",
-            where=str(file),
+            where=str(folder / ADAPTER_FACTS),
             expected='"blocks": {module: {"sizes": {block: rows}, "enabled": [block]}}',
             fix="use it in its plain form",
         )

@@ -147,7 +147,7 @@ def layer_of(name: str, A: Tensor, B: Tensor, lora_alpha: float, layout: Layout 
             error.found,
             where=name,
             expected=error.expected,
-            fix="convert it as one linear layer, without --enable",
+            fix="convert it as one linear layer, without --enable; blocks in phlora.json have to be the tensors' own",
         ) from None
     return AdaptedLayer(name=name, lora_A=A, lora_B=torch.cat(own), r=r, lora_alpha=alpha, layout=layout)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -23,10 +23,11 @@ from phlora.adapters.targets import (
     matching,
     row_block_names,
 )
-from phlora.errors import ConfigError, ModelError, did_you_mean
+from phlora.errors import ConfigError, ModelError, did_you_mean, shown
 from phlora.files import ADAPTER_FACTS, read_json, write_json
 from phlora.lora.blocks import RowBlock, row_blocks
 from phlora.models.families import fused_row_blocks
+from phlora.patterns import PatternProblem, compiled, matches, may_be_slow
 
 WHERE = "peft_config"
 
@@ -98,6 +99,7 @@ def require_known_patterns(lora: LoraConfig, targets: Targets) -> None:
     adapted = [*(module for module in targets.modules if module not in targets.blocks), *parts]
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, key) or {}:
+            _require_quick(pattern, adapted, where=f"{WHERE}.{key}")
             if any(get_pattern_key([pattern], name) == pattern for name in adapted):
                 continue
             raise ConfigError(
@@ -105,6 +107,15 @@ def require_known_patterns(lora: LoraConfig, targets: Targets) -> None:
                 where=f"{WHERE}.{key}",
                 fix=did_you_mean(pattern, {name.rpartition(".")[2] for name in adapted}),
             )
+
+
+def _require_quick(pattern: str, names: Sequence[str], *, where: str) -> None:
+    """Refuse an expression that PEFT, which puts it behind any beginning of a name, could not match in time."""
+    whole = rf"(.*\.)?({pattern})$"
+    try:
+        matches(whole, names) if may_be_slow(pattern) else compiled(whole)
+    except PatternProblem as problem:
+        raise ConfigError(f"{shown(pattern)} {problem}", where=where) from None
 
 
 def plain_config(

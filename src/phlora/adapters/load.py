@@ -14,12 +14,17 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from phlora.adapters.base_view import keep_before_load, keep_loaded
-from phlora.adapters.saved_config import read_adapter_config
+from phlora.adapters.saved_config import read_adapter_config, require_fitting
+from phlora.adapters.saved_facts import read_adapter_facts
+from phlora.adapters.tensor_files import not_finite
 from phlora.errors import ModelError
-from phlora.files import ADAPTER_FACTS, read_json
+from phlora.files import ADAPTER_FACTS
 from phlora.models.device import DTYPES
 from phlora.models.fingerprint import fingerprint, split_fingerprint
 from phlora.models.locate import first_line, path_advice
+
+# What PEFT raises for a configuration that does not go with a model.
+_NOT_TAKEN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +72,24 @@ def load_adapter(
     """
     path = Path(folder).expanduser()
     file = _adapter_file(path)
-    tensors, delta_norm = _survey_adapter(file)
+    shapes, delta_norm = _survey_adapter(file)
     if delta_norm == 0 and not allow_zero:
         raise ModelError("The adapter changes nothing: every lora_B is zero", where=str(file))
     notes = _compare_base(model, path)
+    require_fitting(path / "adapter_config.json", model, shapes)
     try:
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
         kept = keep_before_load(model, config) if isinstance(config, LoraConfig) else {}
         adapted = PeftModelForCausalLM(model, config)
-    except (ValueError, TypeError, KeyError) as error:
+    except _NOT_TAKEN as error:
         raise ModelError(f"The adapter does not fit ({first_line(error)})", where=str(path)) from error
     try:
         result = adapted.load_adapter(str(path), "default", is_trainable=trainable)
-        _require_all_used(result, tensors, where=str(file))
+        _require_all_used(result, len(shapes), where=str(file))
+    except KeyError as error:
+        adapted.unload()
+        raise ModelError(f"The adapter lacks the tensor {error.args[0]}", where=str(file)) from error
     except RuntimeError as error:
         adapted.unload()
         raise ModelError(
@@ -91,7 +100,7 @@ def load_adapter(
         raise
     keep_loaded(adapted, kept)
     report = AdapterReport(
-        num_tensors=tensors, delta_norm=delta_norm, base_model=config.base_model_name_or_path, notes=notes
+        num_tensors=len(shapes), delta_norm=delta_norm, base_model=config.base_model_name_or_path, notes=notes
     )
     return LoadedAdapter(model=adapted, report=report)
 
@@ -107,26 +116,22 @@ def _adapter_file(folder: Path) -> Path:
     return file
 
 
-def _survey_adapter(file: Path) -> tuple[int, float]:
-    """How many tensors an adapter file holds, and the norm of all its lora_B.
+def _survey_adapter(file: Path) -> tuple[dict[str, tuple[int, ...]], float]:
+    """The shape of each tensor in an adapter file, and the norm of all its lora_B.
 
     Raises:
         ModelError: the file cannot be read, or a tensor in it is not finite.
     """
-    squares = []
+    shapes, squares = {}, []
     try:
         with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            for name in names:
+            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
+                tensor = tensors.get_tensor(name)
+                shapes[name] = tuple(tensor.shape)
                 # NaN and infinity survive a sum of squares, so that one pass tells both.
-                squared = tensors.get_tensor(name).double().pow(2).sum().item()
+                squared = tensor.double().pow(2).sum().item()
                 if not math.isfinite(squared):
-                    raise ModelError(
-                        f"The tensor {name} holds values that are no finite numbers",
-                        where=str(file),
-                        expected="finite numbers: with this one every answer is lost",
-                        fix="train again from a checkpoint before the loss became no number",
-                    )
+                    raise not_finite(name, str(file))
                 if "lora_B" in name:
                     squares.append(squared)
     except (SafetensorError, OSError) as error:
@@ -135,15 +140,12 @@ def _survey_adapter(file: Path) -> tuple[int, float]:
             where=str(file),
             fix="the file may be incomplete: copy it again",
         ) from error
-    return len(names), sum(squares) ** 0.5
+    return shapes, sum(squares) ** 0.5
 
 
 def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     """Refuse an adapter of other weights; a note where that cannot be told."""
-    facts = folder / ADAPTER_FACTS
-    recorded = read_json(facts, ModelError).get("base_fingerprint") if facts.is_file() else None
-    if recorded and not isinstance(recorded, str):
-        raise ModelError("`base_fingerprint` is no text", where=str(facts), fix="copy the adapter again")
+    recorded = read_adapter_facts(folder).get("base_fingerprint")
     if not recorded:
         return ("The adapter does not say which weights it was trained on, so they are not compared",)
     precision = recorded.partition(":")[0]
@@ -157,7 +159,7 @@ def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
         return ("Whether the adapter was trained on these weights cannot be told across float16",)
     raise ModelError(
         "The adapter was trained on other weights than these",
-        where=str(facts),
+        where=str(folder / ADAPTER_FACTS),
         expected=f"a base with the fingerprint {recorded}, not {fingerprint(model)}",
         fix="load the adapter's own base model, in the revision that it was trained on",
     )

@@ -33,6 +33,21 @@ def check_types(values: Mapping[str, Any]) -> None:
         raise ConfigError(f"{shown(value)} was given", where=f"peft_config.{key}", expected=_words(hint))
 
 
+def expected_type(key: str, value: Any) -> str | None:
+    """What a key of an adapter_config.json has to hold, where its value, as JSON has it, is none of that.
+
+    None where it is right, or PEFT's `LoraConfig` has no such key.
+    """
+    hint = _hints().get(key)
+    if hint is None or _fits(value, hint) or (key in _OPEN and isinstance(value, str)):
+        return None
+    parts = typing.get_args(hint) or (hint,)
+    # Objects are written as mappings.
+    if isinstance(value, Mapping) and any(map(dataclasses.is_dataclass, parts)):
+        return None
+    return _words(hint)
+
+
 @cache
 def _hints() -> dict[str, Any]:
     return typing.get_type_hints(LoraConfig)

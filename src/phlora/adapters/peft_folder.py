@@ -25,10 +25,12 @@ from phlora.adapters.convert import (
     layer_of,
     plain_form,
 )
-from phlora.adapters.saved_config import read_adapter_config
+from phlora.adapters.saved_config import read_adapter_config, require_quick
+from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.tensor_files import load_tensors, sort_tensors
 from phlora.errors import ConfigError, ModelError
-from phlora.files import ADAPTER_FACTS, read_json, write_json
+from phlora.files import ADAPTER_FACTS, write_json
+from phlora.models.locate import first_line
 
 CONFIG_FILE = "adapter_config.json"
 _TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -59,6 +61,8 @@ def read_peft(folder: str | Path, *, enable: Sequence[str] = (), blocks: BlockSi
     }
     names = ("{}.lora_A.weight", "{}.lora_B.weight")
     pairs, biases = sort_tensors(state, *names, where=str(folder), fix="use it with PEFT")
+    where = folder / CONFIG_FILE
+    require_quick(read_adapter_config(where), pairs, where=str(where))
     layouts = _recorded_layouts(folder)
     enable = full_names(enable, pairs, blocks or {})
     layers = []
@@ -102,7 +106,12 @@ def read_peft_config(folder: Path) -> LoraConfig:
     if not file.is_file():
         raise ModelError(f"The folder holds no adapter: it lacks {CONFIG_FILE}", where=str(folder))
     read_adapter_config(file)
-    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"PEFT does not take the configuration ({first_line(error)})", where=str(file)
+        ) from None
     assert isinstance(config, LoraConfig)
     return config
 
@@ -175,21 +184,21 @@ def _refuse_foreign(config: LoraConfig, folder: Path) -> None:
 
 
 def _recorded_layouts(folder: Path) -> dict[str, Layout]:
-    file = folder / ADAPTER_FACTS
-    if not file.is_file():
-        return {}
-    recorded = read_json(file, ModelError).get("blocks") or {}
-    try:
-        return {
-            name: Layout(sizes=dict(entry["sizes"]), enabled=tuple(entry["enabled"]))
-            for name, entry in recorded.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ModelError(
-            "The row blocks cannot be read",
-            where=str(file),
-            expected='"blocks": {layer: {"sizes": {block: rows}, "enabled": [block]}}',
-        ) from None
+    recorded = read_adapter_facts(folder).get("blocks") or {}
+    for name, entry in recorded.items():
+        ranks = dict(zip(entry["enabled"], entry.get("r") or (), strict=False))
+        if len(set(ranks.values())) > 1:
+            raise ModelError(
+                f"The row blocks of {name} have the ranks "
+                + ", ".join(f"{r} ({b})" for b, r in ranks.items()),
+                where=str(folder / ADAPTER_FACTS),
+                expected="one rank for all blocks of a layer, which is all that loralib has",
+                fix="use it with PEFT, or train it without a rank_pattern",
+            )
+    return {
+        name: Layout(sizes=dict(entry["sizes"]), enabled=tuple(entry["enabled"]))
+        for name, entry in recorded.items()
+    }
 
 
 def _named_layout(name: str, enable: Sequence[str], blocks: BlockSizes) -> Layout | None:

@@ -8,15 +8,15 @@ error that lists what the model has.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from phlora.errors import ConfigError, did_you_mean
+from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.models.families import block_linears, fused_row_blocks
+from phlora.patterns import PatternProblem, matches
 
 ALL_LINEAR = "all-linear"
 _WHERE = "peft_config.target_modules"
@@ -121,10 +121,10 @@ def _matching_expression(
     expression: str, pool: Sequence[str], candidates: Sequence[str], where: str
 ) -> set[str]:
     try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise ConfigError(f"`{expression}` is no regular expression: {error}", where=where) from None
-    matched = {module for module in pool if pattern.fullmatch(module)}
+        found = matches(expression, pool)
+    except PatternProblem as problem:
+        raise ConfigError(f"{shown(expression)} {problem}", where=where) from None
+    matched = {module for module, is_matched in zip(pool, found, strict=True) if is_matched}
     if not matched:
         raise _unmatched([expression], candidates, pool, where)
     return matched
@@ -155,7 +155,10 @@ def _notes(
             f"{', '.join(names)}: rows of {fused}, each with its own A and B"
             for fused, names in sorted(split)
         ),
-        *(f"{part} is a part of {fused}, which is adapted as a whole" for fused, part in sorted(whole)),
+        *(
+            f"{part} is a part of {fused}, which is adapted as a whole: what was asked for matches {fused} too"
+            for fused, part in sorted(whole)
+        ),
     )
 
 

@@ -22,7 +22,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a pickle without code."""
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            return _require_finite(load_file(file), file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError("The file does not exist", where=str(file)) from None
@@ -37,7 +37,7 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise _unreadable(file, error) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise _unreadable(file, error) from None
-    return _require_flat(state, file)
+    return _require_finite(_require_flat(state, file), file)
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:
@@ -61,6 +61,23 @@ def _require_flat(state: Any, file: Path) -> dict[str, Tensor]:
             fix=f"save the state dict inside alone, such as checkpoint[{other[0]!r}]",
         )
     return {str(name): value.detach() for name, value in state.items()}
+
+
+def not_finite(name: str, where: str) -> ModelError:
+    """What is said of a tensor that holds NaN or infinity."""
+    return ModelError(
+        f"The tensor {name} holds values that are no finite numbers",
+        where=where,
+        expected="finite numbers: with this one every answer is lost",
+        fix="train again from a checkpoint before the loss became no number",
+    )
+
+
+def _require_finite(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise not_finite(name, str(file))
+    return dict(tensors)
 
 
 def sort_tensors(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypedDict
 import typer
 
 from phlora.cli.console import forbid_network, make_display, print_result, standard_output_kept
-from phlora.cli.options import Json, Offline, Quiet
+from phlora.cli.options import Json, LikeRunColumns, LikeRunFormat, Offline, Quiet, columns_in_place
 from phlora.config import MergeBase
 from phlora.errors import ConfigError
 
@@ -65,6 +65,8 @@ def merge(
     model: BaseModel = None,
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
+    format: LikeRunFormat = None,
+    columns: LikeRunColumns = None,
     max_rows: Annotated[
         int, typer.Option("--max-rows", min=1, help="Rows of the proof at most.", show_default=True)
     ] = 64,
@@ -94,6 +96,8 @@ def merge(
             dtype=dtype,
             rows=rows or None,
             max_rows=max_rows,
+            format=format,
+            columns=columns_in_place(columns),
             device=device,
             offline=offline,
             display=make_display(quiet),
@@ -144,6 +148,8 @@ def convert(
     base: IntoBase = "auto",
     dtype: SavedDtype = "auto",
     rows: ProofRows = None,
+    format: LikeRunFormat = None,
+    columns: LikeRunColumns = None,
     offline: Offline = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -151,7 +157,8 @@ def convert(
     """Convert an adapter between loralib's file and PEFT's folder without losing a bit, or merge it.
 
     Every tensor is used or nothing is written. Pickles that hold more than tensors are not opened.
-    `--to merged` is `phlora merge`, also for a loralib file; --base, --dtype and --rows are for it.
+    `--to merged` is `phlora merge`, also for a loralib file; --base, --dtype, --rows, --format and --columns are for
+    it.
     """
     if to == "merged" and kernel:
         raise ConfigError(
@@ -159,9 +166,11 @@ def convert(
             where="phlora convert",
             fix="leave it out",
         )
-    if to != "merged" and (rows or dtype != "auto" or base != "auto"):
+    if to != "merged" and (rows or dtype != "auto" or base != "auto" or format or columns):
         raise ConfigError(
-            "--base, --dtype and --rows are for --to merged", where="phlora convert", fix="leave them out"
+            "--base, --dtype, --rows, --format and --columns are for --to merged",
+            where="phlora convert",
+            fix="leave them out",
         )
     if offline:
         forbid_network()
@@ -183,6 +192,8 @@ def convert(
                 base=base,
                 dtype=dtype,
                 rows=rows or None,
+                format=format,
+                columns=columns_in_place(columns),
                 offline=offline,
                 display=make_display(quiet),
             )

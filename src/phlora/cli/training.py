@@ -18,7 +18,15 @@ from phlora.cli.console import (
     standard_output_kept,
     terminal_width,
 )
-from phlora.cli.options import Columns, Json, Offline, Quiet
+from phlora.cli.options import (
+    Columns,
+    Json,
+    LikeRunColumns,
+    LikeRunFormat,
+    Offline,
+    Quiet,
+    columns_in_place,
+)
 
 if TYPE_CHECKING:
     from phlora.config import DataConfig, DataFile, RunConfig
@@ -147,6 +155,8 @@ def evaluate(
         list[str] | None,
         typer.Option("--data", "-d", metavar="FILE", help="Other chats than the run's held-out ones."),
     ] = None,
+    format: LikeRunFormat = None,
+    columns: LikeRunColumns = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -181,6 +191,8 @@ def evaluate(
             metrics=metric or None,
             max_answers=max_answers,
             max_new_tokens=max_new_tokens,
+            format=format,
+            columns=columns_in_place(columns),
             display=display,
         )
     assert report.folder is not None

@@ -41,6 +41,11 @@ Tokenizer: TypeAlias = Any
 
 _MARK = re.compile("\ue0f0(\\d+)\ue0f1")
 _MAX_SKELETONS = 4096
+# What rendering raises: a template is a program, and may count too far, look up what is not there, fill the memory.
+_REFUSALS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
+    *(MemoryError, RecursionError),
+)
 
 
 @dataclass
@@ -207,8 +212,9 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 tokenize=False,
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise TemplateRefusal(f"the chat template refuses the chat: {error}") from None
+        except _REFUSALS as error:
+            why = f"{error}" or type(error).__name__
+            raise TemplateRefusal(f"the chat template refuses the chat: {why}") from None
         return str(text)
 
     def generation_mask(

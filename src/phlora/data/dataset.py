@@ -157,7 +157,11 @@ def read_rows(
 
 
 def load_rows(
-    sources: Source | Sequence[Source], *, format: str = "auto", on_bad: Literal["raise", "collect"] = "raise"
+    sources: Source | Sequence[Source],
+    *,
+    format: str = "auto",
+    on_bad: Literal["raise", "collect"] = "raise",
+    keep_reasoning: bool = False,
 ) -> Loaded:
     """Read all rows of one or several sources.
 
@@ -171,6 +175,7 @@ def load_rows(
         format: `auto`, or one of `messages, conversations, alpaca, qa, prompt_completion, text`.
         on_bad: `raise` reads to the end, then raises about the rows that cannot be used; `collect` returns
             them in `problems`.
+        keep_reasoning: keep what was thought before answers as text, where templates have no place for it.
 
     Raises:
         DataError: a source that cannot be read or holds no rows, or (`on_bad="raise"`) rows that cannot be
@@ -181,7 +186,7 @@ def load_rows(
     rows: list[Row] = []
     problems: list[Problem] = []
     formats: dict[str, str] = {}
-    for item in read_all(_as_list(sources), format, formats):
+    for item in read_all(_as_list(sources), format, formats, keep_reasoning=keep_reasoning):
         (rows if isinstance(item, Row) else problems).append(item)  # type: ignore[arg-type]
     _raise_for(problems, on_bad)
     return Loaded(rows, problems, formats)

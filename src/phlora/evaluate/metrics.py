@@ -8,13 +8,14 @@ two.
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from phlora.errors import ConfigError, did_you_mean
+from phlora.errors import ConfigError, did_you_mean, shown
+from phlora.patterns import PatternProblem, compiled, matches
 
 Metric = Callable[[str, str], float | None]
 
@@ -120,13 +121,23 @@ def _contains(text: str) -> Metric:
 
 
 def _regex(pattern: str) -> Metric:
+    expression = _normal(pattern)
+
+    def found(prediction: str, reference: str) -> float:
+        with _said_of(expression):
+            return float(matches(expression, [_normal(prediction)], method="search")[0])
+
+    with _said_of(expression):
+        compiled(expression)
+    return found
+
+
+@contextmanager
+def _said_of(pattern: str) -> Iterator[None]:
     try:
-        compiled = re.compile(_normal(pattern))
-    except (re.error, OverflowError) as error:
-        raise ConfigError(
-            f"`{pattern}` is no regular expression: {error}", where="evaluation.metrics"
-        ) from None
-    return lambda prediction, _: float(compiled.search(_normal(prediction)) is not None)
+        yield
+    except PatternProblem as problem:
+        raise ConfigError(f"{shown(pattern)} {problem}", where="evaluation.metrics") from None
 
 
 _PARAMETERISED: dict[str, Callable[[str], Metric]] = {"contains": _contains, "regex": _regex}

@@ -1,7 +1,8 @@
 """What came of a run, for people and for programs: a summary for the terminal, report.json and report.html.
 
-The page is one file that needs no network. All texts of the user go through the template's escaping, each in an
-element of its own direction, so that Persian reads from the right beside English that reads from the left.
+The page is one file that needs no network, and its policy allows none. All texts of the user go through the template's
+escaping, each in an element of its own direction, so that Persian reads from the right beside English that reads from
+the left; control characters are spelled out.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ class Report:
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(Path(__file__).parent),
             autoescape=True,
+            finalize=_visible,
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
@@ -235,6 +237,14 @@ class AnswerList:
         return cls(
             kind=kind, title=title, count=len(items), shown=[_shown_item(i) for i in items[:_SHOWN_ANSWERS]]
         )
+
+
+def _visible(value: Any) -> Any:
+    """What the template writes, with control characters spelled out: they could hide or turn what stands beside them.
+
+    Line ends become one kind. What is markup already is made of parts that went through here.
+    """
+    return printable(value.replace("\r\n", "\n")) if type(value) is str else value
 
 
 def is_path(text: str) -> bool:

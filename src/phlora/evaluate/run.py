@@ -20,7 +20,7 @@ from phlora.data.prompts import encode_prompt
 from phlora.data.rows import Row
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
-from phlora.errors import DataError, RunError
+from phlora.errors import ConfigError, DataError, RunError
 from phlora.evaluate.compare import Comparison, EvaluationItem, compare, score_model
 from phlora.evaluate.metrics import Metric, resolve_metrics
 from phlora.evaluate.report import Report
@@ -32,8 +32,9 @@ from phlora.models.generate import generate
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder, read_events
+from phlora.runs.reading import read_like_run
 from phlora.runs.resolve import ResolvedAdapter, load_pair, resolve_adapter
-from phlora.runs.trained_rows import count_trained
+from phlora.runs.trained_rows import TrainedCount, count_trained
 
 # Rows whose loss is taken at once.
 BATCH_ROWS = 8
@@ -106,18 +107,21 @@ def evaluate_run(
     metrics: Sequence[str] | None = None,
     max_answers: int | None = None,
     max_new_tokens: int | None = None,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
     display: Display | None = None,
 ) -> Report:
     """Compare an adapter of a run with its base again, on its held-out rows or on others.
 
     The report goes into a folder of its own, `evaluations/<UTC time>` in the run folder, which its `folder` names;
-    nothing that the run or an earlier evaluation found is replaced. Rows that the run trained on are counted, said,
-    and never called held out.
+    nothing that the run or an earlier evaluation found is replaced. Rows that the run trained on, or that say nearly
+    the same as one of those, are counted, said, and never called held out.
 
     Args:
         run: a run folder (its best adapter is taken), or one of its adapters or checkpoints.
         data: other rows (file(s), data set or rows); by default those that the run held out.
         metrics, max_answers, max_new_tokens: in the place of the run's own `evaluation` settings.
+        format, columns: how files named in `data` are read, in the place of the run's own settings.
         display: where progress goes; standard error by default.
 
     Raises:
@@ -135,11 +139,7 @@ def evaluate_run(
         )
     evaluation = _changed(config.evaluation, metrics, max_answers, max_new_tokens)
     resolve_metrics(evaluation.metrics)
-    rows = _rows_of(found, data)
-    num_trained = count_trained(found.run, rows) if data is not None else 0
-    note = _about_trained(num_trained, len(rows))
-    if note:
-        display.warn(note)
+    rows = _rows_of(found, data, config, format=format, columns=columns)
 
     display.stage(f"Loading {found.base_name} and {found.adapter}")
     pair = load_pair(found)
@@ -153,15 +153,24 @@ def evaluate_run(
         training_template=pair.tokenizer.training_template,
     )
     kept = {row.origin for row in tokenized.rows}
+    compared = [row for row in rows if row.origin in kept]
+    trained = count_trained(found.run, compared)
+    if trained is None and data is None:
+        # Those that the run says it held out.
+        trained = TrainedCount(same=0)
+    num_trained = trained.same if trained else None
+    notes = _about_trained(trained, len(compared))
+    for note in notes:
+        display.warn(note)
     clock.lap("loading")
 
     which = "held-out rows" if num_trained == 0 else "rows"
-    display.stage(f"Comparing base and tuned model on {len(kept)} {which}")
+    display.stage(f"Comparing base and tuned model on {len(compared)} {which}")
     assert isinstance(pair.model, PeftModel)
     comparison = compare_on(
         pair.model,
         pair.tokenizer,
-        [row for row in rows if row.origin in kept],
+        compared,
         tokenized.rows,
         evaluation,
         display=display,
@@ -175,7 +184,7 @@ def evaluate_run(
         adapter={**report.adapter, "folder": _within(found.run, found.adapter)},
         data={**report.data, "evaluated": _names_of(data)},
         timing=clock.seconds,
-        notes=[*filter(None, [note]), *left_out] if data is not None else report.notes,
+        notes=[*notes, *(left_out if data is not None else report.notes)],
         num_trained_rows=num_trained,
     )
     return replace(report, folder=_write_record(found.run, report))
@@ -195,9 +204,15 @@ def _changed(
     )
 
 
-def _rows_of(found: ResolvedAdapter, data: Any) -> list[Row]:
+def _rows_of(found: ResolvedAdapter, data: Any, config: RunConfig, **how: Any) -> list[Row]:
     if data is not None:
-        return load_rows(data).rows
+        return read_like_run(data, config, **how)
+    if any(value is not None for value in how.values()):
+        raise ConfigError(
+            "--format and --columns are for rows that are named",
+            where="phlora evaluate",
+            fix="name them: --data FILE",
+        )
     if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
         raise DataError(
             "The run held no rows out",
@@ -207,15 +222,21 @@ def _rows_of(found: ResolvedAdapter, data: Any) -> list[Row]:
     return load_rows(found.rows).rows
 
 
-def _about_trained(num_trained: int | None, num_rows: int) -> str | None:
-    if num_trained is None:
-        return "The run does not say which rows it trained on, so these may be among them"
-    if num_trained == 0:
-        return None
-    return (
-        f"{num_trained} of {num_rows} rows were trained on (equal rows are counted, not nearly equal ones): on those "
-        "the tuned model repeats what it was shown, so the figures do not say how it does on new ones"
-    )
+def _about_trained(trained: TrainedCount | None, num_rows: int) -> list[str]:
+    if trained is None:
+        return ["The run does not say which rows it trained on, so these may be among them"]
+    notes = []
+    if trained.same:
+        which = "equal rows" if trained.same_prompt is None else "equal or nearly equal ones"
+        notes.append(
+            f"{trained.same} of {num_rows} rows were trained on ({which}): on those the tuned model repeats what it "
+            "was shown, so the figures do not say how it does on new ones"
+        )
+    if trained.same_prompt:
+        notes.append(
+            f"{trained.same_prompt} of {num_rows} rows have a prompt that was trained on, with another answer"
+        )
+    return notes
 
 
 def _names_of(data: Any) -> str:
@@ -252,25 +273,24 @@ def _write_record(run: RunFolder, report: Report) -> Path:
 def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, clock: Clock) -> Report:
     """The report of a run, from what its folder holds and a fresh comparison."""
     facts = folder.facts()
+    data = facts.get("data", {})
     events = read_events(folder.events)
     return Report(
         title=config.model.name,
         comparison=comparison,
-        config=facts["config"] | {"evaluation": resolved(config)["evaluation"]},
-        origins=facts["origins"],
-        environment=facts["environment"],
-        model=facts["model"],
-        data={
-            name: value for name, value in facts["data"].items() if name not in ("dropped", "cut", "contents")
-        },
-        adapter=facts["adapter"],
+        config=facts.get("config", {}) | {"evaluation": resolved(config)["evaluation"]},
+        origins=facts.get("origins", {}),
+        environment=facts.get("environment", {}),
+        model=facts.get("model", {}),
+        data={name: value for name, value in data.items() if name not in ("dropped", "cut", "contents")},
+        adapter=facts.get("adapter", {}),
         timing={**facts.get("timing", {}), **clock.seconds},
         peak_bytes=peak_bytes(),
         training_curve=[
             (e["step"], float(e["loss"]), float(e.get("learning_rate", 0))) for e in events if "loss" in e
         ],
         evaluation_curve=[(e["step"], float(e["eval_loss"])) for e in events if "eval_loss" in e],
-        notes=[*facts["data"]["dropped"], *facts["data"]["cut"]],
+        notes=[str(note) for name in ("dropped", "cut") for note in data.get(name, ())],
     )
 
 

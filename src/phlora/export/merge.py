@@ -33,13 +33,14 @@ from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, did_you_mean
 from phlora.export.output import require_new, require_room_for, save_model
-from phlora.files import replaced_folder, write_json
+from phlora.files import ADAPTER_FACTS, replaced_folder, write_json
 from phlora.models.device import DTYPES
 from phlora.models.families import context_lengths
-from phlora.models.lm_head import trunk_and_head
+from phlora.models.lm_head import trunk_and_head, why_not_by_token
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import dequantize
 from phlora.models.tokenizer import LoadedTokenizer, find_files
+from phlora.runs.reading import read_like_run
 from phlora.runs.resolve import (
     ResolvedAdapter,
     load_as_trained,
@@ -47,6 +48,7 @@ from phlora.runs.resolve import (
     load_tokenizer_of,
     resolve_adapter,
 )
+from phlora.runs.system_prompt import SYSTEM_PROMPTS, system_prompts_of
 
 MERGE_FILE = "merge.json"
 MERGE_BASES: tuple[MergeBase, ...] = get_args(MergeBase)
@@ -146,6 +148,8 @@ def merge_run(
     dtype: str = "auto",
     rows: Any = None,
     max_rows: int = 64,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
     device: str = "auto",
     offline: bool = False,
     display: Display | None = None,
@@ -169,6 +173,7 @@ def merge_run(
         dtype: of the saved weights: `auto` for that of the base's own files, or a key of `DTYPES`.
         rows: file(s) or rows for the proof, in the place of the run's held-out rows.
         max_rows: at most so many of them.
+        format, columns: how files named in `rows` are read, in the place of the run's own settings.
         device: where to compute, as in `load_model`.
         offline: never ask a hub for the base.
         display: where progress goes; standard error by default.
@@ -188,7 +193,7 @@ def merge_run(
     found = resolve_adapter(source, model=model, offline=offline)
     _require_base(base, found)
     saved_dtype = _saved_dtype(found.base, dtype)
-    chosen = _load_rows(found, rows)[:max_rows]
+    chosen = _load_rows(found, rows, format=format, columns=columns)[:max_rows]
 
     display.stage(f"Loading {found.base_name} in float32, and its adapter")
     tokenizer = load_tokenizer_of(found)
@@ -212,6 +217,10 @@ def merge_run(
         display.stage(f"Saving it in {saved_dtype}")
         kept = merged[into]
         save_model(kept.model, tokenizer, part)
+        if prompts := system_prompts_of(found):
+            write_json(
+                part / ADAPTER_FACTS, {"base_model": found.base_name, SYSTEM_PROMPTS: prompts.to_json()}
+            )
         reference, num_modules = kept.reference, kept.num_modules
         # The saved model is loaded in the room of these.
         del merged, as_trained, kept, loaded
@@ -335,9 +344,15 @@ def _saved_dtype(base: ModelConfig, requested: str) -> str:
 # ---------------------------------------------------------------------------------------------- the proof
 
 
-def _load_rows(found: ResolvedAdapter, rows: Any) -> list[Row]:
+def _load_rows(found: ResolvedAdapter, rows: Any, **how: Any) -> list[Row]:
     if rows is not None:
-        return load_rows(rows).rows
+        return read_like_run(rows, found.config, **how)
+    if any(value is not None for value in how.values()):
+        raise ConfigError(
+            "--format and --columns are for rows that are named",
+            where="phlora merge",
+            fix="name them: --rows FILE",
+        )
     if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
         raise DataError(
             "There are no rows to prove the merge on"
@@ -367,15 +382,23 @@ def _tokenize(
 
 @torch.no_grad()
 def _answer_logits(model: Any, rows: Sequence[TokenizedRow], display: Display) -> Iterator[Tensor]:
-    """The logits (S, V) at the trained tokens of each row, in fp32 on the CPU."""
-    trunk, head = trunk_and_head(model)
+    """The logits (S, V) at the trained tokens of each row, in fp32 on the CPU.
+
+    Of all positions where the model does something to its logits after the head.
+    """
+    by_token = why_not_by_token(model) is None
     device = next(model.parameters()).device
     with display.progress("Rows", len(rows)) as advance:
         for row in rows:
             ids = torch.tensor([row.input_ids], device=device)
             predicts = torch.tensor(row.labels[1:], device=device) != IGNORED
-            hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-            yield head(hidden[predicts]).float().cpu()
+            if by_token:
+                trunk, head = trunk_and_head(model)
+                hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
+                logits = head(hidden[predicts])
+            else:
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1][predicts]
+            yield logits.float().cpu()
             advance(1)
 
 

@@ -13,9 +13,10 @@
     .lock                   while a process trains into the folder
 
 A checkpoint counts only once its `complete.json` is written, so one that a crash or a full disk cut short is
-never resumed from. A run counts only once its run.json has a status other than `opening`: that status is written
-first, before anything of an older run is removed, and the facts of the run last. So whatever stops the opening of a
-run, also in the middle of an `--overwrite`, leaves a folder that is known as Phlora's and is opened anew.
+never resumed from; nor is one whose files are not those that it lists (`runs.checkpoints`). A run counts only once
+its run.json has a status other than `opening`: that status is written first, before anything of an older run is
+removed, and the facts of the run last. So whatever stops the opening of a run, also in the middle of an
+`--overwrite`, leaves a folder that is known as Phlora's and is opened anew.
 """
 
 from __future__ import annotations
@@ -38,12 +39,22 @@ import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
-from phlora.files import clear_leftovers, leftover_of, read_json, write_json
+from phlora.files import (
+    Expected,
+    clear_leftovers,
+    is_count,
+    is_object,
+    is_text,
+    leftover_of,
+    read_json,
+    require_values,
+    write_json,
+)
+from phlora.runs.checkpoints import complete_checkpoints, drop_incomplete, whole_checkpoint
 from phlora.runs.identity import changes
 from phlora.runs.lock import LOCK_FILE, hold_lock, require_unlocked
 
 RUN_FILE = "run.json"
-COMPLETE_FILE = "complete.json"
 # The rows of the proof.
 HELD_OUT_FILE = "heldout.jsonl"
 # Rows that were handed over as objects, so that config.yaml can be run again.
@@ -69,6 +80,30 @@ _OWN = (
     "report.html",
     EVALUATIONS,
 )
+
+
+def _is_length(value: Any) -> bool:
+    return is_count(value) and value > 0
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(is_text, value.values()))
+
+
+# Keys of run.json -> what they have to be; `config` is checked where it is read.
+_EXPECTED: Expected = {
+    "status": (is_text, "a word, such as finished"),
+    "config": (is_object, "the configuration"),
+    "origins": (_are_texts, "keys of the configuration with where their values came from"),
+    "identity": (is_object, "what has to be the same for the run to be continued"),
+    "max_length": (_is_length, "a number of tokens from 1 on"),
+    "seed": (is_count, "a whole number from 0 on"),
+    "lora": (is_object, "the configuration of the adapter"),
+    **{
+        name: (is_object, "facts by their names")
+        for name in ("environment", "model", "data", "adapter", "timing")
+    },
+}
 _PACKAGES = ("phlora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 
 
@@ -109,7 +144,7 @@ class RunFolder:
         """The contents of run.json.
 
         Raises:
-            RunError: the folder holds no run, or its run.json cannot be read.
+            RunError: the folder holds no run, its run.json cannot be read, or a value in it is of another type.
         """
         file = self.path / RUN_FILE
         if not file.is_file():
@@ -117,7 +152,9 @@ class RunFolder:
             raise RunError(
                 found, where=str(self.path), expected=f"a folder with {RUN_FILE}, written by `phlora train`"
             )
-        return read_json(file, RunError)
+        facts = read_json(file, RunError)
+        require_values(facts, _EXPECTED, RunError, where=str(file))
+        return facts
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         write_json(self.path / RUN_FILE, facts)
@@ -127,15 +164,11 @@ class RunFolder:
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or None."""
-        complete = [p for p in self.checkpoints.glob("checkpoint-*") if (p / COMPLETE_FILE).is_file()]
-        return max(complete, key=_step_of, default=None)
+        return next(iter(complete_checkpoints(self.checkpoints)), None)
 
-    def drop_incomplete_checkpoints(self) -> list[Path]:
-        """Remove what a crash left half-written; returns what was removed."""
-        broken = [p for p in self.checkpoints.glob("checkpoint-*") if not (p / COMPLETE_FILE).is_file()]
-        for path in broken:
-            shutil.rmtree(path)
-        return broken
+    def identity_digest(self) -> str:
+        """What tells the run from others: a digest of all that has to be the same for it to be continued."""
+        return digest(self.facts().get("identity", {}))
 
 
 def claim_folder(path: str | Path, *, resume: bool, overwrite: bool) -> RunFolder:
@@ -242,6 +275,7 @@ def continue_run(
     files: Mapping[str, Callable[[Path], None]] | None = None,
     *,
     ignored: Collection[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
     """Check that the run in `folder` is the same as the one asked for; returns the checkpoint to continue from.
 
@@ -249,9 +283,11 @@ def continue_run(
         facts: those of the run that was asked for.
         files: as in `begin_run`; those that are missing are written.
         ignored: as in `identity.changes`.
+        warn: takes one sentence for each checkpoint that is damaged and was left for the one before it.
 
     Raises:
-        RunError: data, base model, tokenizer or settings differ; the message lists each difference.
+        RunError: data, base model, tokenizer or settings differ, and the message lists each difference; or a
+            checkpoint is of another run.
     """
     changed = changes(folder.facts(), facts, ignored=ignored)
     if changed:
@@ -262,12 +298,13 @@ def continue_run(
             fix="restore what changed, or start a new run with another --output",
         )
     with _writing(folder):
-        folder.drop_incomplete_checkpoints()
+        drop_incomplete(folder.checkpoints)
+        checkpoint = whole_checkpoint(folder.checkpoints, run=folder.identity_digest(), warn=warn)
         for name, write in (files or {}).items():
             if not (folder.path / name).is_file():
                 write(folder.path / name)
         folder.update_facts(status="running")
-    return folder.latest_checkpoint()
+    return checkpoint
 
 
 @contextmanager
@@ -286,11 +323,6 @@ def _writing(folder: RunFolder) -> Iterator[None]:
         else:
             found = f"The run folder cannot be written ({error.strerror}): {where}"
         raise RunError(found, where=str(folder.path), fix="name another --output") from error
-
-
-def mark_complete(checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Declare a checkpoint whole; the last file to be written into it."""
-    write_json(checkpoint / COMPLETE_FILE, facts)
 
 
 @contextmanager
@@ -384,11 +416,6 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return events
-
-
-def _step_of(checkpoint: Path) -> int:
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
 
 
 def _remove(path: Path) -> None:

@@ -24,15 +24,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from phlora.adapters.load import load_adapter
+from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.config import TRUST_VARIABLE, ModelConfig, QuantizationConfig, RunConfig, TrainOn, build_config
 from phlora.errors import EnvironmentProblem, ModelError, RunError
-from phlora.files import ADAPTER_FACTS, read_json
+from phlora.files import read_json
 from phlora.models.device import choose_device
 from phlora.models.fingerprint import split_fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import quantization_of
 from phlora.models.tokenizer import LoadedTokenizer, find_files, read_tokenizer
-from phlora.runs.folder import BASE_LOCATION, COMPLETE_FILE, HELD_OUT_FILE, RUN_FILE, RunFolder
+from phlora.runs.checkpoints import COMPLETE_FILE
+from phlora.runs.folder import BASE_LOCATION, HELD_OUT_FILE, RUN_FILE, RunFolder
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _CHECKPOINT = "checkpoint-"
@@ -392,7 +394,5 @@ def _named_base(adapter: Path) -> ModelConfig:
 
 def _fingerprint_of(adapter: Path, facts: Mapping[str, Any]) -> str:
     """Of the base's weights, as the adapter says it, or the run that a checkpoint is of."""
-    file = adapter / ADAPTER_FACTS
-    said = read_json(file, ModelError).get("base_fingerprint") if file.is_file() else None
-    said = said or facts.get("model", {}).get("fingerprint")
+    said = read_adapter_facts(adapter).get("base_fingerprint") or facts.get("model", {}).get("fingerprint")
     return said if isinstance(said, str) else ""

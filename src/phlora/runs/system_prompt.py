@@ -1,13 +1,13 @@
-"""The system prompt that an adapter was trained with."""
+"""The system prompt that an adapter, or a merged model, was trained with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.data.dataset import load_rows
 from phlora.data.system_prompt import SystemPrompts, find_system_prompts
-from phlora.errors import DataError, ModelError
-from phlora.files import ADAPTER_FACTS, read_json
+from phlora.errors import DataError
 from phlora.runs.resolve import Resolved
 
 # In the adapter's facts, and in run.json.
@@ -15,19 +15,16 @@ SYSTEM_PROMPTS = "system_prompts"
 
 
 def system_prompts_of(found: Resolved) -> SystemPrompts | None:
-    """What the adapter, or the run around it, says about its system prompts; None where nothing does.
+    """What the adapter or merged model, or the run around it, says about its system prompts; None where nothing does.
 
     Runs that were made before this was written down are asked by their held-out rows.
 
     Raises:
         ModelError: a file that should say it is no JSON object.
     """
-    if found.adapter is None:
-        return None
-    facts = found.adapter / ADAPTER_FACTS
-    if facts.is_file() and (
-        said := SystemPrompts.from_json(read_json(facts, ModelError).get(SYSTEM_PROMPTS))
-    ):
+    # A merged model says it where an adapter does.
+    facts = read_adapter_facts(found.adapter or found.source)
+    if said := SystemPrompts.from_json(facts.get(SYSTEM_PROMPTS)):
         return said
     if found.rows is None:
         return None

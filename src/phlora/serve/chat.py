@@ -8,9 +8,9 @@ written anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from phlora.adapters.base_view import as_base
@@ -24,16 +24,25 @@ from phlora.models.generate import stream
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.resolve import Resolved, load_pair, resolve
 from phlora.runs.system_prompt import system_prompts_of
+from phlora.serve.tool_calls import calls_in
 
 Speaker = Literal["base", "tuned"]
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question, and what each model that was asked has said."""
+    """A question, or the results of tools in its place, and what each model that was asked has said."""
 
     question: str
     replies: Mapping[Speaker, str]
+    results: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The messages that were answered."""
+        if self.results:
+            return [{"role": "tool", "content": result} for result in self.results]
+        return [{"role": "user", "content": self.question}]
 
 
 @dataclass(kw_only=True)
@@ -53,6 +62,7 @@ class ChatSession:
         speakers: who answers, in order.
         tools: descriptions of tools that the model may call, as in a training row; None for none.
         exchanges: all questions, in order, whoever was asked.
+        results: of tools, while the last reply has calls that wait for theirs.
     """
 
     model: Any
@@ -67,6 +77,7 @@ class ChatSession:
     speakers: tuple[Speaker, ...] = ()
     tools: list[Any] | None = None
     exchanges: list[Exchange] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
     _num_asked: int = 0
 
     def __post_init__(self) -> None:
@@ -86,7 +97,40 @@ class ChatSession:
         Raises:
             InputError: a chat does not fit into the model's context, or its template refuses it.
         """
-        prompts = {speaker: self._prompt_ids(speaker, text) for speaker in self.speakers}
+        yield from self._answers(Exchange(text, {}), self.speakers)
+
+    def give_results(self, *results: str) -> Generator[tuple[Speaker, str], None, None]:
+        """Answer the tool calls of the last replies, one text for each call, and yield what follows as `ask` does.
+
+        Only the models that called tools are asked on.
+
+        Raises:
+            InputError: no tool was called, or there are more or fewer calls than results; and as `ask`.
+        """
+        counts = self.num_calls()
+        if not counts:
+            raise InputError("The last reply calls no tool", fix="ask something, with tools offered: --tools")
+        if {len(results)} != set(counts.values()):
+            called = ", ".join(f"{count} by the {speaker} model" for speaker, count in counts.items())
+            raise InputError(
+                f"There are {len(results)} results for the calls ({called})", fix="give each its own"
+            )
+        yield from self._answers(Exchange("", {}, results), tuple(counts))
+
+    def num_calls(self) -> dict[Speaker, int]:
+        """How many tools each model that answers has called in its last reply; none where it called none."""
+        replies = self.exchanges[-1].replies if self.exchanges else {}
+        counts = {s: len(self.calls_of(replies[s])) for s in self.speakers if s in replies}
+        return {speaker: count for speaker, count in counts.items() if count}
+
+    def calls_of(self, reply: str) -> list[dict[str, Any]]:
+        """The tools that a reply calls, in OpenAI's form."""
+        return calls_in(reply, tools=self.tools)[1]
+
+    def _answers(
+        self, asking: Exchange, speakers: Sequence[Speaker]
+    ) -> Generator[tuple[Speaker, str], None, None]:
+        prompts = {speaker: self._prompt_ids(speaker, asking) for speaker in speakers}
         replies: dict[Speaker, str] = {}
         is_complete = False
         try:
@@ -97,7 +141,7 @@ class ChatSession:
             is_complete = True
         finally:
             if replies and (is_complete or len(replies) == len(prompts)):
-                self.exchanges.append(Exchange(text, replies))
+                self.exchanges.append(replace(asking, replies=replies))
                 self._num_asked += 1
 
     def messages(self, speaker: Speaker) -> list[dict[str, Any]]:
@@ -105,9 +149,7 @@ class ChatSession:
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         for exchange in self.exchanges:
             if speaker in exchange.replies:
-                messages.append({"role": "user", "content": exchange.question})
-                reply = exchange.replies[speaker]
-                messages.append(answer_of(reply, self.tools, self.tokenizer.tokenizer))
+                messages += [*exchange.asked, self._answer_of(exchange.replies[speaker])]
         return messages
 
     def num_unseen(self, speaker: Speaker) -> int:
@@ -137,8 +179,16 @@ class ChatSession:
         """Forget all turns of both models, but not the system prompt."""
         self.exchanges.clear()
 
-    def _prompt_ids(self, speaker: Speaker, text: str) -> list[int]:
-        messages = [*self.messages(speaker), {"role": "user", "content": text}]
+    def _answer_of(self, reply: str) -> dict[str, Any]:
+        """A reply as a message, its calls as calls."""
+        message = answer_of(reply, self.tools, self.tokenizer.tokenizer)
+        content, calls = calls_in(reply, tools=self.tools)
+        if calls and "tool_calls" not in message:
+            return {**message, "content": content, "tool_calls": calls}
+        return message
+
+    def _prompt_ids(self, speaker: Speaker, asking: Exchange) -> list[int]:
+        messages = [*self.messages(speaker), *asking.asked]
         try:
             ids = encode_chat(messages, self.tokenizer.tokenizer, tools=self.tools)
         except TemplateRefusal as refusal:

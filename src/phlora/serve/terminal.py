@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import TextIO
+from typing import TextIO, TypeAlias
 
-from phlora.data.tools_text import read_calls
 from phlora.display import Display, printable
 from phlora.errors import InputError, did_you_mean
 from phlora.serve.chat import ChatSession, Speaker
+
+# Asks the models, and yields their replies piece by piece.
+Ask: TypeAlias = Callable[[], Generator[tuple[Speaker, str], None, None]]
 
 HELP = """\
 /base          the base model answers
@@ -19,6 +21,7 @@ HELP = """\
 /compare       both answer, each knowing only its own replies (also /both)
 /system        show the system prompt
 /system TEXT   set it; /system "" removes it, /system reset takes that of the training rows again
+/result TEXT   what the tool that was called gave back; one for each call, in their order
 /undo          forget the last question and its replies
 /reset         forget the whole chat of both models, but not the system prompt
 /help          this list
@@ -26,7 +29,9 @@ HELP = """\
 //TEXT         say something that begins with a slash
 
 Ctrl-C stops a reply; what was said so far stays in the chat."""
-COMMANDS = ("base", "tuned", "compare", "both", "system", "undo", "reset", "help", "exit", "quit")
+# Command names are short: with less in common two of them are near by chance, such as /nope and /compare.
+_NEAR = 0.75
+COMMANDS = ("base", "tuned", "compare", "both", "system", "result", "undo", "reset", "help", "exit", "quit")
 
 
 def converse(
@@ -45,7 +50,7 @@ def converse(
         _converse_on_terminal(session, display, stdout)
         return
     for line in _lines(stdin):
-        if not _take(session, line, display, lambda text: _say(session, text, stdout, display)):
+        if not _take(session, line, display, lambda ask: _say(session, ask, stdout, display)):
             return
 
 
@@ -75,7 +80,7 @@ def _converse_on_terminal(session: ChatSession, display: Display, stdout: TextIO
             display.warn("That was no UTF-8 text; set the terminal to UTF-8")
             continue
         try:
-            if not _take(session, line, display, lambda text: _say_stoppably(session, text, stdout, display)):
+            if not _take(session, line, display, lambda ask: _say_stoppably(session, ask, stdout, display)):
                 return
         except InputError as mistake:
             display.warn(str(mistake))
@@ -89,10 +94,10 @@ def _enable_line_editing() -> None:
         return
 
 
-def _say_stoppably(session: ChatSession, text: str, stdout: TextIO, display: Display) -> None:
+def _say_stoppably(session: ChatSession, ask: Ask, stdout: TextIO, display: Display) -> None:
     before = len(session.exchanges)
     try:
-        _say(session, text, stdout, display)
+        _say(session, ask, stdout, display)
     except KeyboardInterrupt:
         stdout.write("\n")
         if len(session.exchanges) > before:
@@ -103,24 +108,43 @@ def _say_stoppably(session: ChatSession, text: str, stdout: TextIO, display: Dis
             display.note("Stopped; nothing was said")
 
 
-def _take(session: ChatSession, line: str, display: Display, say: Callable[[str], None]) -> bool:
+def _take(session: ChatSession, line: str, display: Display, say: Callable[[Ask], None]) -> bool:
     """Do what one line of input asks for; False when it asks to leave."""
     line = line.rstrip("\r\n")
     if not line.strip():
         return True
+    if line.startswith("/result ") or line == "/result":
+        _take_result(session, line.removeprefix("/result").strip(), display, say)
+        return True
+    session.results.clear()
     if line.startswith("/") and not line.startswith("//"):
         return _obey(session, line[1:], display)
-    say(line[1:] if line.startswith("//") else line)
+    text = line[1:] if line.startswith("//") else line
+    say(lambda: session.ask(text))
     return True
 
 
-def _say(session: ChatSession, text: str, stdout: TextIO, display: Display) -> None:
+def _take_result(session: ChatSession, text: str, display: Display, say: Callable[[Ask], None]) -> None:
+    """Keep the result of a call; once every call has its own, the model goes on."""
+    wanted = max(session.num_calls().values(), default=0)
+    if wanted and not text:
+        raise InputError("The result is missing", expected="/result TEXT")
+    given = [*session.results, text]
+    if len(given) < wanted:
+        session.results.append(text)
+        display.note(f"{len(given)} of {wanted} results; /result TEXT for the next")
+        return
+    session.results.clear()
+    say(lambda: session.give_results(*given))
+
+
+def _say(session: ChatSession, ask: Ask, stdout: TextIO, display: Display) -> None:
     """Write a reply as it comes; when both models answer, each under its name."""
     silent = list(session.speakers)
     is_comparison, speaking = len(session.speakers) > 1, None
     clean = printable if stdout.isatty() else str
     # Closed also on Ctrl-C: that puts the part of the reply that was said into the history.
-    with closing(session.ask(text)) as replies:
+    with closing(ask()) as replies:
         for speaker, piece in replies:
             if speaker in silent:
                 silent.remove(speaker)
@@ -140,10 +164,12 @@ def _tell_calls(session: ChatSession, display: Display, speakers: Sequence[Speak
     """Name the tools that the last replies call."""
     replies = session.exchanges[-1].replies if session.exchanges and speakers else {}
     for speaker in speakers:
-        for call in read_calls(replies.get(speaker, ""))[1]:
+        for call in session.calls_of(replies.get(speaker, "")):
             function = call["function"]
             arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
             display.note(printable(f"The {speaker} model calls {function['name']} with {arguments}"))
+    if session.num_calls():
+        display.note("/result TEXT answers a call")
 
 
 def _obey(session: ChatSession, command: str, display: Display) -> bool:
@@ -172,7 +198,7 @@ def _obey(session: ChatSession, command: str, display: Display) -> bool:
         raise InputError(
             f"There is no command `/{name}`",
             expected=f"a command, or //{command} to say this",
-            fix=did_you_mean(f"/{name}", [f"/{known}" for known in COMMANDS]),
+            fix=did_you_mean(f"/{name}", [f"/{known}" for known in COMMANDS], cutoff=_NEAR),
         )
     return True
 

@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from phlora.display import Display
 from phlora.measure import peak_bytes
-from phlora.runs.folder import append_event, mark_complete
+from phlora.runs.checkpoints import mark_complete
+from phlora.runs.folder import append_event
 from phlora.stop import STOP_SIGNALS, is_ignored
 
 
@@ -156,16 +157,16 @@ class BestAdapter(TrainerCallback):
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Declares each checkpoint whole once all its files are written."""
+    """Declares each checkpoint whole, and the run's, once all its files are written."""
 
-    def __init__(self, folder: Path, events: Path) -> None:
-        self.folder, self.events = folder, events
+    def __init__(self, folder: Path, events: Path, *, run: str) -> None:
+        self.folder, self.events, self.run = folder, events, run
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        mark_complete(checkpoint, {"step": state.global_step, "epoch": state.epoch})
+        mark_complete(checkpoint, {"step": state.global_step, "epoch": state.epoch}, run=self.run)
         append_event(self.events, "save", step=state.global_step, checkpoint=checkpoint.name)
 
 

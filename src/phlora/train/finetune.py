@@ -161,7 +161,9 @@ def finetune(
         _require_room(folder, plan)
         with claimed(folder, resume=resume, overwrite=overwrite):
             facts = record.run_facts(config, data, loaded, arguments, lora, plan)
-            checkpoint = record.open_run(folder, facts, config_text, data, objects, resume=resume)
+            checkpoint = record.open_run(
+                folder, facts, config_text, data, objects, resume=resume, display=display
+            )
             start = f", from {checkpoint.name}" if checkpoint else ""
             display.stage(f"Training {plan.num_optimizer_steps} steps{start}")
             task = Training(attached.model, loaded, data, arguments, objects, shared=plan.sharing.on)

@@ -14,11 +14,10 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 
 from phlora.adapters.save import load_weights, save_adapter
+from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.speed import at_speed
 from phlora.data.packing import TokenSequences
 from phlora.display import Display
-from phlora.errors import RunError
-from phlora.files import ADAPTER_FACTS, read_json
 from phlora.models.causal_lm import as_causal_lm
 from phlora.models.families import longrope_limit
 from phlora.models.load import LoadedModel
@@ -88,7 +87,7 @@ def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: 
                 progress,
                 stop,
                 best,
-                CompleteCheckpoints(folder.checkpoints, folder.events),
+                CompleteCheckpoints(folder.checkpoints, folder.events, run=folder.identity_digest()),
             ):
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -171,8 +170,6 @@ def _is_early_stopping(callback: Any) -> bool:
 
 def _best_before(folder: RunFolder) -> dict[str, Any]:
     """Where a resumed run already reached its lowest held-out loss."""
-    file = folder.best_adapter / ADAPTER_FACTS
-    if not file.is_file():
-        return {}
-    facts = read_json(file, RunError)
-    return {"step": facts["step"], "loss": facts["held_out_loss"]} if "held_out_loss" in facts else {}
+    facts = read_adapter_facts(folder.best_adapter)
+    step, loss = facts.get("step"), facts.get("held_out_loss")
+    return {"step": step, "loss": loss} if step is not None and loss is not None else {}

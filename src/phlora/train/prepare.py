@@ -20,6 +20,7 @@ from phlora.data.lengths import limits_text, percentiles, percentiles_text, whol
 from phlora.data.packing import TokenSequences
 from phlora.data.problems import merge_problems
 from phlora.data.rows import Origin, Problem, Row, fingerprint_of
+from phlora.data.similarity import KEY_BYTES
 from phlora.data.split import split_keys
 from phlora.data.system_prompt import SystemPrompts, SystemPromptWatch, find_system_prompts
 from phlora.data.table import TokenTable
@@ -29,6 +30,7 @@ from phlora.errors import ConfigError, DataError, Finding
 from phlora.files import cache_root, replaced_file
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.facts import DataFacts, FileContents, Packs, SplitBy
+from phlora.runs.trained_rows import TrainedKeys
 from phlora.train.arguments import Arguments
 from phlora.train.request import Objects
 
@@ -53,7 +55,7 @@ class PreparedData:
         fingerprint: of all rows and their order.
         speed: whether rows may share the computation of their common starts.
         system_prompts: what the training rows begin with.
-        trained_keys: `row_key` of each row that is trained on.
+        trained_keys: digests of each row that is trained on.
     """
 
     train: TokenSequences
@@ -63,7 +65,7 @@ class PreparedData:
     fingerprint: str
     speed: Speed = "auto"
     system_prompts: SystemPrompts | None = None
-    trained_keys: frozenset[bytes] = frozenset()
+    trained_keys: TrainedKeys = TrainedKeys()
 
 
 def prepare_data(
@@ -123,11 +125,15 @@ def prepare_data(
     )
 
 
-def _trained_keys(rows: RowSubset, tokens: TokenTable) -> frozenset[bytes]:
-    """The keys of the rows that were not left out (too long, of weight 0)."""
+def _trained_keys(rows: RowSubset, tokens: TokenTable) -> TrainedKeys:
+    """The digests of the rows that were not left out (too long, of weight 0)."""
     kept = {tokens.origin(number) for number in range(len(tokens))}
-    keys = zip(rows.origins(), rows.keys(), strict=True)
-    return frozenset(key for origin, key in keys if origin in kept)
+    numbers = [n for n, origin in zip(rows.numbers, rows.origins(), strict=True) if origin in kept]
+    near, prompts = (
+        frozenset(bytes(values[n * KEY_BYTES : (n + 1) * KEY_BYTES]) for n in numbers)
+        for values in (rows.survey.near, rows.survey.prompts)
+    )
+    return TrainedKeys(near=near, prompts=prompts)
 
 
 def _contents(*sides: RowSubset) -> dict[str, FileContents]:

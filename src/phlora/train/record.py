@@ -148,6 +148,7 @@ def open_run(
     objects: Objects,
     *,
     resume: bool,
+    display: Display,
 ) -> Path | None:
     """Begin the run's folder, or check that it may be continued; returns the checkpoint to continue from."""
     files: dict[str, Callable[[Path], None]] = {
@@ -160,7 +161,7 @@ def open_run(
     if objects.held_out is not None:
         files[EVAL_ROWS_FILE] = lambda path: write_records(objects.held_out, path)
     if resume and folder.has_facts:
-        return continue_run(folder, facts.to_json(), files, ignored={*MAPPED, *REFUSED})
+        return continue_run(folder, facts.to_json(), files, ignored={*MAPPED, *REFUSED}, warn=display.warn)
     begin_run(folder, facts.to_json(), files)
     return None
 

@@ -100,7 +100,7 @@ def test_adapter_file_with_a_missing_tensor_is_refused(tmp_path):
 def test_adapter_of_another_size_is_refused(tmp_path):
     make_adapter(tmp_path)
     edit_json(tmp_path / "adapter_config.json", r=3)
-    with pytest.raises(ModelError, match="sizes do not fit"):
+    with pytest.raises(ModelError, match="has the rank 3 there, and 2"):
         load_adapter(tiny_phi3()[0], tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_an_adapter_with_values_that_are_no_numbers_is_refused(tmp_path, kind, v
 
 def test_a_fingerprint_that_is_no_text_is_told(tmp_path):
     make_adapter(tmp_path, base_fingerprint=[1])
-    with pytest.raises(ModelError, match="`base_fingerprint` is no text"):
+    with pytest.raises(ModelError, match=r"`base_fingerprint` is `\[1\]`"):
         load_adapter(tiny_phi3()[0], tmp_path)
 
 

@@ -99,6 +99,6 @@ def test_what_is_written_is_a_plain_peft_adapter(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, "some/base")
     facts = json.loads((tmp_path / "phlora.json").read_text())
     (tmp_path / "phlora.json").write_text(json.dumps({"blocks": {"x.qkv_proj": ["q_proj"]}}))
-    with pytest.raises(ModelError, match="row blocks cannot be read"):
+    with pytest.raises(ModelError, match="`blocks` is"):
         read_peft(tmp_path)
     assert facts["blocks"] == {"x.qkv_proj": {"sizes": SIZES["qkv_proj"], "enabled": ["q_proj", "v_proj"]}}

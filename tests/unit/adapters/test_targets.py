@@ -86,7 +86,9 @@ def test_a_part_of_a_fused_weight_is_a_row_block(model: Any, request_: Any, bloc
 def test_the_whole_weight_wins_over_its_parts(model: Any, request_: Any) -> None:
     targets = resolve_targets(model, request_)
     assert counts(targets) == {"qkv_proj": 2} and not targets.blocks
-    assert targets.notes == ("v_proj is a part of qkv_proj, which is adapted as a whole",)
+    assert targets.notes == (
+        "v_proj is a part of qkv_proj, which is adapted as a whole: what was asked for matches qkv_proj too",
+    )
 
 
 def test_an_excluded_part_leaves_the_others(model: Any) -> None:

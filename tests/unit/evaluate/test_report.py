@@ -275,7 +275,7 @@ class TestJson:
         report_of(comparison_of(["no"], ["\ud83d!"], ["\ud83d!"])).write(tmp_path)
         values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
         assert values["flips"]["improved"][0]["reference"] == "\ud83d!"
-        assert "?!" in (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert r"\ud83d!" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 class TestSecrets:
@@ -322,6 +322,21 @@ class TestPage:
         for _, attributes in page.tags:
             assert not {"src", "href", "onload", "onclick"} & attributes.keys()
         assert not re.search(r"https?://|url\(|@import", text)
+
+    def test_characters_that_hide_or_turn_text_are_spelled_out(self) -> None:
+        base = "ab\x1b[31mred\x9b \u202etxt.exe\u2066 \u200bend"
+        kept = "می\u200cروم \u200fו \u061c"
+        page = report_of(comparison_of([base], [kept], ["سلام\r\nx"], "rouge_l", questions=[base])).to_html()
+        for character in "\x1b\x9b\u202e\u2066\r":
+            assert character not in page
+        assert r"\x1b[31mred\x9b \u202etxt.exe\u2066" in page.replace("<mark>", "").replace("</mark>", "")
+        assert r"\u200c" not in page and r"\u061c" not in page and "\u200c" in page
+
+    def test_a_policy_allows_nothing_from_outside(self) -> None:
+        policy = re.search(
+            r'http-equiv="Content-Security-Policy" content="([^"]*)"', report_of(improved()).to_html()
+        )
+        assert policy is not None and policy[1].startswith("default-src 'none'") and "script" not in policy[1]
 
     def test_dangerous_text_is_text(self) -> None:
         evil = '<script>alert("1")</script><img src=x onerror=alert(1)> & </p>'

@@ -14,10 +14,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from phlora.adapters.merge import BOUNDS
 from phlora.data.dataset import load_rows
+from phlora.data.rows import Origin
+from phlora.data.table import TokenizedRow
 from phlora.data.tokenize import tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, Finding, ModelError, NoRoomError, PhloraError, RunError
@@ -25,6 +27,7 @@ from phlora.export import merge
 from phlora.export.convert import convert
 from phlora.export.merge import merge_run
 from phlora.runs import resolve
+from phlora.serve.chat import open_chat
 from phlora.testing import LANGUAGES, chat_rows, tiny_adapter, tiny_phi3
 from phlora.train.finetune import finetune
 
@@ -88,6 +91,40 @@ def test_a_merged_run_is_a_model_that_stock_transformers_loads_and_that_answers_
     assert report.to_json() == {**evidence, "folder": str(tmp_path / "model"), "adapter": report.adapter}
     assert str(run) not in json.dumps(evidence)
     assert "changed greedy tokens   0 of" in report.summary()
+
+
+def test_a_merged_model_knows_the_system_prompt_that_was_trained(run: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(run, tmp_path / "run")
+    facts = alone / "adapter" / "best" / "phlora.json"
+    prompts = {"text": "Be brief.", "num_rows": 14, "num_same": 14, "num_different": 1}
+    told = {**json.loads(facts.read_text(encoding="utf-8")), "system_prompts": prompts}
+    facts.write_text(json.dumps(told), encoding="utf-8")
+    merge_run(alone, tmp_path / "merged", max_rows=2, display=QUIET)
+    session = open_chat(str(tmp_path / "merged"), display=QUIET)
+    assert session.system == session.trained_system == "Be brief."
+    assert open_chat(str(tmp_path / "merged"), system="", display=QUIET).system is None
+
+
+def test_logits_that_a_model_caps_are_the_model_s_own(tmp_path: Path) -> None:
+    """Gemma 2 caps its logits after the head."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.01,
+        query_pre_attn_scalar=16,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    row = TokenizedRow(input_ids=[5, 6, 7, 8], labels=[-100, -100, 7, 8], weights=None, origin=Origin("a", 1))
+    (logits,) = merge._answer_logits(model, [row], QUIET)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, 1:3]
+    assert logits.abs().max() <= 0.01 and torch.equal(logits, expected.float())
 
 
 def test_the_adapter_inside_a_run_has_the_runs_base_and_rows(run: Path, tmp_path: Path) -> None:

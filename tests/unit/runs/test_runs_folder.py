@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from phlora.errors import NoRoomError, RunError
 from phlora.files import write_text
 from phlora.runs import folder as runs_folder
+from phlora.runs.checkpoints import mark_complete
 from phlora.runs.folder import RunFolder, begin_run, claim_folder, continue_run
 
 
@@ -31,7 +32,7 @@ def add_checkpoint(run: RunFolder, step: int, *, complete: bool) -> Path:
     path.mkdir(parents=True)
     (path / "adapter_model.safetensors").write_bytes(b"x")
     if complete:
-        runs_folder.mark_complete(path, {"step": step})
+        mark_complete(path, {"step": step}, run=run.identity_digest())
     return path
 
 

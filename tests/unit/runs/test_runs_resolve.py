@@ -20,7 +20,7 @@ from phlora.runs import resolve as module
 from phlora.runs.folder import RunFolder
 from phlora.runs.resolve import Resolved, load_pair, load_tokenizer_of, resolve, resolve_adapter
 from phlora.serve import chat
-from phlora.testing import chat_rows
+from phlora.testing import chat_rows, write_rows
 from phlora.train.finetune import finetune
 
 ROWS = chat_rows(20)
@@ -265,17 +265,40 @@ def test_held_out_rows_are_held_out(proven: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "trained"), [(ROWS[:14], 14), (ROWS[10:20], 4), (ROWS[14:], 0)])
 def test_trained_rows_are_counted_and_never_called_held_out(proven: Path, rows: Any, trained: int) -> None:
-    respaced = [
-        {"messages": [{**turn, "content": f" {turn['content']} "} for turn in row["messages"]]}
+    respelled = [
+        {"messages": [{**turn, "content": f" {turn['content'].title()}. "} for turn in row["messages"]]}
         for row in rows
     ]
-    report = evaluate_run(proven, data=respaced, max_answers=0, display=QUIET)
+    report = evaluate_run(proven, data=respelled, max_answers=0, display=QUIET)
     assert report.num_trained_rows == trained
     assert ("held-out" in report.verdict) == (not trained)
     assert ("training did not see" in report.to_html()) == (not trained)
     assert any(
-        f"{trained} of {len(rows)} rows were trained on (equal rows" in note for note in report.notes
+        f"{trained} of {len(rows)} rows were trained on (equal or nearly" in note for note in report.notes
     ) == bool(trained)
+
+
+def test_a_trained_prompt_with_another_answer_is_said(proven: Path) -> None:
+    question, answer = ROWS[0]["messages"]
+    other = [{"messages": [question, {**answer, "content": "something else"}]}, *ROWS[15:]]
+    report = evaluate_run(proven, data=other, max_answers=0, display=QUIET)
+    assert report.num_trained_rows == 0
+    assert any(f"1 of {len(other)} rows have a prompt that was trained on" in note for note in report.notes)
+
+
+def test_rows_that_were_not_compared_are_not_counted(proven: Path) -> None:
+    long = [
+        {**row, "messages": [{"role": "user", "content": "x " * 9000}, row["messages"][1]]}
+        for row in ROWS[14:16]
+    ]
+    report = evaluate_run(proven, data=[*ROWS[:3], *long], max_answers=0, display=QUIET)
+    assert any("3 of 3 rows were trained on" in note for note in report.notes)
+
+
+def test_held_out_rows_that_were_exchanged_for_trained_ones_are_not_called_held_out(proven: Path) -> None:
+    write_rows(proven / "heldout.jsonl", ROWS[:14])
+    report = evaluate_run(proven, max_answers=0, display=QUIET)
+    assert report.num_trained_rows == 14 and "held-out" not in report.verdict
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other bytes"])

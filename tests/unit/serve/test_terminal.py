@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 from chats import FakeModel, piped
 
+from phlora.data.prompts import encode_chat
 from phlora.display import Display
 from phlora.errors import InputError
 from phlora.serve import chat as module
 from phlora.serve.chat import ChatSession
 from phlora.serve.terminal import converse
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 
 
 def test_each_line_is_a_turn_and_the_output_holds_replies_alone(fake: ChatSession) -> None:
@@ -27,6 +31,42 @@ def test_each_line_is_a_turn_and_the_output_holds_replies_alone(fake: ChatSessio
 def test_a_comparison_names_the_speakers(fake: ChatSession) -> None:
     out, _ = piped(fake, "/compare\nhi\n/base\nhi\n")
     assert out == "[base] base says سلام 1\n[tuned] tuned says سلام 2\nbase says سلام 3\n"
+
+
+def test_the_result_of_a_call_is_given_back(fake: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    replies = iter([f"{CALL}\n{CALL}", "It is cold in both."])
+
+    def stream(model: FakeModel, ids: list[int], tokenizer: Any, **options: Any) -> Iterator[str]:
+        asked.append(ids)
+        yield next(replies)
+
+    monkeypatch.setattr(module, "stream", stream)
+    fake.tools = TOOLS
+    fake.model.config.max_position_embeddings = 2048
+    out, err = piped(fake, "Weather?\n/result -3 °C\n/result -7 °C\n")
+    assert out.endswith("It is cold in both.\n") and "1 of 2 results" in err and "/result TEXT answers" in err
+    called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    chat = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [called, called]},
+        {"role": "tool", "content": "-3 °C"},
+        {"role": "tool", "content": "-7 °C"},
+    ]
+    assert asked[1] == encode_chat(chat, fake.tokenizer.tokenizer, tools=TOOLS)
+    assert fake.messages("tuned")[:-1] == chat
+
+
+@pytest.mark.parametrize("line", ["/result 5", "/result"])
+def test_a_result_that_no_call_waits_for_is_refused(fake: ChatSession, line: str) -> None:
+    with pytest.raises(InputError, match="calls no tool"):
+        piped(fake, f"hello\n{line}\n")
+
+
+def test_a_command_that_is_near_none_lists_all(fake: ChatSession) -> None:
+    with pytest.raises(InputError) as refusal:
+        piped(fake, "/nope\n")
+    assert "did you mean" not in str(refusal.value) and "/result" in str(refusal.value)
 
 
 @pytest.mark.parametrize("word", ["/exit", "/quit"])

@@ -44,7 +44,7 @@ def test_events_are_one_json_line_each(args: TrainingArguments, tmp_path: Path) 
 
 def test_a_checkpoint_is_declared_complete_and_noted(args: TrainingArguments, tmp_path: Path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
-    CompleteCheckpoints(tmp_path, tmp_path / "events.jsonl").on_save(args, at(3), TrainerControl())
+    CompleteCheckpoints(tmp_path, tmp_path / "events.jsonl", run="a").on_save(args, at(3), TrainerControl())
     facts = json.loads((tmp_path / "checkpoint-3" / "complete.json").read_text(encoding="utf-8"))
     assert facts["step"] == 3
     event = json.loads((tmp_path / "events.jsonl").read_text(encoding="utf-8"))

@@ -14,16 +14,19 @@ from peft import LoraConfig
 
 from phlora.adapters.attach import AdapterSummary, lora_settings
 from phlora.config import RunConfig, build_config, resolved
+from phlora.display import Display
 from phlora.errors import RunError
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.prefix_sharing import Sharing
 from phlora.runs.folder import RunFolder
+from phlora.runs.trained_rows import TrainedKeys
 from phlora.testing import chat_rows
 from phlora.train.arguments import Arguments, training_arguments
 from phlora.train.plan import Plan
 from phlora.train.record import config_text, open_run, plain_lora, run_facts
 from phlora.train.request import IN_MEMORY, Objects
 
+QUIET = Display(quiet=True)
 PLAN = Plan(
     adapter=AdapterSummary({"o_proj": (2, 1024)}, 1024, 4096, 4096),
     data={},
@@ -168,19 +171,19 @@ def test_a_base_that_was_named_from_the_working_folder_is_found_from_another(
 
 
 def prepared(rows: list[Any]) -> Any:
-    return SimpleNamespace(held_out_rows=rows, trained_keys=frozenset())
+    return SimpleNamespace(held_out_rows=rows, trained_keys=TrainedKeys())
 
 
 def test_a_run_is_opened_once_and_continued_only_as_what_it_is(loaded: LoadedModel, tmp_path: Path) -> None:
     folder, rows = RunFolder(tmp_path / "run"), chat_rows(3)
     facts, objects = facts_of(loaded), Objects(train=rows, held_out=rows[:1])
-    assert open_run(folder, facts, "a: 1\n", prepared([]), objects, resume=False) is None
+    assert open_run(folder, facts, "a: 1\n", prepared([]), objects, resume=False, display=QUIET) is None
     assert (folder.path / "config.yaml").read_text("utf-8") == "a: 1\n"
     written = [json.loads(line) for line in (folder.path / "rows.jsonl").read_text("utf-8").splitlines()]
     assert written == rows
     assert folder.facts()["identity"] == facts["identity"]
-    assert open_run(folder, facts, "b: 2\n", prepared([]), objects, resume=True) is None
+    assert open_run(folder, facts, "b: 2\n", prepared([]), objects, resume=True, display=QUIET) is None
     assert (folder.path / "config.yaml").read_text("utf-8") == "a: 1\n"
     other = facts_of(loaded, training={"learning_rate": 2e-3})
     with pytest.raises(RunError, match="not the same run any more(?s:.*)learning_rate"):
-        open_run(folder, other, "c: 3\n", prepared([]), objects, resume=True)
+        open_run(folder, other, "c: 3\n", prepared([]), objects, resume=True, display=QUIET)
