@@ -182,11 +182,9 @@ def convert_data(
         typer.Option("--assistant", metavar="NAME", help="In a log of people: whose messages are learned."),
     ] = None,
     gap_hours: Annotated[
-        float,
-        typer.Option(
-            "--gap-hours", min=0.01, help="In a log: a longer pause begins a new chat.", show_default=True
-        ),
-    ] = 8.0,
+        float | None,
+        typer.Option("--gap-hours", min=0.01, help="In a log: a longer pause (8) begins a new chat."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is there.")] = False,
     offline: Offline = False,
     quiet: Quiet = False,

@@ -169,6 +169,7 @@ def check(
         keep_reasoning=keep_reasoning,
         on_bad="collect",
         reading=reading,
+        digests=False,
     )
     found, problems = data.index, list(data.problems)
     tokenized = None

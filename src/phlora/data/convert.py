@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phlora.config import DataFile
 from phlora.data.dataset import read_all
-from phlora.data.exports import DEFAULT_GAP_HOURS, chats_of, export_of
+from phlora.data.dialects import Export
+from phlora.data.exports import DEFAULT_GAP_HOURS, Chat, chats_of, export_of, slack_names
 from phlora.data.inspection import oddities
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.readers import Opened, open_path
@@ -22,6 +25,12 @@ from phlora.errors import DataError, InputError
 from phlora.files import replaced_file
 
 NUM_RECORDS_LOOKED_AT = 64
+SLACK_USERS = Export("Slack's list of people", needs_assistant=False)
+SLACK_CHANNELS = Export("Slack's list of channels", needs_assistant=False)
+_NAMES_A_GROUP = re.compile(
+    r"id|source|group|((chat|conversation|dialog|dialogue|thread|session|user|customer|document|group|prompt)(_?id)?)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +77,7 @@ def convert(
     *,
     format: str = "auto",
     assistant: str | None = None,
-    gap_hours: float = DEFAULT_GAP_HOURS,
+    gap_hours: float | None = None,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Converted:
@@ -79,7 +88,7 @@ def convert(
     cannot be used are left out and named in the result.
 
     Args:
-        assistant, gap_hours: for logs of several people, see `exports.chats_of`.
+        assistant, gap_hours: for logs of several people, see `exports.chats_of`; refused elsewhere.
         overwrite: replace a file that is there.
         progress: called with the number of rows written since.
 
@@ -138,49 +147,103 @@ def _records(
     files: Sequence[DataFile],
     format: str,
     assistant: str | None,
-    gap_hours: float,
+    gap_hours: float | None,
     formats: dict[str, str],
     problems: list[Problem],
 ) -> Iterator[dict[str, Any]]:
     for file in files:
         exports = list(_exports(file)) if format == "auto" and file.format is None else []
-        for opened, export in exports:
-            formats[opened.name] = export.kind
-            records = checked(opened.records, {})
-            for chat in chats_of(
-                export,
-                _sound(records, opened.name, problems),
-                assistant=assistant,
-                where=opened.name,
-                gap_hours=gap_hours,
-            ):
-                yield {"messages": chat.messages}
-            problems += opened.problems
-        if assistant is not None and not any(export.needs_assistant for _, export in exports):
+        last: deque[Any] = deque(maxlen=1)
+        for chat in _chats(exports, assistant, gap_hours, formats, problems):
+            yield {"messages": chat.messages}
+        option = "--assistant" if assistant is not None else "--gap-hours" if gap_hours is not None else ""
+        if option and not any(export.needs_assistant for _, export in exports):
             raise DataError(
-                "This is not recognised as a log of several people, and `--assistant` means nothing in it",
+                f"This is not recognised as a log of several people, and `{option}` means nothing in it",
                 where=file.path,
                 expected="a WhatsApp chat, or an export of Telegram or Slack",
-                fix="leave `--assistant` out, or export the chat again with dates such as 31/12/2024, 21:04",
+                fix=f"leave `{option}` out, or export the chat again with dates such as 31/12/2024, 21:04",
             )
         if not exports:
-            for item in read_all([file], format, formats):
+            for item in read_all([file], format, formats, seen=last.append):
                 if isinstance(item, Problem):
                     problems.append(item)
                 else:
                     # A weight of 0 is written down, and means something only where the file is read.
                     problems += oddities(item, "all") if item.weight else []
-                    yield _plain(item)
+                    yield _plain(item) | _names_beside(last[-1])
+
+
+def _chats(
+    exports: Sequence[tuple[Opened, Any]],
+    assistant: str | None,
+    gap_hours: float | None,
+    formats: dict[str, str],
+    problems: list[Problem],
+) -> Iterator[Chat]:
+    """The chats of the exports of one source; the assistant need not have written in each file."""
+    names: dict[str, str] = {}
+    absent: DataError | None = None
+    num_chats = 0
+    logs = []
+    for opened, export in exports:
+        if export is SLACK_USERS:
+            names |= slack_names(opened.records)
+        elif export is not SLACK_CHANNELS:
+            logs.append((opened, export))
+    for opened, export in logs:
+        formats[opened.name] = export.kind
+        records = _sound(checked(opened.records, {}), opened.name, problems)
+        chats = chats_of(
+            export,
+            records,
+            assistant=assistant,
+            where=opened.name,
+            gap_hours=DEFAULT_GAP_HOURS if gap_hours is None else gap_hours,
+            names=names,
+        )
+        try:
+            for chat in chats:
+                num_chats += 1
+                yield chat
+        except DataError as error:
+            if assistant is None or len(logs) == 1 or not export.needs_assistant:
+                raise
+            absent = absent or error
+        problems += opened.problems
+    if absent and not num_chats:
+        raise absent
+
+
+def _names_beside(record: Any) -> dict[str, Any]:
+    """What a split could group by: columns that name a chat, a person or a source."""
+    if not isinstance(record, Mapping):
+        return {}
+    return {
+        name: value
+        for name, value in record.items()
+        if _NAMES_A_GROUP.fullmatch(name) and isinstance(value, str | int | float) and value != ""
+    }
 
 
 def _exports(file: DataFile) -> Iterator[tuple[Opened, Any]]:
     """The files of a source that are exports; none where the first one is no export."""
     for opened in open_path(file.path, split=file.split, encoding=file.encoding):
         first = list(itertools.islice(opened.records, NUM_RECORDS_LOOKED_AT))
-        export = export_of(first)
+        export = export_of(first) or _slack_list(first)
         if export is None:
             return
         yield Opened(opened.name, itertools.chain(first, opened.records), opened.problems), export
+
+
+def _slack_list(first: Sequence[Record]) -> Export | None:
+    """Slack's lists of people and channels, which stand beside the channels' folders."""
+    if first and slack_names(first):
+        return SLACK_USERS
+    of_channels = first and all(
+        isinstance(record, Mapping) and {"id", "created", "members"} <= record.keys() for _, record in first
+    )
+    return SLACK_CHANNELS if of_channels else None
 
 
 def _sound(records: Iterable[Record], name: str, problems: list[Problem]) -> Iterator[Record]:

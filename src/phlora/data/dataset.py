@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from phlora.config import DataFile
 from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
 from phlora.data.readers import Opened, frame_records, open_path, pick_split
-from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Row, key_and_digest, row_mark
+from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Record, Row, key_and_digest, key_bytes, row_mark
 from phlora.data.similarity import row_keys
 from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
@@ -201,6 +201,7 @@ def index_rows(
     group_by: str | None = None,
     stratify_by: str | None = None,
     keep_reasoning: bool = False,
+    digests: bool = True,
 ) -> RowIndex:
     """Read all rows once, for what is to be known about them before they are used.
 
@@ -210,6 +211,7 @@ def index_rows(
         inspect: called with each row as it is read.
         group_by, stratify_by: columns that the split goes by.
         keep_reasoning: put what was thought before an answer into its content; see `reasoning`.
+        digests: whether what is done with the rows is told by `row_digest`, as in training.
 
     The other arguments and what is raised are those of `load_rows`.
     """
@@ -222,9 +224,12 @@ def index_rows(
         if isinstance(item, Problem):
             survey.problems.append(item)
             continue
-        key, digest = key_and_digest(item)
+        if digests:
+            key, digest = key_and_digest(item)
+            survey.digests.extend(digest)
+        else:
+            key = key_bytes(item)
         survey.keys.append(key)
-        survey.digests.extend(digest)
         survey.marks.append(row_mark(item))
         keys = row_keys(item)
         survey.near.extend(keys.near)
@@ -263,16 +268,33 @@ def read_all(
     stratify_by: str | None = None,
     *,
     keep_reasoning: bool = False,
+    seen: Callable[[Any], object] | None = None,
 ) -> Iterator[Row | Problem]:
-    """The rows and problems of all sources; their schemata go into `formats`."""
+    """The rows and problems of all sources; their schemata go into `formats`.
+
+    Args:
+        seen: called with each record before the row that it becomes.
+    """
     for source in sources:
+        schemata: dict[str, str] = {}
         for shape, opened in _open_source(source, format, 1.0):
             shape.group_by, shape.stratify_by = group_by, stratify_by
             shape.keep_reasoning = keep_reasoning
             formats[shape.name] = shape.schema.name
-            yield from to_rows(shape, opened.records)
+            schemata.setdefault(shape.schema.name, shape.name)
+            yield from to_rows(shape, _shown(opened.records, seen) if seen else opened.records)
             yield from opened.problems
             yield from shape.problems()
+        if len(schemata) > 1 and "text" in schemata:
+            found = ", ".join(f"`{schema}` ({file})" for schema, file in schemata.items())
+            message = f"Files of one source have different schemata: {found}; all of a `text` is trained"
+            yield Problem("mixed_files", "warning", message, (Origin(schemata["text"], 1),))
+
+
+def _shown(records: Iterable[Record], seen: Callable[[Any], object]) -> Iterator[Record]:
+    for line, record in records:
+        seen(record)
+        yield line, record
 
 
 def _raise_for(problems: Sequence[Problem], on_bad: Literal["raise", "collect"]) -> None:
@@ -306,6 +328,8 @@ def _open_source(source: Source, format: str, weight: float) -> Iterator[tuple[S
     source = source.path if isinstance(source, DataFile) else source
     format = (file.format if file else None) or format
     weight = file.weight if file else weight
+    if file:
+        _require_different(file)
     if not (isinstance(weight, int | float) and math.isfinite(weight) and weight > 0):
         raise ConfigError(f"The weight {weight!r} of {source} is no positive number")
     is_path = isinstance(source, str | Path)
@@ -331,6 +355,18 @@ def _open_source(source: Source, format: str, weight: float) -> Iterator[tuple[S
             yield shape, replace(item, records=found)
     if not num_found:
         raise DataError("The file is empty" if is_path else "No rows", where=names[0] if names else "")
+
+
+def _require_different(file: DataFile) -> None:
+    """Refuse a column that is given two names: the second would be a copy of the first."""
+    for new, name in file.columns.items():
+        others = [other for other, named in file.columns.items() if named == name and other != new]
+        if others:
+            raise ConfigError(
+                f"`{new}` and `{others[0]}` are both read from the column `{name}`",
+                where="columns",
+                expected="a column of its own for each",
+            )
 
 
 def _is_table(source: Any) -> bool:

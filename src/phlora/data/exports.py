@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,9 +19,15 @@ from phlora.data.rows import BadRow, Message, Record
 from phlora.errors import DataError, did_you_mean
 
 DEFAULT_GAP_HOURS = 8.0
+# Direction marks stand anywhere in dates of scripts from right to left; `\d` is a digit of any script.
+_M = "[\u200e\u200f\u202a-\u202e\u2066-\u2069]*"
+_AFTERNOON = ("p", "م", "ب", "下午", "中午", "晚上", "午後", "오후")
+_HALF_BEFORE = "上午|凌晨|早上|中午|下午|晚上|午前|午後|오전|오후"
+_HALF_BEHIND = r"[AaPp]\.?\s?[Mm]\.?|[صم](?!\w)|[قب]\.?ظ\.?"
 _LINE = re.compile(
-    r"^[\u200e\u200f\u202a-\u202e]*\[?(\d{1,4}[./-]\d{1,2}[./-]\d{1,4}),?\s+"
-    r"(\d{1,2}[:.]\d{2}(?:[:.]\d{2})?)\s*([AaPp]\.?\s?[Mm]\.?)?\]?(?:\s+-)?\s+(.*)$"
+    rf"^{_M}\[?{_M}(?P<date>\d{{1,4}}{_M}[./-]\s?{_M}\d{{1,2}}{_M}[./-]\s?{_M}\d{{1,4}}){_M}\.?[,،，]?{_M}\s+"
+    rf"{_M}(?P<before>{_HALF_BEFORE})?\s?{_M}(?P<time>\d{{1,2}}[:.٫]\d{{2}}(?:[:.٫]\d{{2}})?){_M}\s*"
+    rf"(?P<behind>{_HALF_BEHIND})?{_M}\]?(?:\s+[-–])?\s+(?P<rest>.*)$"
 )
 _MARKS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u202f"
 _ATTACHMENT = re.compile(r"^<[^<>]*>$|<attached: [^>]*>")
@@ -44,6 +50,7 @@ class Said:
     speaker: str
     seconds: float
     text: str  # empty: something that is no text, such as a picture
+    is_forwarded: bool = False  # somebody else's words
     chat: str = ""  # which of several chats or threads of the file
 
 
@@ -73,6 +80,7 @@ def chats_of(
     assistant: str | None,
     where: str,
     gap_hours: float = DEFAULT_GAP_HOURS,
+    names: Mapping[str, str] | None = None,
 ) -> Iterator[Chat]:
     """The chats in an export.
 
@@ -80,6 +88,7 @@ def chats_of(
         assistant: the name or number of the one whose messages are learned; needed for logs.
         where: the file, for errors.
         gap_hours: a pause of more hours begins a new chat.
+        names: of people by their ids, where another file has them.
 
     Raises:
         DataError: nobody of this name wrote anything, or none was given.
@@ -94,8 +103,10 @@ def chats_of(
         return
     read = {TELEGRAM: _telegram, SLACK: _slack, WHATSAPP: _whatsapp}[export]
     chats: dict[str, list[Said]] = defaultdict(list)
+    names = names or {}
     for message in read(records):
-        chats[message.chat].append(message)
+        named = replace(message, speaker=names.get(message.speaker, message.speaker)) if names else message
+        chats[named.chat].append(named)
     speakers = sorted({m.speaker for said in chats.values() for m in said if m.text.strip()})
     if assistant is None or assistant not in speakers:
         raise DataError(
@@ -117,6 +128,8 @@ def _chats_in(said: Iterable[Said], assistant: str, gap_seconds: float) -> Itera
     line, last = 0, 0.0
     for message in said:
         is_asked = message.speaker != assistant
+        if message.is_forwarded and not is_asked:
+            continue  # not the assistant's own words
         is_picture = not message.text.strip()
         if chat and (is_asked if is_picture else abs(message.seconds - last) > gap_seconds):
             yield from _whole(line, chat)
@@ -155,7 +168,7 @@ def _whatsapp(records: Iterable[Record]) -> Iterator[Said]:
         found = _LINE.match(text)
         stamped.append((line, found, text))
         if found:
-            first, second, *_ = map(int, re.split(r"[./-]", found[1]))
+            first, second, *_ = map(int, re.findall(r"\d+", found["date"]))
             day_first = day_first and not (second > 12 >= first)
     for line, found, text in stamped:
         if not found:
@@ -164,7 +177,7 @@ def _whatsapp(records: Iterable[Record]) -> Iterator[Said]:
             continue
         if current:
             yield current
-        name, colon, said = found[4].partition(": ")
+        name, colon, said = found["rest"].partition(": ")
         # WhatsApp's own words begin with a mark on iOS; on Android they are known ones.
         is_placeholder = said.startswith("\u200e") or bool(_PLACEHOLDER.match(said.strip(_MARKS + " ")))
         said = said.strip(_MARKS + " ")
@@ -179,20 +192,30 @@ def _whatsapp(records: Iterable[Record]) -> Iterator[Said]:
 
 
 def _seconds(found: re.Match[str], day_first: bool) -> float:
-    numbers = [int(number) for number in re.split(r"[./-]", found[1])]
+    numbers = [int(number) for number in re.findall(r"\d+", found["date"])]
     if numbers[0] > 31:
         year, month, day = numbers
     else:
         first, second, year = numbers
         day, month = (first, second) if day_first else (second, first)
-    hour, minute = (int(part) for part in re.split("[:.]", found[2])[:2])
-    half = (found[3] or "").lower()[:1]
-    hour = hour % 12 + (12 if half == "p" else 0) if half else hour
+    hour, minute = (int(part) for part in re.findall(r"\d+", found["time"])[:2])
+    half = (found["before"] or found["behind"] or "").lower()
+    hour = hour % 12 + (12 if half.startswith(_AFTERNOON) else 0) if half else hour
+    if 1300 <= year < 1600:
+        return _iranian_seconds(year, month, day, hour, minute)
+    year -= 543 if year > 2400 else 0  # of the Buddhist era
     try:
         moment = datetime(year + 2000 if year < 100 else year, month, day, hour, minute, tzinfo=UTC)
     except ValueError:
         return 0.0
     return moment.timestamp()
+
+
+def _iranian_seconds(year: int, month: int, day: int, hour: int, minute: int) -> float:
+    """Seconds of the Iranian calendar, of which only differences count: six months of 31 days, then of 30."""
+    cycles, rest = divmod(year + 1595, 33)  # of 33 years, 8 of them of 366 days
+    days = 365 * year + 8 * cycles + (rest + 3) // 4 + 30 * (month - 1) + min(month - 1, 6) + day
+    return float(((days * 24 + hour) * 60 + minute) * 60)
 
 
 def _telegram(records: Iterable[Record]) -> Iterator[Said]:
@@ -214,7 +237,8 @@ def _telegram(records: Iterable[Record]) -> Iterator[Said]:
                         str(speaker),
                         seconds,
                         _telegram_text(message.get("text")),
-                        str(number) if several else "",
+                        chat=str(number) if several else "",
+                        is_forwarded=bool(message.get("forwarded_from")),
                     )
 
 
@@ -231,7 +255,7 @@ def _slack(records: Iterable[Record]) -> Iterator[Said]:
             name = profile.get("real_name") if isinstance(profile, Mapping) else None
             speaker = str(name or record.get("user") or record.get("bot_id") or "?")
             thread = str(record.get("thread_ts") or "")
-            yield Said(line, speaker, _number(record.get("ts")), _slack_text(record["text"]), thread)
+            yield Said(line, speaker, _number(record.get("ts")), _slack_text(record["text"]), chat=thread)
 
 
 def _slack_text(text: str) -> str:
@@ -245,6 +269,18 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return 0.0
+
+
+def slack_names(records: Iterable[Record]) -> dict[str, str]:
+    """The names by ids in Slack's `users.json`; none where the records are no such list."""
+    names = {}
+    for _, record in records:
+        if not (isinstance(record, Mapping) and isinstance(record.get("id"), str) and "profile" in record):
+            return {}
+        profile = record["profile"] if isinstance(record["profile"], Mapping) else {}
+        name = profile.get("real_name") or record.get("real_name") or record.get("name")
+        names[record["id"]] = str(name or record["id"])
+    return names
 
 
 # ------------------------------------------------------------------------------------------------ trees

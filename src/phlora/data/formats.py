@@ -19,7 +19,7 @@ from phlora.data.heeding import Findings, heed
 from phlora.data.known_keys import LABELS
 from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system, without_none
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
-from phlora.data.reasoning import has_reasoning, with_reasoning_as_text
+from phlora.data.reasoning import KEYS, has_reasoning, with_reasoning_as_text
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of
 from phlora.errors import ConfigError, DataError, did_you_mean
 
@@ -266,7 +266,16 @@ def _from_alpaca(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
     instruction, answer = (text_of(record, column) for column in columns)
     extra = [text_of(record, name) for name in ("context", "input") if record.get(name) is not None]
     question = "\n\n".join([instruction, *(text for text in extra if text)])
-    return _Parts(messages=[*_history(record.get("history")), *exchange(question, answer)])
+    return _Parts(messages=[*_history(record.get("history")), *_answered(record, question, answer)])
+
+
+def _answered(record: Mapping[str, Any], question: str, answer: str) -> list[Message]:
+    """A question and its answer, with what a column says was thought before it."""
+    asked, answered = exchange(question, answer)
+    thought = next(
+        (record[key] for key in KEYS if isinstance(record.get(key), str) and record[key].strip()), ""
+    )
+    return [asked, {**answered, "reasoning_content": thought} if thought else answered]
 
 
 def _history(value: Any) -> list[Message]:
@@ -286,7 +295,7 @@ def _from_pair(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
     question, answer = (text_of(record, column) for column in columns)
     if record.get("instruction"):
         question = f"{text_of(record, 'instruction')}\n\n{question}"
-    return _Parts(messages=[*_history(record.get("history")), *exchange(question, answer)])
+    return _Parts(messages=[*_history(record.get("history")), *_answered(record, question, answer)])
 
 
 def _from_plain(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
@@ -331,7 +340,7 @@ def _chat(convert: Callable[[Mapping[str, Any]], list[Message]]) -> Callable[...
     return lambda record, columns: _Parts(messages=convert(record))
 
 
-_ALPACA = frozenset({"input", "context", "history"})
+_ALPACA = frozenset({"input", "context", "history", *KEYS})
 _GEMINI = frozenset({"systemInstruction", "system_instruction"})
 # In the order in which a record is held against them.
 SCHEMATA = (
@@ -361,7 +370,7 @@ SCHEMATA = (
         "a pair such as `question` and `answer`",
         _from_pair,
         pair_of,
-        frozenset({"history", "instruction"}),
+        frozenset({"history", "instruction", *KEYS}),
     ),
     Schema("text", "`text`", _from_text, _needs("text")),
 )

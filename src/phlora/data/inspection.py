@@ -54,6 +54,7 @@ def inspect_data(
     keep_reasoning: bool = False,
     on_bad: Literal["raise", "collect"] = "raise",
     reading: Callable[[int], None] | None = None,
+    digests: bool = True,
 ) -> InspectedData:
     """Read both sides once, split where that is asked for, and find what is odd: the same for `check` and for training.
 
@@ -77,6 +78,7 @@ def inspect_data(
             on_bad=on_bad,
             inspect=inspect,
             keep_reasoning=keep_reasoning,
+            digests=digests,
             **columns,
         )
 

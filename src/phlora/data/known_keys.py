@@ -77,6 +77,12 @@ COLUMNS = (
         "converted",
         "stands before the question of an instruction or a question/answer pair",
     ),
+    Known(
+        ("reasoning", "reasoning_content", "thinking"),
+        "OpenR1, distilled sets",
+        "used",
+        "beside a question and its answer: what was thought before the answer, as in a message",
+    ),
     Known(("history",), "LLaMA-Factory, swift", "used", "earlier exchanges, as pairs"),
     Known(
         ROW_WEIGHTS,

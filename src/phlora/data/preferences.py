@@ -36,6 +36,9 @@ def kto_mark(record: Mapping[str, Any]) -> bool | None:
     return (marks if {"prompt", "completion"} <= said else _MARKS).get(label)
 
 
+_SIDES = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+
+
 def preference_kind(record: Mapping[str, Any]) -> str | None:
     """What kind of preference data a record is; None for none."""
     said = {name for name, value in record.items() if value is not None and value != "" and value != []}
@@ -71,6 +74,16 @@ def chosen_side(record: Mapping[str, Any]) -> list[Any]:
     """
     kind = preference_kind(record)
     if kind is None:
+        for name in _SIDES:
+            if name in record and record[name] in (None, "", []):
+                raise BadRow("empty_answer", f"`{name}` is empty, and the row has no two sides", "an answer")
+        for name in ("label", "kto_tag"):
+            if name in record and _first(record, _ANSWERS):
+                raise BadRow(
+                    "wrong_type",
+                    f"`{name}` is {kind_of(record[name])}, which marks the answer neither as good nor as bad",
+                    "true or false",
+                )
         raise BadRow(
             "missing_column",
             "the row is no preference data",
@@ -158,8 +171,10 @@ def _best(completions: Sequence[Any]) -> str:
 
     def score(item: Mapping[str, Any]) -> float:
         for name in ("overall_score", "fine-grained_score", "score", "rating"):
-            if isinstance(item.get(name), int | float):
-                return float(item[name])
+            try:
+                return float(item[name])  # a text in what came from a table
+            except (KeyError, TypeError, ValueError):
+                continue
         return -1.0
 
     rated = [

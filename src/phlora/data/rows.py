@@ -74,7 +74,18 @@ class Problem:
 
 def row_key(row: Row) -> str:
     """A digest of what the row says: equal for rows that differ in spacing or Unicode form only."""
-    return _digest(_key_json(row)).hex()
+    return key_bytes(row).hex()
+
+
+def key_bytes(row: Row) -> bytes:
+    """`row_key` as bytes."""
+    if not _is_plain_chat(row):
+        return _digest(_key_json(row))
+    keys = [
+        f"[{_quoted(message['role'])}, {_quoted(_normal(message['content']))}, null]"
+        for message in row.messages or ()
+    ]
+    return _digest(f"[[{', '.join(keys)}], null]")
 
 
 def row_digest(row: Row) -> bytes:

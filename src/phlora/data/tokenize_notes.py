@@ -41,8 +41,8 @@ NOTES: dict[str, tuple[Severity, str]] = {
     ),
     "pre_rendered": (
         "warning",
-        "the text is a chat that was rendered already; its control tokens are kept, and all of a `text` "
-        "column is trained (give `messages` to train on the answers only)",
+        "the text is a chat that was rendered already; its control tokens are kept, and all of a `text` or of a "
+        "`completion` is trained (give `messages` to train on the answers only)",
     ),
 }
 

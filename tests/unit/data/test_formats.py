@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from phlora.config import DataFile
 from phlora.data.dataset import load_rows, read_rows
 from phlora.errors import ConfigError, DataError
 
@@ -182,3 +183,39 @@ def test_what_is_no_longer_a_part_of_a_chatgpt_chat_is_left_out():
         nodes[str(number)] = {"message": message, "parent": parent, "children": []}
     loaded = load_rows([{"mapping": nodes, "current_node": "2"}])
     assert _contents(loaded.rows[0]) == [("user", "q"), ("assistant", "new")] and loaded.problems == []
+
+
+def test_what_a_column_says_was_thought_belongs_to_the_answer():
+    for record in ({"question": "a", "answer": "b"}, {"instruction": "a", "output": "b"}):
+        loaded = load_rows([{**record, "reasoning": "because"}])
+        assert loaded.rows[0].messages[-1] == {
+            "role": "assistant",
+            "content": "b",
+            "reasoning_content": "because",
+        }
+        assert not loaded.problems
+
+
+def test_a_column_is_read_once(tmp_path):
+    (tmp_path / "de.csv").write_text("Frage;Antwort\na;b\n")
+    file = DataFile(path=str(tmp_path / "de.csv"), columns={"question": "Frage", "answer": "Frage"})
+    with pytest.raises(ConfigError, match="both read from the column `Frage`"):
+        load_rows(file)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "chosen": "", "rejected": "x"}, "`chosen` is empty"),
+        ({"prompt": "a", "completion": "b", "label": None}, "`label` is nothing"),
+    ],
+)
+def test_preference_data_without_a_side_are_told_what_lacks(record, message):
+    loaded = load_rows([record], format="preference_chosen", on_bad="collect")
+    assert message in loaded.problems[0].message
+
+
+def test_ratings_out_of_a_table_are_numbers():
+    completions = [{"response": "good", "overall_score": "10"}, {"response": "bad", "overall_score": "3"}]
+    loaded = load_rows([{"instruction": "a", "completions": completions}], format="preference_chosen")
+    assert loaded.rows[0].messages[-1]["content"] == "good"

@@ -22,6 +22,7 @@ from pathlib import Path
 from phlora.data.readers.files import (
     BINARY_KINDS,
     StoredFile,
+    files_about,
     files_in_folder,
     files_of,
     guarded,
@@ -30,6 +31,7 @@ from phlora.data.readers.files import (
     matching,
     missing_file,
     other_splits,
+    require_file,
     shown_names,
 )
 from phlora.data.readers.hub import is_saved_folder, pick_split, read_hub, read_saved_folder
@@ -70,6 +72,8 @@ def open_path(source: str, *, split: str | None = None, encoding: str | None = N
         NetworkError: the hub cannot be reached.
     """
     path = Path(source).expanduser()
+    if source == "-":
+        require_file(path)
     if _exists(path):
         yield from _open_existing(path, source, split, encoding)
         return
@@ -94,13 +98,19 @@ def _exists(path: Path) -> bool:
 
 
 def _open_existing(path: Path, name: str, split: str | None, encoding: str | None) -> Iterator[Opened]:
+    if not path.is_dir():
+        require_file(path)
     if path.is_dir() and is_saved_folder(path):
         yield Opened(name if split is None else f"{name}:{split}", read_saved_folder(path, split))
         return
     if path.is_dir():
         kept, others = files_in_folder(path, split)
+        beside = [str(file.relative_to(path)) for file in files_about(path)]
         for index, file in enumerate(kept):
             for opened in _open_existing(file, str(file), None, encoding):
+                if beside and index == 0:
+                    message = f"{name}: {shown_names(beside)} left out, since such files hold no rows"
+                    opened.problems.append(Problem("left_out_files", "note", message))
                 if others and index == 0:
                     left_out = shown_names([str(other.relative_to(path)) for other in others])
                     message = f"{name}: only files of the split `{split or 'train'}` are read, not {left_out}"

@@ -13,7 +13,7 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,10 @@ _SPLIT_WORD = re.compile(
     r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval|held[-_]?out|hold[-_]?out)(?=[-_.]|$)"
 )
 _ABOUT_AS_TEXT = frozenset("readme license licence notice requirements changelog".split())
+_BESIDE_CHATS = (
+    *("user", "users", "user_settings", "shared_conversations", "message_feedback", "model_comparisons"),
+    *("group_chats", "shopping", "projects", "memories", "export_manifest"),
+)
 _ABOUT_AS_JSON = frozenset("dataset_info dataset_infos dataset-metadata package".split())
 _SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 
@@ -93,6 +97,21 @@ def kind_and_compression(name: str) -> tuple[str, str]:
     return (kind if kind in (*TEXT_KINDS, *BINARY_KINDS) else "", compression)
 
 
+def require_file(path: Path) -> None:
+    """Refuse what is no regular file: data are read twice, and a pipe that nobody writes to is waited for forever.
+
+    Raises:
+        DataError: it is a pipe, a device or a socket.
+    """
+    if not path.is_file():
+        raise DataError(
+            "Standard input is not read" if str(path) in ("-", "/dev/stdin") else "This is no regular file",
+            where=str(path),
+            expected="a file: data are read more than once",
+            fix="write the rows into a file, such as rows.jsonl, and name that",
+        )
+
+
 def is_data_name(name: str) -> bool:
     """Whether a file of this name is read."""
     return bool(kind_and_compression(name)[0]) or name.lower().endswith(".zip")
@@ -132,10 +151,11 @@ def _unpacking(path: Path, compression: str) -> IO[bytes]:
 def _members(path: Path, name: str) -> list[StoredFile]:
     with guarded(name), zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
+    names = {Path(info.filename).name for info in infos}
     known = [
         info
         for info in infos
-        if kind_and_compression(info.filename)[0] and not is_about_data(Path(info.filename).name)
+        if kind_and_compression(info.filename)[0] and not is_about_data(Path(info.filename).name, names)
     ]
     if not known:
         raise DataError(
@@ -162,10 +182,17 @@ def _member(path: Path, name: str, info: zipfile.ZipInfo) -> StoredFile:
     return StoredFile(f"{name}/{info.filename}", kind, max(info.compress_size, 1), opened)
 
 
-def is_about_data(name: str) -> bool:
-    """Whether a file among data speaks of it, and holds none."""
+def is_about_data(name: str, siblings: Collection[str] = ()) -> bool:
+    """Whether a file among data speaks of it, and holds none.
+
+    Args:
+        siblings: the names of the files beside it; `conversations.json` tells an export of ChatGPT's or Claude's.
+    """
     stem, _, ending = name.lower().partition(".")
-    return (stem in _ABOUT_AS_TEXT and ending == "txt") or (stem in _ABOUT_AS_JSON and ending == "json")
+    if stem in _ABOUT_AS_TEXT and ending == "txt":
+        return True
+    known = (*_ABOUT_AS_JSON, *(_BESIDE_CHATS if "conversations.json" in siblings else ()))
+    return ending == "json" and stem in known
 
 
 def _is_hidden(name: str) -> bool:
@@ -219,14 +246,8 @@ def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[P
     Raises:
         DataError: there are none, or none of the split.
     """
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and is_data_name(path.name)
-        and not _is_hidden(str(path.relative_to(folder)))
-        and not is_about_data(path.name)
-    )
+    about = set(files_about(folder))
+    found = [path for path in _data_files(folder) if path not in about]
     if not found:
         raise DataError(
             "The folder holds no data file",
@@ -248,6 +269,21 @@ def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[P
         return found, []
     kept = [path for path in found if splits[path] == wanted or (splits[path] is None and not split)]
     return kept, [path for path in found if path not in set(kept)]
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and is_data_name(path.name) and not _is_hidden(str(path.relative_to(folder)))
+    )
+
+
+def files_about(folder: Path) -> list[Path]:
+    """The files in a folder and below that would be read by their names, and are left out for what they are."""
+    found = _data_files(folder)
+    names = {path.name for path in found}
+    return [path for path in found if is_about_data(path.name, names)]
 
 
 def _split_of(name: str) -> str | None:
