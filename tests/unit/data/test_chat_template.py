@@ -5,31 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from template_texts import ASKS_FOR_TOOLS, DEFAULT_SYSTEM, OPEN_END, SKIPS_EMPTY
 
 from phlora.data.chat_template import ChatTemplate
 from phlora.data.rendering import TemplateRefusal
-from phlora.data.template_analysis import writes_contents_only
 from phlora.testing import LANGUAGES, chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
 from phlora.testing.tokenizers import CHATML, LLAMA2, PHI3, PHI3_WITHOUT_SYSTEM, REASONING, TRIMMED
 
-DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nI am Bot<|im_end|>\n' }}{% endif %}"
-    + CHATML
-)
-GENERATION = CHATML.replace("{{ '<|im_start|>'", "{%- generation -%}{{ '<|im_start|>'").replace(
-    "{% endfor %}", "{%- endgeneration -%}{% endfor %}"
-)
-# Leaves out the turns that say nothing, as newer templates do with the system prompt.
-SKIPS_EMPTY = CHATML.replace("{{ '<|im_start|>'", "{% if message['content'] %}{{ '<|im_start|>'").replace(
-    "{% endfor %}", "{% endif %}{% endfor %}"
-)
-ASKS_FOR_TOOLS = CHATML.replace(
-    "message['content']",
-    "message['content'] + ('<tools>' + message['tools'] if 'tools' in message and message['tools'] is not none "
-    "else '')",
-)
-# Ends without the text that ends a turn elsewhere, or with only a part of it.
-OPEN_END = CHATML.replace("+ '<|im_end|>\n' }}", "}}{% if not loop.last %}{{ '<|im_end|>\n' }}{% endif %}")
 TEMPLATES = {
     "phi3": (phi3_tokenizer, PHI3),
     "phi3_without_system": (phi3_tokenizer, PHI3_WITHOUT_SYSTEM),
@@ -126,42 +108,3 @@ def test_a_template_that_is_not_what_its_syntax_shows_is_rendered_from_then_on(m
     chat = [{"role": "user", "content": "secret x"}, {"role": "assistant", "content": "b"}]
     assert "secret" not in template.render(chat).text
     assert "secret" not in template.render(chat).text
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (PHI3, True),
-        (CHATML, True),
-        (DEFAULT_SYSTEM, True),
-        (GENERATION, True),
-        (TRIMMED, False),
-        (REASONING, False),
-        (GENERATION.replace("loop.last", "messages[-1]['role'] == 'user'"), True),
-        (SKIPS_EMPTY, True),
-        (ASKS_FOR_TOOLS, True),
-        ("{% for m in messages %}{% if m.content == 'a' %}x{% endif %}{% endfor %}", False),
-        ("{% for m in messages %}{% if m.content | trim %}x{% endif %}{% endfor %}", False),
-        ("{% for m in messages %}{{ m.content or 'x' }}{% endfor %}", False),
-        ("{% for m in messages %}{% if m.content in 'abc' %}x{% endif %}{% endfor %}", False),
-        ("{% for m in messages %}{% if 'a' in m.content %}x{% endif %}{% endfor %}", False),
-        ("{% for m in messages %}{% if m in messages %}x{% endif %}{% endfor %}", False),
-        ("{% for m in messages %}{{ m.items() }}{% endfor %}", False),
-        ("{% for m in messages %}{{ m['get']('content') }}{% endfor %}", False),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[-1].content }}", False),
-        ("{% for m in messages %}{% set c = m.content %}{{ c }}{% endfor %}", False),
-        ("{% for m in messages %}{{ m.role + m['content'] }}{{ loop.previtem }}{% endfor %}", False),
-        ("{% for m in messages %}{{ m | tojson }}{% endfor %}", False),
-        ("{% for m in messages %}{{ m[key] }}{% endfor %}", False),
-        ("{% for m in messages if m.content %}{{ m.content }}{% endfor %}", False),
-        ("{% set rest = messages[1:] %}{% for m in rest %}{{ m.content }}{% endfor %}", False),
-        ("{% for m in messages %}{% filter trim %}{{ m.content }}{% endfilter %}{% endfor %}", False),
-        ("{% macro f(x) %}{{ x }}{% endmacro %}{% for m in messages %}{{ f(m.content) }}{% endfor %}", False),
-        ("{{ messages[0]['content'] }}{% for m in messages %}{{ m.content }}{% endfor %}", False),
-        ("{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}", False),
-        ("{{ messages }}", False),
-        ("{% unknown %}", False),
-    ],
-)
-def test_only_templates_that_provably_write_contents_as_they_are_count(template, expected):
-    assert writes_contents_only(template) is expected
