@@ -384,5 +384,13 @@ def _open_object(source: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Ope
         name = pick_split(source.keys(), None, where="the data set")
         rows = source[name]
     elif rows is None:
+        is_sequence = hasattr(source, "__getitem__") and hasattr(source, "__len__")
+        if not isinstance(source, Iterable) and not is_sequence:
+            is_lazy = callable(getattr(source, "collect", None))
+            raise DataError(
+                f"Rows cannot be taken from a {type(source).__name__}",
+                expected="a path, a list of dictionaries, a data set, a data frame or an Arrow table",
+                fix="give what its `.collect()` returns" if is_lazy else "",
+            )
         rows = source
     return Opened(name, iter(enumerate(rows, 1)))

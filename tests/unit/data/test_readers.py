@@ -8,6 +8,7 @@ import json
 import lzma
 import socket
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -506,3 +507,23 @@ def test_the_right_reading_of_an_old_table_is_among_those_offered(tmp_path, enco
         load_rows(path)
     assert f"as {encoding}" in str(caught.value) and "heißt" in str(caught.value)
     assert "--encoding NAME" in caught.value.fix
+
+
+def test_old_excel_workbooks_are_read():
+    pytest.importorskip("python_calamine")
+    loaded = load_rows(Path(__file__).with_name("pairs.xls"))
+    assert [row.messages[0]["content"] for row in loaded.rows] == ["سلام", "c"]
+
+
+def test_what_holds_no_rows_is_refused():
+    with pytest.raises(DataError, match="cannot be taken from a int"):
+        load_rows(3)
+
+
+def test_polars_frames_are_read_and_lazy_ones_refused():
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"question": ["a", "c"], "answer": ["b", "d"], "weight": [0.5, 1.0]})
+    assert [row.weight for row in load_rows(frame).rows] == [0.5, 1.0]
+    with pytest.raises(DataError, match="LazyFrame") as caught:
+        load_rows(frame.lazy())
+    assert "collect()" in str(caught.value)
