@@ -90,6 +90,24 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, Mapping) and all(map(is_text, value.values()))
 
 
+def _are_data_facts(value: Any) -> bool:
+    """Counts of rows, what was read from each file, and the rows that were left out or cut."""
+    if not isinstance(value, Mapping):
+        return False
+    contents = value.get("contents") or {}
+    counts = [value.get(name, 0) for name in ("train_rows", "held_out_rows")]
+    return (
+        isinstance(contents, Mapping)
+        and all(isinstance(found, Mapping) and is_count(found.get("rows")) for found in contents.values())
+        and all(map(is_count, counts))
+        and all(isinstance(value.get(name, []), list) for name in ("dropped", "cut"))
+    )
+
+
+def _is_environment(value: Any) -> bool:
+    return isinstance(value, Mapping) and _are_texts(value.get("packages", {}))
+
+
 # Keys of run.json -> what they have to be; `config` is checked where it is read.
 _EXPECTED: Expected = {
     "status": (is_text, "a word, such as finished"),
@@ -99,10 +117,9 @@ _EXPECTED: Expected = {
     "max_length": (_is_length, "a number of tokens from 1 on"),
     "seed": (is_count, "a whole number from 0 on"),
     "lora": (is_object, "the configuration of the adapter"),
-    **{
-        name: (is_object, "facts by their names")
-        for name in ("environment", "model", "data", "adapter", "timing")
-    },
+    **{name: (is_object, "facts by their names") for name in ("model", "adapter", "timing")},
+    "data": (_are_data_facts, "counts of rows, and the rows that were left out"),
+    "environment": (_is_environment, "versions of packages, and facts about the machine"),
 }
 _PACKAGES = ("phlora", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "tokenizers")
 
@@ -406,15 +423,17 @@ def append_event(path: Path, event: str, /, **values: Any) -> None:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of events.jsonl; a last line that a crash cut short is left out."""
+    """All whole lines of events.jsonl; a last line that a crash cut short is left out, as is what is no event."""
     if not path.is_file():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict):
+            events.append(event)
     return events
 
 

@@ -104,6 +104,7 @@ def test_parameterised_metrics() -> None:
     assert score("contains:Light", "light", "") == 0.0
     assert score(r"regex:^\d+ °C$", "21 °C", "") == 1.0
     assert score(r"regex:^\d+ °C$", "about 21 °C", "") == 0.0
+    assert score(r"regex:(\d+ ?)+°", "about 21 °C", "") == 1.0
 
 
 def test_metrics_keep_their_order() -> None:
@@ -136,3 +137,9 @@ def test_registry_holds_what_it_names() -> None:
 def test_auto_stands_for_what_fits_the_task() -> None:
     assert list(resolve_metrics(["auto", "contains:x"], auto=("rouge_l",))) == ["rouge_l", "contains:x"]
     assert list(resolve_metrics(["auto"])) == []
+
+
+def test_an_expression_that_backtracks_for_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phlora.patterns.matches.__kwdefaults__", {"method": "fullmatch", "seconds": 0.5})
+    with pytest.raises(ConfigError, match="within 0.5 seconds"):
+        score("regex:(.*a?)*(.*)*x", "a" * 60, "")

@@ -137,9 +137,34 @@ def test_a_device_without_memory_is_said_with_what_helps(run: RunFolder) -> None
 def test_a_cut_last_event_is_left_out(run: RunFolder) -> None:
     runs_folder.append_event(run.events, "log", loss=1.5, text="درود")
     with run.events.open("a") as file:
-        file.write('{"time": 1, "eve')
+        file.write(f'[1]\n"x"\n{"[" * 100_000}\n{{"time": 1, "eve')
     (event,) = runs_folder.read_events(run.events)
     assert event["loss"] == 1.5 and event["text"] == "درود"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_length", "big"),
+        ("max_length", -4),
+        ("max_length", 0),
+        ("config", []),
+        ("origins", {"a": 1}),
+        ("model", [1]),
+        ("data", {"contents": {"a.jsonl": 5}}),
+        ("data", {"dropped": 1}),
+        ("data", {"train_rows": "many"}),
+        ("environment", {"packages": [1]}),
+        ("timing", 5),
+        ("identity", "x"),
+        ("seed", 1.5),
+        ("status", 7),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_file(run: RunFolder, key: str, value: object) -> None:
+    run.write_facts({**run.facts(), key: value})
+    with pytest.raises(RunError, match=rf"run\.json: `{key}` is"):
+        run.facts()
 
 
 def test_a_broken_run_file_is_named(run: RunFolder) -> None:
