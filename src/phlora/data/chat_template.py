@@ -26,10 +26,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
-import jinja2
-
 from phlora.data.reasoning import with_reasoning_as_text
-from phlora.data.rendering import Frame, Rendering, Skeleton, Span, TemplateRefusal
+from phlora.data.rendering import TEMPLATE_ERRORS, Frame, Rendering, Skeleton, Span, TemplateRefusal
 from phlora.data.rows import Message
 from phlora.data.template_analysis import writes_contents_only
 from phlora.data.template_messages import fold_system, is_marked, shape_of, trimmed, without_loss_keys
@@ -41,11 +39,6 @@ Tokenizer: TypeAlias = Any
 
 _MARK = re.compile("\ue0f0(\\d+)\ue0f1")
 _MAX_SKELETONS = 4096
-# What rendering raises: a template is a program, and may count too far, look up what is not there, fill the memory.
-_REFUSALS = (
-    *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
-    *(MemoryError, RecursionError),
-)
 
 
 @dataclass
@@ -212,7 +205,7 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 tokenize=False,
             )
-        except _REFUSALS as error:
+        except TEMPLATE_ERRORS as error:
             why = f"{error}" or type(error).__name__
             raise TemplateRefusal(f"the chat template refuses the chat: {why}") from None
         return str(text)

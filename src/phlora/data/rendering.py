@@ -7,9 +7,18 @@ from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
+import jinja2
+
 from phlora.data.rows import Message
 
 Span: TypeAlias = tuple[int, int]
+
+
+# What rendering raises: a template is a program, and may count too far, look up what is not there, fill the memory.
+TEMPLATE_ERRORS: tuple[type[Exception], ...] = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError),
+    *(MemoryError, RecursionError),
+)
 
 
 class TemplateRefusal(Exception):

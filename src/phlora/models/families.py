@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
 from torch import nn
 
+from phlora.data.rendering import TEMPLATE_ERRORS
 from phlora.errors import ModelError
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def _text_after_answer(tokenizer: PreTrainedTokenizerBase) -> str:
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "probe-answer"}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError:
+    except TEMPLATE_ERRORS:
+        # A chat that it is to render says why not.
         return ""
     assert isinstance(text, str)
     return text.partition("probe-answer")[2]
@@ -222,6 +223,6 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     try:
         patched = get_training_chat_template(tokenizer)
-    except (ValueError, TemplateError):
+    except TEMPLATE_ERRORS:
         return None
     return patched or tokenizer.get_chat_template()

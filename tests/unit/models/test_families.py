@@ -52,8 +52,16 @@ def test_turn_end_follows_the_template_or_falls_back_to_eos(tiny_tokenizer):
     assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
     tiny_tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
-    tiny_tokenizer.chat_template = "{{ raise_exception('no') }}"
-    assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
+    loop = "{% for number in range(10**9) %}x{% endfor %}"
+    for refused in (
+        "{{ raise_exception('no') }}",
+        loop,
+        "{% include 'a' %}",
+        "{{ 1/0 }}",
+        "{{ 'a' * 10**13 }}",
+    ):
+        tiny_tokenizer.chat_template = refused
+        assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
     tiny_tokenizer.chat_template = None
     assert families.turn_end_token(tiny_tokenizer) == "<|endoftext|>"
     tiny_tokenizer.eos_token = None
