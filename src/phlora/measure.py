@@ -24,6 +24,21 @@ class Clock:
         self._last = now
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the machine; torch's error for the CPU is a plain `RuntimeError`.
+
+    The out-of-memory killer of Linux raises none.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    # Not that of cuDNN, which is about a layout.
+    return should_reduce_batch_size(error) and "CUDNN_STATUS" not in str(error)
+
+
 def peak_bytes() -> int:
     """The most memory this process has held: the GPU's where one is used, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():

@@ -106,13 +106,22 @@ def _known_problem(error: BaseException) -> PhloraError | None:
         return NoRoomError("The disk is full", where=where, fix="make room, then run the command again")
     if isinstance(error, PermissionError):
         return InputError("No permission to read or write this path", where=where, fix="name another path")
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         return NoRoomError(
             "The memory is full",
             fix="lower training_config.per_device_train_batch_size or training_config.max_length, "
             "or set training_config.gradient_checkpointing=true",
         )
     return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if not isinstance(error, MemoryError | RuntimeError):
+        return False
+    # Imported here: torch is, and what raises its errors has imported it.
+    from phlora.measure import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _describe_bug(error: Exception, arguments: Sequence[str]) -> str:

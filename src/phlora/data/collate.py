@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from phlora.data.prefixes import Segments, share_in_passes, share_prefixes
+from phlora.data.rows import Origin
 from phlora.data.table import IGNORED, TokenizedRow
 
 Feature: TypeAlias = TokenizedRow | Mapping[str, Any]
@@ -101,7 +102,7 @@ class SharedPrefixCollator:
 
     def __call__(self, features: Sequence[Feature]) -> Batch:
         rows = tuple(_Row.of(feature, self.rope_limit) for feature in features)
-        return {**_stream(rows, share_prefixes([row.keys for row in rows])), "rows": rows}
+        return {**_shared(rows), "rows": rows}
 
 
 def share_step(
@@ -156,19 +157,85 @@ def _stream(rows: Sequence[_Row], segments: Segments) -> Batch:
         "loss_weights": torch.tensor([weights], dtype=torch.float32),
         "segments": segments,
         "num_tokens": sum(rows[row].num_tokens for row in segments.rows_of(0)),
+        "rows": tuple(rows[row] for row in segments.rows_of(0)),
     }
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch] | None:
+    """A batch as two with half of its rows each, in the same layout; None where it is one row, or cannot be told apart.
+
+    The losses of the two sum to that of the whole: nothing of one row depends on another.
+
+    Args:
+        batch: as a collator of this module or of TRL returns it; `origins`, where there are some, are divided too.
+    """
+    if batch.get("segments") is not None:
+        rows = batch.get("rows", ())
+        if len(rows) < 2:
+            return None
+        middle = len(rows) // 2
+        first, second = (_shared(part) for part in (rows[:middle], rows[middle:]))
+        return first, second
+    num_rows, length = batch["input_ids"].shape
+    if num_rows > 1:
+        middle = num_rows // 2
+        return _some_rows(batch, slice(0, middle)), _some_rows(batch, slice(middle, num_rows))
+    starts = _starts_of_rows(batch)
+    if len(starts) < 2:
+        return None
+    number = min(range(1, len(starts)), key=lambda number: abs(2 * starts[number] - length))
+    border = starts[number]
+    return (
+        _some_positions(batch, slice(0, border), slice(0, number)),
+        _some_positions(batch, slice(border, length), slice(number, len(starts))),
+    )
+
+
+def _shared(rows: Sequence[_Row]) -> Batch:
+    return _stream(rows, share_prefixes([row.keys for row in rows]))
+
+
+def _some_rows(batch: Batch, span: slice) -> Batch:
+    """Rows of a padded batch, without the columns that are padding in all of them."""
+    num_rows, length = batch["input_ids"].shape
+    mask = batch.get("attention_mask")
+    longest = int(mask[span].any(0).nonzero().max()) + 1 if mask is not None and mask[span].any() else length
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value[span]
+        return value[span, :longest] if value.shape[1:2] == (length,) else value[span]
+
+    return {
+        name: part(value) for name, value in batch.items() if value is not None and len(value) == num_rows
+    }
+
+
+def _starts_of_rows(batch: Batch) -> list[int]:
+    """Where the rows of a packed batch begin; none where that cannot be told, or something else depends on it."""
+    places, shape = batch.get("position_ids"), batch["input_ids"].shape
+    others = [value for name, value in batch.items() if name != "origins"]
+    if places is None or any(not isinstance(v, torch.Tensor) or v.shape != shape for v in others):
+        return []
+    starts: list[int] = (places[0] == 0).nonzero().flatten().tolist()
+    return starts if starts and starts[0] == 0 else []
+
+
+def _some_positions(batch: Batch, span: slice, rows: slice) -> Batch:
+    return {name: v[rows] if name == "origins" else v[:, span] for name, v in batch.items()}
 
 
 @dataclass(frozen=True)
 class _Row:
     """The positions of a row with what each predicts and with what weight, and keys that are equal where rows can
-    share; `num_tokens` counts the whole row."""
+    share; `num_tokens` counts the whole row, which stands at `origin`."""
 
     ids: list[int]
     targets: list[int]
     weights: list[float]
     keys: list[int]
     num_tokens: int
+    origin: Origin | None = None
 
     @classmethod
     def of(cls, feature: Feature, rope_limit: int | None) -> _Row:
@@ -178,7 +245,8 @@ class _Row:
         targets = [*labels[predicted], IGNORED][: len(keys)]
         weights = [*_weights(labels, weights)[predicted], 0.0]
         weights = [float(w) if label != IGNORED else 0.0 for w, label in zip(weights, targets, strict=False)]
-        return cls(list(ids[: len(keys)]), targets, weights, keys, len(ids))
+        origin = feature.origin if isinstance(feature, TokenizedRow) else None
+        return cls(list(ids[: len(keys)]), targets, weights, keys, len(ids), origin)
 
 
 def sharing_keys(feature: Feature, *, rope_limit: int | None = None) -> list[int]:

@@ -35,7 +35,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from phlora.errors import NoRoomError, RunError
@@ -50,6 +49,7 @@ from phlora.files import (
     require_values,
     write_json,
 )
+from phlora.measure import is_out_of_memory
 from phlora.runs.checkpoints import complete_checkpoints, drop_incomplete, whole_checkpoint
 from phlora.runs.identity import changes
 from phlora.runs.lock import LOCK_FILE, hold_lock, require_unlocked
@@ -356,10 +356,10 @@ def recorded_status(folder: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt:
         status = "interrupted"
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        if is_out_of_memory(error):
             raise NoRoomError(
-                "The device ran out of memory; the checkpoints written before are intact",
+                "The memory is full; the checkpoints written before are intact",
                 where=str(folder.path),
                 fix="halve per_device_train_batch_size and double gradient_accumulation_steps, "
                 "set gradient_checkpointing: true, or lower max_length; then start anew with --overwrite",

@@ -258,9 +258,9 @@ def _z_loss(value: Any, notes: list[str]) -> float:
 
 def _require_liger(device: str) -> None:
     where = f"{WHERE}.use_liger_kernel"
-    if device == "cpu":
+    if device != "cuda":
         raise ConfigError(
-            "Liger's kernels need a GPU, and this run is on the cpu", where=where, fix="leave it out"
+            f"Liger's kernels need CUDA, and this run is on the {device}", where=where, fix="leave it out"
         )
     require({"liger_kernel": "its kernels"}, where=where, instead="leave it out")
 

@@ -37,7 +37,8 @@ class SequenceCollator:
         rows = [row for feature in features for row in self._rows(feature["sequence"])]
         if self.shared:
             return SharedPrefixCollator(self.rope_limit)(rows)
-        return PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
+        batch = PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
+        return {**batch, "origins": tuple(row.origin for row in rows)}
 
     def _rows(self, number: int) -> list[TokenizedRow]:
         is_trained = number < len(self.train)

@@ -5,6 +5,7 @@ What is overridden, and why:
 - `compute_loss`: the head runs on the positions that predict a trained token, never on all of them; tokens may carry
   weights (`loss_weights`); nothing waits for the device between two logs.
 - `_get_num_items_in_batch`: the divisor of the loss is the trained weight of the whole optimizer step.
+- `training_step`, `prediction_step`: a micro-batch that does not fit into memory is done in pieces that do (`pieces`).
 - `get_batch_samples`, `training_step`: the micro-batches of an optimizer step whose rows may share their starts are
   laid out together, in fewer forward passes where they fit. What remains of the others is empty and costs nothing.
 - `evaluation_loop`: the held-out loss is that of all trained tokens, however they fall into batches.
@@ -25,10 +26,8 @@ that changes its logits after the head (Gemma 2, Granite, Cohere), prompt tuning
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
-import types
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -51,12 +50,12 @@ from phlora.files import read_json
 from phlora.models.lm_head import (
     LossTerms,
     TrainedTokens,
-    trained_tokens,
     trained_weight,
-    why_not_by_token,
 )
 from phlora.models.prefix_attention import copy_cost
 from phlora.train.optimizer import raise_rate_of_B
+from phlora.train.pieces import Passes, Pieces
+from phlora.train.token_losses import offer_token_losses, refuse_z_loss, why_trls_loss
 from phlora.train.worn import Worn
 
 _log = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
     ) -> None:
         given = args[0] if args else kwargs.get("model")
         if z_loss and isinstance(given, nn.Module):
-            _refuse_z_loss(_why_trls_loss(given))
+            refuse_z_loss(why_trls_loss(given))
         before = _trained_values(given) if isinstance(given, PeftModel) else None
         self._worn = Worn(given if isinstance(given, nn.Module) else None)
         with warnings.catch_warnings():
@@ -119,16 +118,16 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
                 fix="leave out one of the two",
             )
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self._why_trls_loss = _why_trls_loss(self.model)
+        self._why_trls_loss = why_trls_loss(self.model)
         if z_loss:
             asked = "Another loss than cross-entropy is asked for" if self._needs_logits else None
-            _refuse_z_loss(asked or self._why_trls_loss)
+            refuse_z_loss(asked or self._why_trls_loss)
         self._said: set[str] = set()
         if not self._needs_logits:
             self._say(self._why_trls_loss)
         smoothing = self.args.label_smoothing_factor
         self._terms = {True: LossTerms(smoothing, z_loss), False: LossTerms(smoothing)}
-        _offer_token_losses(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
+        offer_token_losses(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         self._worn.take_off(self.model)
         self._step_losses: list[torch.Tensor] = []
         self._sums: dict[str, dict[str, torch.Tensor | int]] = {
@@ -136,6 +135,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
             "eval": defaultdict(int),
         }
         self._tokens_seen: torch.Tensor | int = 0
+        self._pieces, self._held_out_pieces, self.is_in_backward = Pieces(), Pieces(), False
         self.num_positions = self.num_micro_batches = self.num_passes = 0
 
     def compute_loss(
@@ -159,6 +159,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         self._count(inputs, tokens, total)
         if self.model.training:
             self._step_losses.append(loss.detach())
+            self.is_in_backward = True
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The divisor counts the tokens of every process, and DDP averages the gradients over them.
             loss = loss * self.accelerator.num_processes
@@ -214,6 +215,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
     ) -> tuple[list[Any], Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.num_micro_batches += len(batches)
+        self._pieces.begin_step()
         # The ranks of a group have to agree on the number of passes, and DeepSpeed counts them itself.
         alone = self.args.world_size == 1 and not self.is_deepspeed_enabled
         if alone and len(batches) > 1 and all("rows" in batch for batch in batches):
@@ -234,10 +236,42 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
             return None
         return int(self._train_batch_size * max(self.train_dataset[name][:]))
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> Any:
         if inputs is _NOTHING:
             return torch.zeros((), device=self.args.device)
-        return super().training_step(model, inputs, *args, **kwargs)
+        if num_items_in_batch is None or not self._may_be_cut:
+            return super().training_step(model, inputs, num_items_in_batch)
+        one_pass = functools.partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        return self._pieces.run(inputs, Passes(self, one_pass), when=f"at step {self.state.global_step + 1}")
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        step = functools.partial(super().prediction_step, model)
+        if not prediction_loss_only or not self._may_be_cut:
+            return step(inputs, prediction_loss_only, *args, **kwargs)
+        passes = Passes(self, lambda batch: step(batch, True, *args, **kwargs)[0])
+        when = f"in the held-out loss after step {self.state.global_step}"
+        self._held_out_pieces.begin_step()
+        # `evaluation_loop` counts tokens, so that this sum is read by nobody.
+        return self._held_out_pieces.run(inputs, passes, when=when), None, None
+
+    @functools.cached_property
+    def _may_be_cut(self) -> bool:
+        """Whether rows may be computed in other company: the loss is their sum, and gradients are this process's."""
+        alone = self.args.world_size == 1 and self.args.n_gpu <= 1 and not self.is_deepspeed_enabled
+        steps_in_backward = str(getattr(self.args.optim, "value", self.args.optim)) in ("lomo", "adalomo")
+        own_loss = not self._needs_logits and self._why_trls_loss is None
+        return alone and own_loss and not self.is_fsdp_enabled and not steps_in_backward
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Where rows come from is nothing to compute with."""
+        prepared: dict[str, Any] = super()._prepare_inputs(
+            {name: value for name, value in inputs.items() if name != "origins"}
+        )
+        return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         if not any(_LOSS_WEIGHTS in batch for batch in batch_samples):
@@ -304,10 +338,11 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         """Sums for the next log, kept on the device."""
         assert tokens.correct is not None and tokens.weights is not None and tokens.entropies is not None
         sums = self._sums["train" if self.model.training else "eval"]
-        sums["mean_token_accuracy"] += (tokens.correct * tokens.weights).sum()
-        sums["entropy"] += (tokens.entropies * tokens.weights).sum()
-        sums["trained"] += tokens.weights.sum()
-        sums["loss"] += total.detach()
+        # Not in place: a pass that is done again takes its counts back.
+        sums["mean_token_accuracy"] = sums["mean_token_accuracy"] + (tokens.correct * tokens.weights).sum()
+        sums["entropy"] = sums["entropy"] + (tokens.entropies * tokens.weights).sum()
+        sums["trained"] = sums["trained"] + tokens.weights.sum()
+        sums["loss"] = sums["loss"] + total.detach()
         self._count_tokens(inputs)
 
     def _count_tokens(self, inputs: dict[str, Any]) -> None:
@@ -319,7 +354,17 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         )
         self.num_positions += positions
         self.num_passes += 1
-        self._tokens_seen += inputs.get("num_tokens", positions if mask is None else mask.sum())
+        seen = inputs.get("num_tokens", positions if mask is None else mask.sum())
+        self._tokens_seen = self._tokens_seen + seen
+
+    def counts(self) -> tuple[Any, ...]:
+        """What the passes of training have counted, for `put_back`."""
+        sums, losses = dict(self._sums["train"]), list(self._step_losses)
+        return sums, losses, self._tokens_seen, self.num_positions, self.num_passes
+
+    def put_back(self, counts: tuple[Any, ...]) -> None:
+        sums, losses, self._tokens_seen, self.num_positions, self.num_passes = counts
+        self._sums["train"], self._step_losses = defaultdict(int, sums), list(losses)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the library's, with the loss of all trained tokens in the place of the mean over batches."""
@@ -347,43 +392,6 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         """A count summed over all processes."""
         total = torch.as_tensor(count, device=self.accelerator.device, dtype=torch.float64)
         return float(self.accelerator.reduce(total, reduction="sum"))
-
-
-def _why_trls_loss(model: nn.Module) -> str | None:
-    """Why the loss of this trainer is not exactly that of the model, as a sentence; None where it is."""
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return f"{model.active_peft_config.peft_type.value} puts virtual tokens before each row"
-    reason = why_not_by_token(model)
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return None if reason is None else f"{type(inner).__name__} {reason}"
-
-
-def _refuse_z_loss(why: str | None) -> None:
-    if why is not None:
-        raise ConfigError(
-            f"{why}, which would leave z_loss out",
-            where="z_loss",
-            fix="leave out z_loss, or loss_type and compute_loss_func where they are given",
-        )
-
-
-def _offer_token_losses(model: nn.Module) -> None:
-    """Let `model(**batch, token_losses=LossTerms())` return `TrainedTokens`.
-
-    They go through the model's own forward, so that whatever wraps it (DDP, FSDP, activation offloading) sees one.
-    """
-    original = model.forward
-
-    def forward(self: nn.Module, *args: Any, token_losses: LossTerms | None = None, **kwargs: Any) -> Any:
-        if token_losses:
-            return trained_tokens(self, kwargs, terms=token_losses, entropy=True)
-        # A copy that was made while training (a moving average of the weights) is no part of this trainer.
-        return original(*args, **kwargs) if self is model else type(self).forward(self, *args, **kwargs)
-
-    # Not functools.wraps: accelerate looks through `__wrapped__` when it takes its own wrapper off, and this one too.
-    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
-    forward.__name__, forward.__doc__ = "forward", type(model).forward.__doc__
-    model.forward = types.MethodType(forward, model)
 
 
 def _trained_values(model: nn.Module) -> dict[str, torch.Tensor]:

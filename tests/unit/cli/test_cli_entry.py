@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import CommandLine
 
 from phlora import errors
@@ -95,7 +96,8 @@ def test_a_run_folder_without_a_run(phlora: CommandLine, tmp_path: Path) -> None
         (OSError(errno.ENOSPC, "No space left on device", "/disk/x"), 3, "NoRoomError"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/runs"), 2, "InputError"),
         (MemoryError(), 3, "NoRoomError"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 3, "NoRoomError"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 3, "NoRoomError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 3, "NoRoomError"),
     ],
 )
 def test_errors_become_a_message_and_an_exit_code(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 
-from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator
+from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator, halves
 from phlora.data.rows import Origin
 from phlora.data.tokenize import TokenizedRow
 
@@ -86,3 +88,51 @@ def test_a_label_that_is_not_its_token_is_shared_only_with_the_same_label():
     _, group = SharedPrefixCollator()([other, other])["segments"].groups
     # Every computed position but the last, which each row keeps.
     assert group.num_shared == 38
+
+
+def _trained(batch):
+    """(token, what it is trained to predict, weight) of each position that is trained, and how many are computed."""
+    labels = (
+        batch["shift_labels"]
+        if "shift_labels" in batch
+        else F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    )
+    weights = batch.get("loss_weights")
+    if "shift_labels" not in batch and weights is not None:
+        weights = F.pad(weights[:, 1:], (0, 1))
+    weights = (labels != -100).float() if weights is None else weights
+    found = [batch["input_ids"][labels != -100], labels[labels != -100], weights[labels != -100]]
+    return sorted(zip(*(part.tolist() for part in found), strict=True))
+
+
+def _of_length(number, length):
+    return {
+        "input_ids": [100 * number + place for place in range(length)],
+        "labels": [-100] * (length // 2) + [100 * number + place for place in range(length // 2, length)],
+        **({"weights": [0.0] * (length // 2) + [0.5] * (length - length // 2)} if number % 2 else {}),
+    }
+
+
+@pytest.mark.parametrize("collate", [Collator(0), PackedCollator(), SharedPrefixCollator()])
+def test_halves_hold_the_same_rows(collate):
+    features = [_of_length(number, length) for number, length in enumerate((4, 9, 3, 12, 5))]
+    parts = [{**collate(features), "origins": tuple("abcde")}]
+    whole = parts[0]
+    while any(halves(part) for part in parts):
+        parts = [piece for part in parts for piece in (halves(part) or (part,))]
+        assert sorted(sum(map(_trained, parts), [])) == _trained(whole)
+    assert len(parts) == 5
+    assert all(len(part["input_ids"]) == 1 for part in parts)
+    if "segments" not in whole:
+        assert [part["origins"] for part in parts] == [("a",), ("b",), ("c",), ("d",), ("e",)]
+        # Without padding.
+        assert [part["input_ids"].shape[1] for part in parts] == [4, 9, 3, 12, 5]
+
+
+def test_what_cannot_be_told_apart_is_not_halved():
+    ids = torch.arange(6).view(1, 6)
+    assert halves({"input_ids": ids, "labels": ids}) is None
+    # Whoever counts rows in another way must be asked.
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    assert halves(packed) is not None
+    assert halves({**packed, "cu_seq_lens_q": torch.tensor([0, 3, 6])}) is None

@@ -128,9 +128,18 @@ def test_a_full_disk_is_said_in_one_message(
         raise full
 
 
-def test_a_device_without_memory_is_said_with_what_helps(run: RunFolder) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=["device", "cpu", "python"],
+)
+def test_a_full_memory_is_said_with_what_helps(error: Exception, run: RunFolder) -> None:
     with pytest.raises(NoRoomError, match="gradient_checkpointing"), runs_folder.recorded_status(run):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
     assert run.facts()["status"] == "failed"
 
 
