@@ -34,7 +34,7 @@ _SECRET_NAME = (
 _SECRET_KEY = re.compile(rf"(?:{_SECRET_NAME})", re.IGNORECASE)
 # Tokens and keys that are known by their look, and what stands before the @ of an address.
 _SECRET_LOOKS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\bgh[a-z]_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}")
-_ADDRESS_OWNER = re.compile(r"(?<=://)[^/\s`'\"]+(?=@)")
+_ADDRESS_OWNER = re.compile(r"\b([a-z][a-z0-9+.-]+:/{1,2})[^/\s`'\"]+(?=@)", re.IGNORECASE)
 # `token=x`, `{token: x}` and `'token': 'x'`, as messages of other libraries and command lines have them.
 _SECRET_SETTING = re.compile(
     rf"((?:(?<![\w-])(?:{_SECRET_NAME})\s*=|(?:[{{,]\s*|['\"])(?:{_SECRET_NAME})['\"]?\s*[:=])\s*)"
@@ -61,6 +61,8 @@ class PhloraError(Exception):
     exit_code: ClassVar[int] = EXIT_INPUT
 
     def __init__(self, found: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        if _SECRET_KEY.fullmatch(where.rpartition(".")[2]):
+            found = re.sub("`.*`", f"`{_NOT_SHOWN}`", found, flags=re.DOTALL)
         parts = (masked(part) for part in (found, where, expected, fix))
         self.found, self.where, self.expected, self.fix = parts
         super().__init__(self.found, self.where, self.expected, self.fix)
@@ -149,7 +151,7 @@ def masked(value: Any, key: str = "") -> Any:
         return tuple(entries) if isinstance(value, tuple) else entries
     if not isinstance(value, str):
         return value
-    value = _SECRET_LOOKS.sub(_NOT_SHOWN, _ADDRESS_OWNER.sub(_NOT_SHOWN, value))
+    value = _SECRET_LOOKS.sub(_NOT_SHOWN, _ADDRESS_OWNER.sub(rf"\1{_NOT_SHOWN}", value))
     return _SECRET_SETTING.sub(rf"\1{_NOT_SHOWN}", value)
 
 

@@ -72,6 +72,7 @@ SECRETS = [
     {"outer": [{"api_key": "s3cret"}]},
     "https://me:s3cret@hub.example/model",
     "https://s3cret@hub.example/model",
+    "https:/me:s3cret@hub.example/model",
     "unexpected keyword {'token': 's3cret'}",
     '{"hub_token": "s3cret"}',
     "--set training_config.hub_token=s3cret",
@@ -106,6 +107,7 @@ def test_no_message_shows_a_secret(value: Any) -> None:
         "the token: 5",
         "hf://datasets/owner/chats@main",
         "git@host.example:owner/name",
+        "C:/me@work/rows.jsonl",
         "a pad token that ends no reply",
         "token=None",
         "mail me@host.example",
@@ -120,3 +122,10 @@ def test_what_is_no_secret_is_shown(text: str) -> None:
         "pair": (1, 2),
         "none": None,
     }
+
+
+def test_what_was_given_for_a_secret_is_not_shown() -> None:
+    error = ConfigError(
+        f"{shown(['s3cret', '`'])} was given", where="training_config.hub_token", expected="text"
+    )
+    assert "s3cret" not in str(error) and "(not shown)" in str(error)

@@ -8,7 +8,7 @@ reason), else TRL's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from trl.trainer.sft_config import SFTConfig
 
 from phlora.config import TrainOn
-from phlora.errors import ConfigError, did_you_mean, shown
+from phlora.errors import ConfigError, did_you_mean, masked, shown
 from phlora.extras import require
-from phlora.train.backends import check_compiler, check_trackers
+from phlora.train.backends import check_checkpointing, check_compiler, check_trackers
 from phlora.train.field_values import (
     WHERE,
     check_ranges,
@@ -94,6 +94,13 @@ REMOVED = {
 _Z_LOSS = "z_loss"
 
 
+# Each of the many checks in TRL's and transformers' configuration has its own kind.
+_MISTAKES = (
+    *(ValueError, TypeError, LookupError, AttributeError),
+    *(ArithmeticError, ImportError, OSError),
+)
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The trainer's arguments and where they came from.
@@ -139,6 +146,7 @@ def training_arguments(
     check_ranges(values)
     check_trackers(values.get("report_to"))
     check_compiler(values)
+    check_checkpointing(values)
     if values.get("use_liger_kernel"):
         _require_liger(device)
     _fit_device(values, device, notes)
@@ -150,21 +158,31 @@ def training_arguments(
         values["per_device_eval_batch_size"] = values.get("per_device_train_batch_size", 8)
         origins["per_device_eval_batch_size"] = "phlora"
     values |= {"output_dir": str(output_dir), "dataloader_pin_memory": device == "cuda"}
-    try:
-        args = SFTConfig(**values)
-    # Each of the many checks there has its own kind.
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        ImportError,
-        OSError,
-    ) as error:
-        raise ConfigError(f"The settings contradict each other: {error}", where=WHERE) from None
+    args = _sft_config(values, [name for name, origin in origins.items() if origin == "user"])
     notes += check_optimizer(args)
     return Arguments(args, tuple(notes), origins, loraplus_lr_ratio, z_loss)
+
+
+def _sft_config(values: Mapping[str, Any], given: Sequence[str]) -> SFTConfig:
+    """TRL's configuration; an error names the settings without which there would be none."""
+    try:
+        return SFTConfig(**values)
+    except _MISTAKES as error:
+        to_blame = [name for name in given if _is_fine(values, without=name)]
+        where = f"{WHERE}.{', '.join(to_blame)}" if to_blame else WHERE
+        if len(to_blame) == 1:
+            raise ConfigError(
+                f"{shown(masked(values[to_blame[0]], to_blame[0]))} was given: {error}", where=where
+            ) from None
+        raise ConfigError(f"The settings contradict each other: {error}", where=where) from None
+
+
+def _is_fine(values: Mapping[str, Any], *, without: str) -> bool:
+    try:
+        SFTConfig(**{name: value for name, value in values.items() if name != without})
+    except _MISTAKES:
+        return False
+    return True
 
 
 def train_on_of(training_config: Mapping[str, Any]) -> TrainOn | None:

@@ -1,4 +1,5 @@
-"""What a run may report to, and what may compile it: names of other packages, checked before anything begins."""
+"""What a run may report to, what may compile it and how it is checkpointed: names of other packages, checked before
+anything begins."""
 
 from __future__ import annotations
 
@@ -30,6 +31,14 @@ TRACKERS: dict[str, str | None] = {
     "kubeflow": None,
 }
 _WORDS = ("all", "none")
+# Of torch.utils.checkpoint, as far as a configuration can say it; a test holds this against the installed torch.
+_CHECKPOINTING = {
+    "use_reentrant": bool,
+    "preserve_rng_state": bool,
+    "determinism_check": str,
+    "early_stop": bool,
+    "debug": bool,
+}
 
 
 def check_trackers(report_to: Any) -> None:
@@ -79,6 +88,23 @@ def check_compiler(values: Mapping[str, Any]) -> None:
                 where=f"{WHERE}.{key}",
                 fix=did_you_mean(str(value), known[key]),
             )
+
+
+def check_checkpointing(values: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: what torch's checkpointing does not take, with the nearest name.
+    """
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        for name, value in (values.get(key) or {}).items():
+            where = f"{WHERE}.{key}"
+            if name not in _CHECKPOINTING:
+                raise ConfigError(
+                    f"Unknown key {shown(name)}", where=where, fix=did_you_mean(str(name), _CHECKPOINTING)
+                )
+            if not isinstance(value, _CHECKPOINTING[name]):
+                expected = "true or false" if _CHECKPOINTING[name] is bool else "text"
+                raise ConfigError(f"{shown(value)} was given", where=f"{where}.{name}", expected=expected)
 
 
 def _names(report_to: Any) -> list[Any]:

@@ -117,7 +117,10 @@ def _named(make: Callable[[], Any], args: TrainingArguments, *, kind: str, setti
                 where=f"{WHERE}.{settings}",
                 expected=_expected(args, kind),
             ) from None
-        raise ConfigError(f"{kind}: {word} cannot be made: {error}", where=f"{WHERE}.{kind}") from None
+        expected = "" if kind == "optim" or given else f"lr_scheduler_kwargs: {_expected(args, kind)}"
+        raise ConfigError(
+            f"{kind}: {word} cannot be made: {error}", where=f"{WHERE}.{kind}", expected=expected
+        ) from None
 
 
 def _can(make: Callable[[], Any]) -> bool:

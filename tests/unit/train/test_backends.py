@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from phlora.display import Display
 from phlora.errors import ConfigError, MissingExtraError
 from phlora.extras import PACKAGES
 from phlora.testing import chat_rows, tiny_folder
-from phlora.train.backends import TRACKERS, check_compiler, check_trackers, needed_by_trackers
+from phlora.train.backends import (
+    _CHECKPOINTING,
+    TRACKERS,
+    check_checkpointing,
+    check_compiler,
+    check_trackers,
+    needed_by_trackers,
+)
 from phlora.train.finetune import finetune
 
 
@@ -74,6 +83,10 @@ def test_known_compilers_are_let_through() -> None:
         {"optim": "rmsprop", "optim_args": "evil"},
         {"use_liger_kernel": True},
         {"debug": "underflow_overflow"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"evil": 1}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": "evil"}},
+        {"accelerator_config": {"evil": 1}},
+        {"dataloader_prefetch_factor": 2},
     ],
     ids=lambda settings: next(iter(settings)),
 )
@@ -88,3 +101,14 @@ def test_it_is_said_before_anything_is_written(settings: dict[str, Any], tmp_pat
         )
     assert list(settings)[-1] in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_checkpointing_takes_is_what_torch_takes() -> None:
+    known = set(inspect.signature(torch.utils.checkpoint.checkpoint).parameters)
+    # The first are what is called, one is a function, and one is taken from what is left over.
+    assert set(_CHECKPOINTING) == known - {"function", "args", "kwargs", "context_fn"} | {
+        "preserve_rng_state"
+    }
+    check_checkpointing({"gradient_checkpointing_kwargs": {"use_reentrant": False, "early_stop": True}})
+    with pytest.raises(ConfigError, match="did you mean `use_reentrant`"):
+        check_checkpointing({"activation_checkpointing_kwargs": {"use_reentrent": False}})
