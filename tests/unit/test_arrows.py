@@ -18,6 +18,7 @@ FLOORS = [
     {"models"},
     {"adapters"},
     {"runs"},
+    {"forecast"},
     {"evaluate", "export"},
     {"train", "serve"},
     {"cli"},

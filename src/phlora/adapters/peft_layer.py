@@ -25,7 +25,7 @@ from phlora.errors import ModelError
 from phlora.lora import fused
 from phlora.lora.base import is_untouched
 from phlora.lora.blocks import RowBlock
-from phlora.lora.frozen import is_plain_linear
+from phlora.lora.frozen import is_plain_linear, is_plain_tensor
 from phlora.lora.operands import FrozenWeight
 from phlora.models.operands import frozen_weight, is_quantized
 
@@ -190,7 +190,7 @@ class LoraLinear(peft_lora.Linear):
             return None
         if is_quantized(base):
             return frozen_weight(base)
-        dense = is_plain_linear(base) and type(base.weight) in (nn.Parameter, Tensor)
+        dense = is_plain_linear(base) and is_plain_tensor(base.weight)
         if dense and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
             weight: Tensor = base.weight
             return weight

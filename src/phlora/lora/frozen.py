@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class FrozenLinear(nn.Linear):
     @staticmethod
     def fits(module: nn.Module) -> bool:
         """Whether this layer has a plain weight that is frozen."""
-        weight = module.weight
-        return type(weight) is nn.Parameter and weight.is_floating_point() and not weight.requires_grad
+        weight: Any = module.weight
+        return is_plain_tensor(weight) and weight.is_floating_point() and not weight.requires_grad
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.dtype == self.weight.dtype and not self.weight.requires_grad
@@ -37,3 +37,9 @@ class FrozenLinear(nn.Linear):
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a layer is `nn.Linear` or its frozen form, and no other kind of it."""
     return type(module) in (nn.Linear, FrozenLinear)
+
+
+def is_plain_tensor(tensor: object) -> bool:
+    """Whether a tensor is its numbers and nothing else, as subclasses may be. One without storage, of the kind in which
+    a step is forecast (torch's FakeTensor), stands for a plain one."""
+    return type(tensor) in (nn.Parameter, Tensor) or type(tensor).__name__ == "FakeTensor"

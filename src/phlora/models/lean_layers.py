@@ -78,6 +78,18 @@ def speed_pass(model: nn.Module) -> SpeedPass:
 
     Call it once the parameters that train are known: a layer whose own weight trains is left as it is.
     """
+    replaced = exchange_layers(model)
+    device = next(model.parameters()).device
+    return SpeedPass(
+        layers=replaced,
+        products=matmul.backend(device),
+        threads=torch.get_num_threads(),
+        keeps_memory=device.type == "cpu" and keep_freed_memory(),
+    )
+
+
+def exchange_layers(model: nn.Module) -> dict[str, int]:
+    """The part of `speed_pass` that concerns the model alone; how many layers each replacement stands for."""
     replaced: Counter[str] = Counter()
     for module in model.modules():
         lean = _LEAN.get(type(module))
@@ -86,13 +98,7 @@ def speed_pass(model: nn.Module) -> SpeedPass:
             replaced[lean.label] += 1
         if isinstance(module, Phi3Model) and type(module.layers[-1]) is Phi3DecoderLayer:
             module.layers[-1].__class__ = LastLayer
-    device = next(model.parameters()).device
-    return SpeedPass(
-        layers=dict(replaced),
-        products=matmul.backend(device),
-        threads=torch.get_num_threads(),
-        keeps_memory=device.type == "cpu" and keep_freed_memory(),
-    )
+    return dict(replaced)
 
 
 def slow_down(model: nn.Module) -> nn.Module:

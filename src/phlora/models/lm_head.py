@@ -189,9 +189,8 @@ def trained_tokens(
     # A last layer that takes `asked` returns those alone.
     selected = hidden if len(hidden) == len(asked) else hidden[asked.to(hidden.device)]
     targets = targets[trained].to(hidden.device)
-    vocabulary: int = _without_adapter(model).config.get_text_config().vocab_size
-    rows = chunk or max(1, _CHUNK_BYTES // (4 * vocabulary))
-    losses, correct, entropies = _head_losses(head, selected, targets, rows, terms, entropy=entropy)
+    rows = chunk or rows_of_a_chunk(_without_adapter(model).config.get_text_config().vocab_size)
+    losses, correct, entropies = head_losses(head, selected, targets, rows, terms, entropy=entropy)
     weights = torch.ones_like(losses) if weights is None else weights[trained].to(losses)
     mean = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
     return TrainedTokens(
@@ -226,7 +225,12 @@ def _takes_asked(trunk: Decoder) -> bool:
     return bool(getattr(layers[-1], "takes_asked", False))
 
 
-def _head_losses(
+def rows_of_a_chunk(vocabulary: int) -> int:
+    """Trained tokens whose logits exist at once where nobody says how many."""
+    return max(1, _CHUNK_BYTES // (4 * vocabulary))
+
+
+def head_losses(
     head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int, terms: LossTerms, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses, hits and entropies (S,) of hidden states (S, D) and their targets (S,)."""

@@ -115,6 +115,12 @@ def segment_inputs(trunk: Decoder, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, "attention_mask": unread}
 
 
+def lay_out(segments: Segments, device: torch.device) -> None:
+    """Make what attention over these segments looks up, so that no later pass over them has to."""
+    _layout(segments, device)
+    _layout(segments, device, alone=_ALONE)
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,

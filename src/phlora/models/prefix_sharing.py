@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import torch
 
 from phlora.config import Speed
 from phlora.data.collate import sharing_keys
 from phlora.data.packing import TokenSequences
-from phlora.data.prefixes import share_in_passes, share_prefixes
+from phlora.data.prefixes import Segments, share_in_passes, share_prefixes
 from phlora.data.table import TokenizedRow, TokenTable
 from phlora.models.families import longrope_limit
 from phlora.models.prefix_attention import copy_cost, sharing_obstacle
@@ -79,6 +81,7 @@ def decide_sharing(
     batch_size: int,
     args: Any = None,
     held_out: TokenTable | None = None,
+    device: torch.device | None = None,
 ) -> Sharing:
     """Share where it is exact and computes at least a tenth fewer positions than the plain layout.
 
@@ -88,6 +91,7 @@ def decide_sharing(
         speed: the run's setting.
         args: the `trl.SFTConfig` of the training; None for an evaluation.
         held_out: rows that the training evaluates in the same layout.
+        device: where the model will compute, if not where it is.
     """
     if speed == "reference":
         return Sharing(False, "speed is reference")
@@ -103,7 +107,7 @@ def decide_sharing(
         batch_size,
         accumulated=args.gradient_accumulation_steps if args else 1,
         rope_limit=longrope_limit(model.config),
-        copy_cost=copy_cost(model, model.device, longest=max(lengths)),
+        copy_cost=copy_cost(model, device or model.device, longest=max(lengths)),
         packed=packed,
         seed=args.seed if args else 0,
     )
@@ -134,6 +138,52 @@ def _training_obstacle(args: Any) -> str | None:
     return next((reason for reason, holds in obstacles.items() if holds), None)
 
 
+@dataclass(frozen=True)
+class LaidOut:
+    """The rows of one optimizer step.
+
+    Attributes:
+        parts: the rows of each micro-batch, in the plain layout.
+        shared: the passes that they take with common starts standing once; the rows of each pass are beside it.
+    """
+
+    parts: list[list[TokenizedRow]]
+    shared: list[tuple[list[TokenizedRow], Segments]]
+
+
+def first_steps(
+    sequences: Sequence[Sequence[TokenizedRow]],
+    batch_size: int,
+    *,
+    accumulated: int,
+    rope_limit: int | None,
+    copy_cost: float,
+    seed: int,
+    most_rows: int = _FORECAST_ROWS,
+) -> Iterator[LaidOut]:
+    """The first steps of a shuffled epoch, `accumulated` batches of which are laid out together."""
+    order = list(range(len(sequences)))
+    random.Random(seed).shuffle(order)
+    most = batch_size * max(_lengths(sequences))
+    seen = 0
+    for start in range(0, len(order), batch_size * accumulated):
+        if seen >= most_rows:
+            break
+        step = [sequences[n] for n in order[start : start + batch_size * accumulated]]
+        parts = [_flat(step[first : first + batch_size]) for first in range(0, len(step), batch_size)]
+        batches = [[sharing_keys(row, rope_limit=rope_limit) for row in rows] for rows in parts]
+        together, rows = (
+            share_in_passes(_flat(batches), max_positions=most, copy_cost=copy_cost),
+            _flat(parts),
+        )
+        shared = [([rows[n] for n in segments.rows_of(0)], segments) for segments in together]
+        if len(batches) == 1 or len(together) > len(batches):
+            alone = [share_prefixes(keys) for keys in batches]
+            shared = list(zip(parts, alone, strict=True))
+        seen += len(rows)
+        yield LaidOut(parts, shared)
+
+
 def _forecast(
     sequences: Sequence[Sequence[TokenizedRow]],
     batch_size: int,
@@ -144,28 +194,22 @@ def _forecast(
     packed: bool,
     seed: int,
 ) -> Forecast:
-    """In batches as a shuffled epoch has them, `accumulated` of which are laid out together."""
-    order = list(range(len(sequences)))
-    random.Random(seed).shuffle(order)
-    most = batch_size * max(_lengths(sequences))
-    tokens = padded = positions = micro_batches = passes = seen = 0
-    for start in range(0, len(order), batch_size * accumulated):
-        if seen >= _FORECAST_ROWS:
-            break
-        step = [sequences[n] for n in order[start : start + batch_size * accumulated]]
-        parts = [_flat(step[first : first + batch_size]) for first in range(0, len(step), batch_size)]
-        batches = [[sharing_keys(row, rope_limit=rope_limit) for row in rows] for rows in parts]
-        shared = share_in_passes(_flat(batches), max_positions=most, copy_cost=copy_cost)
-        if len(batches) == 1 or len(shared) > len(batches):
-            shared = [share_prefixes(keys) for keys in batches]
-        for rows in parts:
+    tokens = padded = positions = micro_batches = passes = 0
+    for step in first_steps(
+        sequences,
+        batch_size,
+        accumulated=accumulated,
+        rope_limit=rope_limit,
+        copy_cost=copy_cost,
+        seed=seed,
+    ):
+        for rows in step.parts:
             lengths = [len(row.input_ids) for row in rows]
-            seen += len(rows)
             tokens += sum(lengths)
             padded += sum(lengths) if packed else max(lengths) * len(lengths)
-        positions += sum(segments.num_positions for segments in shared)
-        micro_batches += len(batches)
-        passes += len(shared)
+        positions += sum(segments.num_positions for _, segments in step.shared)
+        micro_batches += len(step.parts)
+        passes += len(step.shared)
     return Forecast(tokens, padded, positions, micro_batches, passes)
 
 

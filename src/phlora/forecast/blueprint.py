@@ -1,0 +1,137 @@
+"""A model with its adapter as its configuration describes it, without one weight: what a plan is made from.
+
+On torch's meta device a tensor has a shape and a dtype and no numbers, so that a model of any size is there at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from phlora.adapters.attach import AdapterSummary, attach
+from phlora.models.families import block_linears
+
+# Settings of an adapter that single layers out: what is known of one of them holds for no other.
+_BY_LAYER = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "layer_replication")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a model is made of, from its configuration.
+
+    Attributes:
+        config: of transformers.
+        lora: the adapter's settings.
+        dtype: of the weights while they compute.
+        attention: the attention implementation.
+        runs_code: whether code that comes with the model may run.
+        model: the whole model with its adapter, on the meta device.
+        summary: what of it trains.
+    """
+
+    config: PreTrainedConfig
+    lora: LoraConfig
+    dtype: torch.dtype
+    attention: str
+    runs_code: bool
+    model: PeftModel
+    summary: AdapterSummary
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder."""
+        count: int = self.config.num_hidden_layers
+        return count
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether the adapter singles layers out, or the model has layers of several kinds."""
+        named = any(getattr(self.lora, name, None) for name in _BY_LAYER)
+        kinds = getattr(self.config, "layer_types", None) or [None]
+        return named or len(set(kinds)) > 1 or len(set(self._trained_by_layer())) > 1
+
+    def _trained_by_layer(self) -> list[int]:
+        counts: Counter[str] = Counter()
+        for name, parameter in self.model.named_parameters():
+            before, layers, rest = name.partition(".layers.")
+            if layers:
+                counts[rest.partition(".")[0]] += parameter.numel() * parameter.requires_grad
+        return list(counts.values())
+
+    def base_with_layers(self, count: int) -> Any:
+        """The base model on the meta device with fewer layers."""
+        return _base(shortened(self.config, count), self.dtype, self.attention, self.runs_code)
+
+    def with_layers(self, count: int) -> PeftModel:
+        """The same with its adapter."""
+        return attach(self.base_with_layers(count), copy.deepcopy(self.lora)).model
+
+    def dense_bytes(self) -> tuple[int, int]:
+        """Bytes of the frozen weights in `dtype`: of the linear layers of the blocks, and of all else."""
+        base: Any = self.model.get_base_model()
+        frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        blocks = {id(base_weight(base.get_submodule(name))) for name in block_linears(base)}
+        inner = sum(p.nbytes for key, p in frozen.items() if key in blocks)
+        return inner, sum(p.nbytes for p in frozen.values()) - inner
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that train."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def widest_linear(self) -> int:
+        """Numbers of the largest weight of the blocks."""
+        base: Any = self.model.get_base_model()
+        return max((base_weight(base.get_submodule(name)).numel() for name in block_linears(base)), default=0)
+
+
+def draw_up(
+    config: PreTrainedConfig,
+    lora: LoraConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    runs_code: bool = False,
+) -> Blueprint:
+    """The blueprint of a model with this configuration and this adapter.
+
+    Raises:
+        ConfigError: as `attach`.
+    """
+    base = _base(shortened(config, config.num_hidden_layers), dtype, attention, runs_code)
+    attached = attach(base, copy.deepcopy(lora))
+    return Blueprint(config, lora, dtype, attention, runs_code, attached.model, attached.summary)
+
+
+def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """A copy of a configuration for the first so many layers."""
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = layers
+    if getattr(short, "layer_types", None):
+        short.layer_types = list(short.layer_types)[:layers]
+    # What was quantised is read as what it stands for.
+    if hasattr(short, "quantization_config"):
+        del short.quantization_config
+    return short
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer, with an adapter around it or without."""
+    inner: Any = getattr(module, "base_layer", module)
+    weight: Tensor = inner.weight
+    return weight
+
+
+def _base(config: PreTrainedConfig, dtype: torch.dtype, attention: str, runs_code: bool) -> Any:
+    # flash_attention_2 asks for a GPU when a model is made; what is kept is the same.
+    implementation = attention if attention in ("sdpa", "eager") else "sdpa"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=implementation, trust_remote_code=runs_code
+        )

@@ -1,0 +1,183 @@
+"""The most memory that a run will hold, by what holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from phlora.config import Speed
+from phlora.forecast.blueprint import Blueprint
+from phlora.forecast.trace import PassShape, StepBytes, step_bytes
+
+# Measured, with benchmarks/plan.py: what the process takes once, over what it holds when a plan is made, for code that
+# is loaded and prepared with the first step (the trainer, kernels, threads and their arenas).
+LATER_LIBRARIES = 150 << 20
+# Measured, with benchmarks/plan.py: what glibc's heap takes of a step over what is alive in it, for gaps between
+# tensors of many sizes.
+HEAP_GAPS = 0.08
+# A CUDA context with its kernels, which torch does not count as allocated; the caching allocator's rounding.
+CUDA_CONTEXT, CUDA_GAPS = 500 << 20, 0.05
+# Numbers of a weight that are widened at a time, and the scales of NF4: one for 64 numbers, in 8 bits with
+# double quantisation, whose own scales stand for 256 each (QLoRA, Dettmers et al. 2023, section 3).
+_WIDENED_NUMBERS = 1 << 26
+_NF4_BLOCK, _SCALES_BLOCK = 64, 256
+# Bytes of optimizer state for each number that trains: AdamW's two moments in fp32, where nothing else is said.
+_STATE_BYTES = {"sgd": 0, "adafactor": 0.1, "lion": 4, "adagrad": 4, "rmsprop": 4, "8bit": 2, "4bit": 1}
+_ADAMW_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the frozen weights are stored as.
+
+    Attributes:
+        name: `dense` (in the dtype of the computation), `bfloat16`, `nf4` or `int8`.
+        double_quant: nf4: the scales in 8 bits too.
+    """
+
+    name: str = "dense"
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that decides what memory a run holds.
+
+    Attributes:
+        shape: of its largest forward pass.
+        passes: most forward passes of an optimizer step.
+        level: of `models.activation_memory`, never `auto`.
+        optimizer: as `training_config.optim` names it.
+        cache_bytes: keys and values, with what copying them takes, while answers are generated.
+        resident: what the process holds already, no weight among it.
+    """
+
+    blueprint: Blueprint
+    storage: Storage
+    device: torch.device
+    shape: PassShape
+    passes: int = 1
+    level: str = "keep"
+    speed: Speed = "auto"
+    optimizer: str = "adamw_torch"
+    cache_bytes: int = 0
+    resident: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most that a run will hold, in bytes.
+
+    Attributes:
+        device: where it computes.
+        parts: what holds it there, at the moment of the peak; in the order in which they are shown.
+        host: the same on the machine, where the device is another one.
+        detail: shares of `activations kept`.
+    """
+
+    device: str
+    parts: Mapping[str, int]
+    host: Mapping[str, int]
+    detail: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """On the device that computes."""
+        return sum(self.parts.values())
+
+    def by_device(self) -> dict[str, dict[str, int]]:
+        """Device -> part -> bytes."""
+        found = {self.device: dict(self.parts)}
+        return found if not self.host else {"cpu": dict(self.host), **found}
+
+
+def forecast_memory(setup: Setup) -> Memory:
+    """The parts of the peak: the fixed ones, and the larger of a training step and of generating answers."""
+    step = step_bytes(
+        setup.blueprint,
+        setup.shape,
+        device=setup.device,
+        level=setup.level,
+        speed=setup.speed,
+        accumulates=setup.passes > 1,
+    )
+    trained = setup.blueprint.trained()
+    fixed = {
+        "weights": weight_bytes(setup.blueprint, setup.storage),
+        "adapter": sum(p.nbytes for p in trained),
+        "optimizer": optimizer_bytes(setup.optimizer, sum(p.numel() for p in trained)),
+    }
+    training = _of_the_step(step)
+    training["buffers"] += _dense_buffer(setup)
+    if sum(training.values()) < setup.cache_bytes:
+        training = {"gradients": step.gradients, "keys and values of answers": setup.cache_bytes}
+    on_cpu = setup.device.type == "cpu"
+    moving = sum(size for name, size in training.items())
+    gaps = int((HEAP_GAPS if on_cpu else CUDA_GAPS) * moving)
+    libraries = {"libraries": setup.resident + LATER_LIBRARIES}
+    parts = {**fixed, **training, "allocator": gaps}
+    parts |= libraries if on_cpu else {"libraries": CUDA_CONTEXT}
+    detail = {"attention": step.kept_by_attention, "MLPs": step.kept_by_mlp} if "buffers" in training else {}
+    return Memory(
+        device=str(setup.device),
+        parts={name: size for name, size in parts.items() if size},
+        host={} if on_cpu else libraries,
+        detail={name: size for name, size in detail.items() if size},
+    )
+
+
+def _of_the_step(step: StepBytes) -> dict[str, int]:
+    """A step's peak by part; what is alive besides are the buffers of what computes then."""
+    kept = min(step.kept, step.peak)
+    head = min(step.head, step.peak - kept)
+    # Where the peak is before backward, of a step of one pass, there are none yet.
+    gradients = min(step.gradients, step.peak - kept - head)
+    return {
+        "gradients": gradients,
+        "activations": kept,
+        "logits and loss": head,
+        "buffers": step.peak - kept - head - gradients,
+    }
+
+
+def weight_bytes(blueprint: Blueprint, storage: Storage) -> int:
+    """Of the frozen weights as they are stored."""
+    blocks, rest = blueprint.dense_bytes()
+    size = blueprint.dtype.itemsize
+    if storage.name == "bfloat16":
+        return (blocks + rest) // size * min(2, size)
+    if storage.name == "int8":
+        return int(blocks // size * (1 + 4 / blueprint.config.hidden_size)) + rest
+    if storage.name == "nf4":
+        scales = (1 + 4 / _SCALES_BLOCK if storage.double_quant else 4) / _NF4_BLOCK
+        return int(blocks // size * (0.5 + scales)) + rest
+    return blocks + rest
+
+
+def optimizer_bytes(name: str, numbers: int) -> int:
+    """Of the state that an optimizer of transformers keeps for so many numbers."""
+    found = next((size for part, size in _STATE_BYTES.items() if part in name), _ADAMW_BYTES)
+    if "lion" in name and "8bit" in name:
+        found = 1
+    return math.ceil(found * numbers)
+
+
+def _dense_buffer(setup: Setup) -> int:
+    """The dense matrix, or the part of it, that a stored weight becomes for the time of a product."""
+    size = setup.blueprint.dtype.itemsize
+    widest = setup.blueprint.widest_linear()
+    if setup.storage.name == "bfloat16":
+        return min(widest, _WIDENED_NUMBERS) * size if size > 2 else 0
+    return widest * size if setup.storage.name in ("nf4", "int8") else 0
+
+
+def answer_cache_bytes(blueprint: Blueprint, *, rows: int, tokens: int) -> int:
+    """Keys and values of so many rows of so many tokens, and the copy of one layer's that appending to them makes."""
+    config = blueprint.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layer = 2 * kv_heads * head_dim * tokens * rows * blueprint.dtype.itemsize
+    return int(layer * (blueprint.num_layers + 1))

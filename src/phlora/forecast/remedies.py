@@ -1,0 +1,151 @@
+"""Which single changes make a run fit that does not, and what each costs in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from phlora.data.packing import TokenSequences
+from phlora.extras import is_installed
+from phlora.forecast.forecast import Circumstances, Forecast, forecast_run, has_lean_mlps, with_seconds
+from phlora.forecast.memory import Storage
+
+# Lengths that are tried, as shares of the longest row.
+_LENGTHS = (0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change to a run.
+
+    Attributes:
+        settings: what is set, by dotted name.
+        forecast: of the run with it.
+        slower: seconds of a step as a multiple of those without it; None where they were not measured.
+        exact: whether the same is trained: same rows, same tokens, same weights up to rounding.
+        note: what else is to be known.
+    """
+
+    settings: dict[str, Any]
+    forecast: Forecast
+    slower: float | None
+    exact: bool
+    note: str = ""
+
+    def describe(self) -> str:
+        """`training_config.activation_memory=recompute`."""
+        return " ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+@dataclass(frozen=True)
+class _Change:
+    settings: dict[str, Any]
+    about: Circumstances
+    exact: bool = True
+    note: str = ""
+
+
+def remedies(
+    about: Circumstances,
+    without: Forecast,
+    *,
+    can_store_bfloat16: bool = False,
+    timed: bool = True,
+) -> list[Remedy]:
+    """The single changes that make it fit, those that change nothing of what is trained first, then the fastest.
+
+    Args:
+        without: the forecast of the run as it stands, with seconds where times are to be compared.
+        can_store_bfloat16: whether frozen weights can be stored in bfloat16 apart from what computes.
+        timed: whether the time of each is measured.
+    """
+    found = []
+    for change in _changes(about, can_store_bfloat16):
+        forecast = forecast_run(change.about)
+        if not forecast.fits:
+            continue
+        slower = None
+        if timed and without.seconds:
+            forecast = with_seconds(forecast, change.about)
+            assert forecast.seconds is not None
+            slower = forecast.seconds.step / without.seconds.step
+        found.append(Remedy(change.settings, forecast, slower, change.exact, change.note))
+    return sorted(found, key=lambda each: (not each.exact, each.slower or 0.0))
+
+
+def _changes(about: Circumstances, can_store_bfloat16: bool) -> Iterator[_Change]:
+    yield from _recomputing(about)
+    yield from _smaller_batches(about)
+    yield from _narrower(about, can_store_bfloat16)
+    yield from _shorter(about)
+
+
+def _recomputing(about: Circumstances) -> Iterator[_Change]:
+    later = {"keep": ("recompute_mlp", "recompute"), "recompute_mlp": ("recompute",)}.get(about.level, ())
+    for level in later:
+        if level == "recompute" or has_lean_mlps(about):
+            yield _Change({"training_config.activation_memory": level}, replace(about, level=level))
+
+
+def _smaller_batches(about: Circumstances) -> Iterator[_Change]:
+    """The largest smaller micro-batch that fits, with as many rows to a step."""
+    layout = about.layout
+    for size in _divisors_below(layout.batch_size):
+        smaller = replace(layout, batch_size=size, accumulated=layout.accumulated * layout.batch_size // size)
+        change = _Change(
+            {
+                "training_config.per_device_train_batch_size": size,
+                "training_config.gradient_accumulation_steps": smaller.accumulated,
+            },
+            replace(about, layout=smaller),
+        )
+        if forecast_run(change.about).fits:
+            yield change
+            return
+
+
+def _narrower(about: Circumstances, can_store_bfloat16: bool) -> Iterator[_Change]:
+    if about.storage.name != "dense":
+        return
+    wide = about.blueprint.dtype == torch.float32
+    if wide and can_store_bfloat16:
+        yield _Change(
+            {"model.storage": "bfloat16"},
+            replace(about, storage=Storage("bfloat16")),
+            note="the weights as a checkpoint in 16 bits has them",
+        )
+    if is_installed("bitsandbytes"):
+        yield _Change(
+            {"model.quantization": "nf4"},
+            replace(about, storage=Storage("nf4")),
+            exact=False,
+            note="the base in 4 bits: other weights",
+        )
+
+
+def _shorter(about: Circumstances) -> Iterator[_Change]:
+    if not isinstance(about.sequences, TokenSequences) or about.layout.packed:
+        return
+    longest = int(about.sequences.rows.lengths.max())
+    for share in _LENGTHS:
+        length = max(1, int(longest * share))
+        kept = [rows for rows in about.sequences if sum(len(row.input_ids) for row in rows) <= length]
+        if not kept:
+            return
+        change = _Change(
+            {"training_config.max_length": length},
+            replace(about, sequences=kept),
+            exact=False,
+            note=f"{len(about.sequences) - len(kept):,} of {len(about.sequences):,} rows would be cut or dropped",
+        )
+        if forecast_run(change.about).fits:
+            yield change
+            return
+
+
+def _divisors_below(number: int) -> list[int]:
+    """The divisors of a number but itself, largest first."""
+    return [size for size in range(number - 1, 0, -1) if number % size == 0]
