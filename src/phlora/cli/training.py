@@ -1,4 +1,4 @@
-"""`phlora train` and `phlora evaluate`."""
+"""`phlora train`, `phlora plan` and `phlora evaluate`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,51 @@ _OPTION_KEYS = {
     "--offline": "model.offline",
 }
 
+# What `train` and `plan` have in common.
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="CONFIG.yaml", help="Configuration; not needed with --model and --data."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Hub id, folder, .gguf file or embedded name (smollm2-135m)."),
+]
+Data = Annotated[
+    list[str] | None, typer.Option("--data", "-d", metavar="FILE", help="Chats to train on; repeatable.")
+]
+EvalData = Annotated[
+    list[str] | None,
+    typer.Option("--eval-data", metavar="FILE", help="Held-out chats; without it some are split off."),
+]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Of the data, where it is not to be found out: messages, alpaca, preference_chosen, …",
+    ),
+]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Run folder  [default: runs/<name of the data>]"),
+]
+Quantization = Annotated[
+    str | None,
+    typer.Option("--quantization", metavar="TYPE", help="nf4 or int8: the base in 4 or 8 bits (QLoRA)."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Set one value of the configuration; repeatable."
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Do not train when there are warnings about the data.")
+]
+FitMemory = Annotated[
+    bool,
+    typer.Option("--fit", help="Where it would not fit in memory, change what costs least to make it fit."),
+]
+
 
 @commands.command(
     short_help="Tune a model on a chat file, and prove it.",
@@ -57,50 +102,24 @@ _OPTION_KEYS = {
     "  phlora train run.yaml --resume",
 )
 def train(
-    config_file: Annotated[
-        Path | None,
-        typer.Argument(metavar="CONFIG.yaml", help="Configuration; not needed with --model and --data."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Hub id, folder, .gguf file or embedded name (smollm2-135m)."),
-    ] = None,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", "-d", metavar="FILE", help="Chats to train on; repeatable.")
-    ] = None,
-    eval_data: Annotated[
-        list[str] | None,
-        typer.Option("--eval-data", metavar="FILE", help="Held-out chats; without it some are split off."),
-    ] = None,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            help="Of the data, where it is not to be found out: messages, alpaca, preference_chosen, …",
-        ),
-    ] = None,
+    config_file: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    format: Format = None,
     columns: Columns = None,
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Run folder  [default: runs/<name of the data>]"),
-    ] = None,
-    quantization: Annotated[
-        str | None,
-        typer.Option("--quantization", metavar="TYPE", help="nf4 or int8: the base in 4 or 8 bits (QLoRA)."),
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Set one value of the configuration; repeatable."
-        ),
-    ] = None,
+    output: Output = None,
+    quantization: Quantization = None,
+    assignments: Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the resolved configuration; train nothing.")
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Do not train when there are warnings about the data.")
+    strict: Strict = False,
+    fit: FitMemory = False,
+    overcommit: Annotated[
+        bool, typer.Option("--overcommit", help="Start although the forecast is over the free memory.")
     ] = False,
     offline: Offline = False,
     quiet: Quiet = False,
@@ -113,16 +132,7 @@ def train(
     """
     config = _run_config(
         config_file,
-        {
-            "--model": model,
-            "--data": data,
-            "--eval-data": eval_data,
-            "--quantization": quantization,
-            "--output": output,
-            "--format": format,
-            "--strict": strict,
-            "--offline": offline,
-        },
+        _options(model, data, eval_data, quantization, output, format, strict=strict, offline=offline),
         assignments or [],
         columns or [],
     )
@@ -133,11 +143,62 @@ def train(
     try:
         with standard_output_kept():
             run = finetune(
-                config, resume=resume, overwrite=overwrite, dry_run=dry_run, display=make_display(quiet)
+                config,
+                resume=resume,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                fit_memory=fit,
+                overcommit=overcommit,
+                display=make_display(quiet),
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_what_is_kept(Path(config.output))) from None
     _show_run(run, config, dry_run=dry_run, quiet=quiet, as_json=as_json)
+
+
+@commands.command(
+    short_help="Say what a run will take, without starting it.",
+    epilog="\b\nExamples:\n"
+    "  phlora plan run.yaml\n"
+    "  phlora plan --model microsoft/Phi-3-mini-4k-instruct --data chats.jsonl\n"
+    "  phlora plan run.yaml --set training_config.activation_memory=recompute\n"
+    "  phlora plan run.yaml --quantization nf4 --json",
+)
+def plan(
+    config_file: ConfigFile = None,
+    model: Model = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    format: Format = None,
+    columns: Columns = None,
+    output: Output = None,
+    quantization: Quantization = None,
+    assignments: Assignments = None,
+    strict: Strict = False,
+    fit: FitMemory = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Parameters, tokens and steps of a run, the memory that it will hold by part, the time that it will take, and
+    whether it fits here; if not, which single change makes it fit and what that costs.
+
+    No weight is read: the model's configuration, its tokenizer and the data are enough. Seconds come from a moment's
+    measuring of two layers of the model's shapes on a batch of the data.
+    """
+    config = _run_config(
+        config_file,
+        _options(model, data, eval_data, quantization, output, format, strict=strict, offline=offline),
+        assignments or [],
+        columns or [],
+    )
+    if config.model.offline:
+        forbid_network()
+    from phlora.train.finetune import plan_run
+
+    with standard_output_kept():
+        planned = plan_run(config, fit_memory=fit, display=make_display(quiet))
+    print_result(planned.to_json() if as_json else planned.render())
 
 
 @commands.command(
@@ -206,6 +267,30 @@ def evaluate(
 # ------------------------------------------------------------------------------------- train: configuration
 
 
+def _options(
+    model: str | None,
+    data: list[str] | None,
+    eval_data: list[str] | None,
+    quantization: str | None,
+    output: str | None,
+    format: str | None,
+    *,
+    strict: bool,
+    offline: bool,
+) -> dict[str, Any]:
+    """The options that stand for a key of the configuration, by name."""
+    return {
+        "--model": model,
+        "--data": data,
+        "--eval-data": eval_data,
+        "--quantization": quantization,
+        "--output": output,
+        "--format": format,
+        "--strict": strict,
+        "--offline": offline,
+    }
+
+
 def _run_config(
     file: Path | None, options: Mapping[str, Any], assignments: Sequence[str], columns: Sequence[str]
 ) -> RunConfig:
@@ -266,7 +351,7 @@ def _show_run(run: Run, config: RunConfig, *, dry_run: bool, quiet: bool, as_jso
     if as_json:
         result: dict[str, Any] = {"run": config.output, "report": report.to_json() if report else None}
         if dry_run:
-            result |= {"dry_run": True, "plan": run.plan.to_json()}
+            result |= {"dry_run": True, "plan": run.plan.to_json(), "forecast": run.plan.forecast_json()}
             result |= {"config": resolved(config), "origins": dict(config.origins)}
         print_result(result)
         return

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from phlora.adapters import peft_layer
+from phlora.adapters.peft_layer import fuse_lora, unfuse_lora
 from phlora.config import Speed
 from phlora.forecast.blueprint import Blueprint
 from phlora.models.activation_memory import recomputing_mlps
@@ -163,9 +163,9 @@ def _ready(model: PeftModel, device: torch.device, *, level: str, speed: Speed) 
     """The model on a device and made ready as a run makes it, but for what a process has once."""
     _put_on(model, device)
     if speed == "auto":
-        exchange_layers(peft_layer.speed_up(model))
+        exchange_layers(fuse_lora(model))
     else:
-        peft_layer.slow_down(model)
+        unfuse_lora(model)
     model.train()
     if level == "recompute":
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -7,6 +7,8 @@ reason), else TRL's.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from trl.trainer.sft_config import SFTConfig
 from phlora.config import TrainOn
 from phlora.errors import ConfigError, did_you_mean, masked, shown
 from phlora.extras import require
+from phlora.models.activation_memory import LEVELS
 from phlora.train.backends import check_checkpointing, check_compiler, check_trackers
 from phlora.train.field_values import (
     WHERE,
@@ -92,6 +95,10 @@ REMOVED = {
 
 # Phlora's own, beside the fields of TRL's configuration.
 _Z_LOSS = "z_loss"
+ACTIVATION_MEMORY = "activation_memory"
+_OWN = (_Z_LOSS, ACTIVATION_MEMORY)
+# What transformers says of `activation_memory`, under the name that it has now and the one before.
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
 
 # Each of the many checks in TRL's and transformers' configuration has its own kind.
@@ -111,6 +118,7 @@ class Arguments:
         origins: field name -> `user` or `phlora`; fields that are not listed have TRL's default.
         loraplus_lr_ratio: learning rate of every lora_B, as a multiple of that of all else; None: the same.
         z_loss: weight of the squared log-normaliser of each trained token, see `models.head.LossTerms`.
+        activation_memory: `auto`, until the forecast has decided, or a level of `models.activation_memory`.
     """
 
     args: SFTConfig
@@ -118,6 +126,13 @@ class Arguments:
     origins: Mapping[str, str]
     loraplus_lr_ratio: float | None = None
     z_loss: float = 0.0
+    activation_memory: str = "auto"
+
+    def with_activation_memory(self, level: str) -> Arguments:
+        """The same with `activation_memory` decided."""
+        args = copy.copy(self.args)
+        args.activation_checkpointing = args.gradient_checkpointing = level == "recompute"
+        return dataclasses.replace(self, args=args, activation_memory=level)
 
 
 def training_arguments(
@@ -131,7 +146,7 @@ def training_arguments(
 
     Args:
         training_config: fields of `trl.SFTConfig`, current or older names; a TRL script's dictionary as it is; and
-            `z_loss`.
+            `z_loss` and `activation_memory`.
         output_dir: where checkpoints go; an `output_dir` in the dictionary is replaced by it.
         device: type of the device that trains: cpu, cuda or mps.
         loraplus_lr_ratio: of `peft_config`, see `optimizer.take_loraplus`.
@@ -141,8 +156,11 @@ def training_arguments(
     """
     notes: list[str] = []
     z_loss = _z_loss(training_config.get(_Z_LOSS), notes)
-    values = _current_names({k: v for k, v in training_config.items() if k != _Z_LOSS}, notes)
+    values = _current_names({k: v for k, v in training_config.items() if k not in _OWN}, notes)
     values = _for_the_trainer(values, notes, device)
+    activation_memory = _activation_memory(training_config.get(ACTIVATION_MEMORY), values)
+    if activation_memory == "recompute":
+        values.setdefault("gradient_checkpointing", True)
     check_ranges(values)
     check_trackers(values.get("report_to"))
     check_compiler(values)
@@ -160,7 +178,7 @@ def training_arguments(
     values |= {"output_dir": str(output_dir), "dataloader_pin_memory": device == "cuda"}
     args = _sft_config(values, [name for name, origin in origins.items() if origin == "user"])
     notes += check_optimizer(args)
-    return Arguments(args, tuple(notes), origins, loraplus_lr_ratio, z_loss)
+    return Arguments(args, tuple(notes), origins, loraplus_lr_ratio, z_loss, activation_memory)
 
 
 def _sft_config(values: Mapping[str, Any], given: Sequence[str]) -> SFTConfig:
@@ -253,9 +271,37 @@ def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict
             raise ConfigError(
                 f"Unknown key {shown(key)}",
                 where=WHERE,
-                fix=did_you_mean(str(key), known | RENAMED.keys() | {_Z_LOSS}),
+                fix=did_you_mean(str(key), known | RENAMED.keys() | {*_OWN}),
             )
     return values
+
+
+def _activation_memory(value: Any, values: Mapping[str, Any]) -> str:
+    """What is asked for, by its own name or by transformers'.
+
+    Raises:
+        ConfigError: an unknown word, or two that contradict each other.
+    """
+    where, words = f"{WHERE}.{ACTIVATION_MEMORY}", ("auto", *LEVELS)
+    if value is not None and value not in words:
+        raise ConfigError(
+            f"{shown(value)} is not known",
+            where=where,
+            expected=f"one of {', '.join(words)}",
+            fix=did_you_mean(str(value), words),
+        )
+    name, asked = next(((name, values[name]) for name in CHECKPOINTING if name in values), ("", None))
+    if asked is None:
+        return str(value or "auto")
+    if value in (None, "auto"):
+        return "recompute" if asked else "keep"
+    if (value == "recompute") is not asked:
+        raise ConfigError(
+            f"`{ACTIVATION_MEMORY}: {value}` and `{name}: {str(asked).lower()}` contradict each other",
+            where=where,
+            fix=f"leave out `{name}`, which says less",
+        )
+    return str(value)
 
 
 def _z_loss(value: Any, notes: list[str]) -> float:

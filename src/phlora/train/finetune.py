@@ -36,6 +36,7 @@ from phlora.train.arguments import Arguments, training_arguments
 from phlora.train.backends import needed_by_trackers
 from phlora.train.base import device_of, model_of, require_no_adapted_head, tokenizer_of
 from phlora.train.handed_over import handed_over
+from phlora.train.lookahead import Planned, plan_ahead
 from phlora.train.loop import Training, fit
 from phlora.train.optimizer import LORAPLUS, take_loraplus
 from phlora.train.plan import Plan, make_plan
@@ -82,6 +83,8 @@ def finetune(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    fit_memory: bool = False,
+    overcommit: bool = False,
     display: Display | None = None,
 ) -> Run:
     """Fine-tune a chat model with LoRA and compare it with its base on held-out chats.
@@ -108,6 +111,9 @@ def finetune(
         resume: continue the run in `output` from its last complete checkpoint.
         overwrite: replace the run in `output`.
         dry_run: stop after the plan has been shown; nothing is written.
+        fit_memory: where the forecast is over the memory that is free, change what costs least to make it fit:
+            smaller micro-batches of the same steps, layers computed again, the base in 4 bits.
+        overcommit: start although the forecast is over the memory that is free.
         display: where progress goes; standard error by default.
 
     Raises:
@@ -143,6 +149,12 @@ def finetune(
         )
         clock.lap("data")
 
+        planned = plan_ahead(
+            request, words, data, arguments, lora, display, device=device, fit_memory=fit_memory
+        )
+        config, arguments = planned.config, planned.arguments
+        if not (overcommit or dry_run):
+            planned.require_memory()
         display.stage(f"Loading {config.model.name}")
         loaded = model_of(config.model, objects, words, device=device)
         # The adapter's first weights are drawn here, before the trainer seeds itself.
@@ -150,7 +162,7 @@ def finetune(
         attached = attach(loaded.model, lora)
         given.adapted = attached.model
         require_no_adapted_head(attached.model)
-        plan = make_plan(data, attached.summary, arguments, attached.model, objects)
+        plan = planned.plan or make_plan(data, attached.summary, arguments, attached.model, objects)
         record.tell_choices(display, loaded, arguments, attached, request.notes)
         display.show(plan.render())
         clock.lap("loading")
@@ -174,6 +186,28 @@ def finetune(
             folder.update_facts(status="finished", timing=clock.seconds)
         given.is_trained = True
     return Run(folder.path, report, attached.model, words.tokenizer, config_text, plan)
+
+
+def plan_run(config: RunConfig, *, fit_memory: bool = False, display: Display | None = None) -> Planned:
+    """What a run of this configuration will take of this machine; no weight is read and nothing is written.
+
+    Args:
+        fit_memory: plan the run as `finetune` would change it where it does not fit.
+
+    Raises:
+        PhloraError: a mistake in the input, or something that this machine lacks.
+    """
+    display = display or Display()
+    request = collect_request(config)
+    config = request.config
+    require(_needed_by(config))
+    folder = RunFolder(Path(config.output))
+    device = device_of(config.model, request.objects)
+    arguments, lora = _settings(config, folder, device=device.type)
+    display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
+    words = tokenizer_of(config.model, request.objects)
+    data = prepare_data(config, request.objects, words, arguments, display)
+    return plan_ahead(request, words, data, arguments, lora, display, device=device, fit_memory=fit_memory)
 
 
 def _needed_by(config: RunConfig) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.speed import at_speed
 from phlora.data.packing import TokenSequences
 from phlora.display import Display
+from phlora.models.activation_memory import recomputing_mlps
 from phlora.models.causal_lm import as_causal_lm
 from phlora.models.families import longrope_limit
 from phlora.models.load import LoadedModel
@@ -77,7 +78,10 @@ def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: 
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
     try:
-        with at_speed(model, data.speed) as chosen, _for_training(model):
+        recomputing = (
+            recomputing_mlps(model) if task.arguments.activation_memory == "recompute_mlp" else nullcontext()
+        )
+        with at_speed(model, data.speed) as chosen, _for_training(model), recomputing:
             display.note(chosen)
             trainer = _trainer(task)
             trainer.remove_callback(PrinterCallback)

@@ -7,7 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from phlora.adapters.attach import AdapterSummary
+from phlora.forecast.forecast import Forecast, as_json
+from phlora.forecast.render import render
 from phlora.models.prefix_sharing import Sharing, decide_sharing
 from phlora.runs.facts import DataFacts
 from phlora.train.arguments import Arguments
@@ -32,6 +36,7 @@ class Plan:
     learning_rate: float
     sharing: Sharing
     loraplus_lr_ratio: float | None = None
+    forecast: Forecast | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan for programs: counts, and whether rows share their common starts."""
@@ -49,6 +54,10 @@ class Plan:
             "sharing": dataclasses.asdict(self.sharing),
         }
 
+    def forecast_json(self) -> dict[str, Any] | None:
+        """Memory and seconds for programs; None where they are not forecast. Seconds differ from run to run."""
+        return None if self.forecast is None else as_json(self.forecast)
+
     def render(self) -> str:
         """A few lines for the terminal, shown before anything is trained."""
         data = self.data
@@ -64,16 +73,24 @@ class Plan:
             f"{data.tokens:,} tokens an epoch, {data.trained_tokens:,} of them trained ({share:.0%})\n"
             f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}{loraplus}\n"
             f"  shared prefixes {self.sharing.describe()}"
+            f"{chr(10) + render(self.forecast) if self.forecast else ''}"
         )
 
 
 def make_plan(
-    data: PreparedData, adapter: AdapterSummary, arguments: Arguments, model: Any, objects: Objects
+    data: PreparedData,
+    adapter: AdapterSummary,
+    arguments: Arguments,
+    model: Any,
+    objects: Objects,
+    *,
+    device: torch.device | None = None,
 ) -> Plan:
     """Count the steps and the room that a run takes, and decide what its rows share.
 
     Args:
         model: with its adapters; only its configuration is looked at.
+        device: where it will compute, if not where it is.
     """
     args = arguments.args
     batches = len(data.train) / args.per_device_train_batch_size
@@ -97,6 +114,7 @@ def make_plan(
             batch_size=args.per_device_train_batch_size,
             args=args,
             held_out=data.held_out,
+            device=device,
         ),
         loraplus_lr_ratio=arguments.loraplus_lr_ratio,
     )

@@ -30,7 +30,7 @@ from phlora.runs.folder import (
     environment,
 )
 from phlora.runs.trained_rows import write_trained_keys
-from phlora.train.arguments import Arguments
+from phlora.train.arguments import ACTIVATION_MEMORY, CHECKPOINTING, Arguments
 from phlora.train.config_objects import lora_fields, plain_setting
 from phlora.train.fields import MAPPED, REFUSED
 from phlora.train.optimizer import LORAPLUS
@@ -55,6 +55,9 @@ _NOT_IDENTITY = (
         "log_level",
     ),
     *("dataloader_num_workers", "dataloader_pin_memory", "per_device_eval_batch_size", "dataset_num_proc"),
+    # The same to the bit with and without.
+    *CHECKPOINTING,
+    *("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
 )
 
 
@@ -161,7 +164,8 @@ def open_run(
     if objects.held_out is not None:
         files[EVAL_ROWS_FILE] = lambda path: write_records(objects.held_out, path)
     if resume and folder.has_facts:
-        return continue_run(folder, facts.to_json(), files, ignored={*MAPPED, *REFUSED}, warn=display.warn)
+        ignored = {*MAPPED, *REFUSED, *_NOT_IDENTITY}
+        return continue_run(folder, facts.to_json(), files, ignored=ignored, warn=display.warn)
     begin_run(folder, facts.to_json(), files)
     return None
 
@@ -177,6 +181,7 @@ def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> st
     }
     if arguments.z_loss:
         values["training_config"]["z_loss"] = arguments.z_loss
+    _tell_activation_memory(values["training_config"], config, arguments)
     for name, origin in arguments.origins.items():
         if origin == "phlora":
             origins[f"training_config.{name}"] = "Phlora's default"
@@ -196,6 +201,14 @@ def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> st
         else:
             lines.append(_line(section, value, origins))
     return "\n".join(lines) + "\n"
+
+
+def _tell_activation_memory(values: dict[str, Any], config: RunConfig, arguments: Arguments) -> None:
+    """In one word what was asked for; `auto` is decided anew on the machine where the file is run."""
+    asked = config.training_config.get(ACTIVATION_MEMORY)
+    named = [name for name in CHECKPOINTING if values.pop(name, None) is not None]
+    named = [name for name in named if name in config.training_config]
+    values[ACTIVATION_MEMORY] = asked or (arguments.activation_memory if named else "auto")
 
 
 def plain_lora(lora: LoraConfig) -> dict[str, Any]:

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from phlora.adapters import peft_layer
 from phlora.adapters.attach import attach, lora_settings
+from phlora.adapters.speed import speed_up
 from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator
 from phlora.forecast.blueprint import draw_up
 from phlora.forecast.passes import shape_of
 from phlora.forecast.trace import LiveBytes, step_bytes
 from phlora.models.activation_memory import recomputing_mlps
-from phlora.models.lean_layers import speed_pass
 from phlora.models.lm_head import trained_tokens
 from phlora.models.tiny import tiny_phi3
 
@@ -43,7 +42,7 @@ def real_model(layers: int, settings: dict[str, Any], dtype: torch.dtype) -> nn.
     model = tiny_phi3()[0]
     made = type(model)(config_of(layers)).to(dtype)
     model = attach(made, settings).model
-    speed_pass(peft_layer.speed_up(model))
+    speed_up(model)
     return model.train()
 
 

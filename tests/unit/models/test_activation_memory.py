@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from phlora.adapters import peft_layer
 from phlora.adapters.attach import attach
+from phlora.adapters.speed import slow_down, speed_up
 from phlora.models.activation_memory import can_recompute_mlps, computed_again, recomputing_mlps
-from phlora.models.lean_layers import slow_down, speed_pass
 from phlora.models.lm_head import token_losses
 from phlora.models.tiny import tiny_phi3
 
@@ -27,7 +26,7 @@ def lean_model(**settings: Any) -> nn.Module:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    speed_pass(peft_layer.fuse_lora(model))
+    speed_up(model)
     return model.train()
 
 

@@ -11,7 +11,7 @@ from phlora.errors import ModelError
 from phlora.models.lm_head import (
     IGNORED,
     LossTerms,
-    _head_losses,
+    head_losses,
     token_losses,
     trained_tokens,
     trunk_and_head,
@@ -243,7 +243,7 @@ def test_forward_mode_follows_the_formula() -> None:
     targets = torch.arange(5)
 
     def losses(hidden: torch.Tensor) -> torch.Tensor:
-        return _head_losses(model.lm_head, hidden, targets, 2, LossTerms())[0]
+        return head_losses(model.lm_head, hidden, targets, 2, LossTerms())[0]
 
     _, tangents = torch.func.jvp(losses, (hidden,), (hidden,))
     leaf = hidden.clone().requires_grad_()
