@@ -1,0 +1,77 @@
+"""`activation_memory: auto` keeps what fits, and what does not fit is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from phlora.forecast.forecast import Circumstances, Evaluation, as_json, forecast_run, levels_of, with_seconds
+from phlora.forecast.render import render
+
+About = Callable[..., Circumstances]
+
+
+def needed(about: About, level: str) -> int:
+    return forecast_run(about(level=level)).needed
+
+
+def test_less_is_kept_from_level_to_level(about: About) -> None:
+    keep, mlp, layer = (needed(about, level) for level in ("keep", "recompute_mlp", "recompute"))
+    assert layer < mlp < keep
+
+
+def test_auto_takes_the_first_level_that_fits_with_room_to_spare(about: About) -> None:
+    keep = needed(about, "keep")
+    for free, level in ((2 * keep, "keep"), (int(1.05 * keep), "recompute"), (None, "keep")):
+        found = forecast_run(about(free=free))
+        assert found.fits, free
+        # Libraries are most of so small a model, so that nothing leaves a tenth to spare where keeping does not.
+        assert found.level == ("keep" if free != int(1.05 * keep) else found.level)
+        if level == "keep":
+            assert found.level == "keep"
+
+
+def test_where_nothing_fits_the_least_is_forecast_and_said(about: About) -> None:
+    found = forecast_run(about(free=1000))
+    assert not found.fits and found.level == "recompute"
+    assert "even computing the layers again" in found.reason
+
+
+def test_what_is_asked_for_is_not_changed(about: About) -> None:
+    found = forecast_run(about(level="keep", free=1000))
+    assert (found.level, found.reason, found.fits) == ("keep", "asked for", False)
+
+
+def test_layers_of_the_libraries_cannot_compute_half_again(about: About) -> None:
+    assert levels_of(about()) == ["keep", "recompute_mlp", "recompute"]
+    assert levels_of(about(speed="reference")) == ["keep", "recompute"]
+
+
+def test_what_the_process_holds_already_is_not_needed_again(about: About) -> None:
+    empty, full = (forecast_run(about(resident=resident)) for resident in (0, 1 << 30))
+    assert full.memory.peak - empty.memory.peak == 1 << 30
+    assert full.needed == empty.needed
+
+
+def test_seconds_are_those_of_all_steps_and_evaluations(about: About) -> None:
+    circumstances = about(evaluation=Evaluation(during=2, enabled=True, answers=2, max_new_tokens=4))
+    found = with_seconds(forecast_run(circumstances), circumstances)
+    assert found.seconds is not None and found.seconds.step > 0
+    assert found.seconds.training == pytest.approx(10 * found.seconds.step)
+    assert found.seconds.evaluation > 0
+    without = replace(circumstances, evaluation=Evaluation(enabled=False))
+    assert with_seconds(found, without).seconds.evaluation == 0  # type: ignore[union-attr]
+
+
+def test_both_readers_learn_the_same(about: About) -> None:
+    circumstances = about()
+    found = with_seconds(forecast_run(circumstances), circumstances)
+    document = json.loads(json.dumps(as_json(found)))
+    assert document["fits"] and document["activation_memory"]["level"] == "keep"
+    assert sum(document["memory"]["cpu"].values()) == document["peak_bytes"] == found.memory.peak
+    text = render(found)
+    for word in ("memory on cpu", "libraries", "fits", "activation_memory keep", "a step"):
+        assert word in text

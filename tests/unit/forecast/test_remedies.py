@@ -1,0 +1,69 @@
+"""Single changes that make a run fit, and that they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from phlora.forecast.forecast import Circumstances, forecast_run
+from phlora.forecast.machine import FreeMemory
+from phlora.forecast.remedies import Remedy, remedies
+from phlora.forecast.render import render_remedies
+
+About = Callable[..., Circumstances]
+
+
+def found_with(about: Circumstances, free: int, **changes: object) -> list[Remedy]:
+    tight = replace(about, free=FreeMemory(free, "a test"))
+    return remedies(tight, forecast_run(tight), timed=False, **changes)  # type: ignore[arg-type]
+
+
+def names(found: list[Remedy]) -> set[str]:
+    return {name.partition(".")[2] for remedy in found for name in remedy.settings}
+
+
+@pytest.fixture
+def tight(about: About) -> tuple[Circumstances, int]:
+    """A run that keeps everything, and a little less than it takes."""
+    circumstances = about(level="keep", shared=False)
+    return circumstances, forecast_run(circumstances).needed - 1000
+
+
+def test_each_change_that_is_named_makes_it_fit(tight: tuple[Circumstances, int]) -> None:
+    found = found_with(*tight, can_store_bfloat16=True)
+    assert names(found) >= {"activation_memory", "per_device_train_batch_size", "storage", "max_length"}
+    assert all(remedy.forecast.fits and remedy.forecast.needed < tight[1] for remedy in found)
+
+
+def test_what_trains_the_same_comes_first(tight: tuple[Circumstances, int]) -> None:
+    exact = [remedy.exact for remedy in found_with(*tight)]
+    assert exact == sorted(exact, reverse=True) and exact[0] and not exact[-1]
+
+
+def test_smaller_micro_batches_keep_the_rows_of_a_step(tight: tuple[Circumstances, int]) -> None:
+    (settings,) = (r.settings for r in found_with(*tight) if "per_device_train_batch_size" in names([r]))
+    assert settings == {
+        "training_config.per_device_train_batch_size": 4,
+        "training_config.gradient_accumulation_steps": 2,
+    }
+
+
+def test_a_shorter_length_says_how_many_rows_it_cuts(tight: tuple[Circumstances, int]) -> None:
+    (remedy,) = (r for r in found_with(*tight) if "max_length" in names([r]))
+    assert remedy.settings == {"training_config.max_length": 48} and "of 32 rows" in remedy.note
+    assert "--set training_config.max_length=48" in render_remedies([remedy])
+
+
+def test_nothing_is_named_where_nothing_helps(about: About) -> None:
+    assert found_with(about(level="keep"), 1000) == []
+    assert render_remedies([]) == "No single change makes it fit"
+
+
+def test_times_are_compared(tight: tuple[Circumstances, int]) -> None:
+    from phlora.forecast.forecast import with_seconds
+
+    circumstances = replace(tight[0], free=FreeMemory(tight[1], "a test"))
+    without = with_seconds(forecast_run(circumstances), circumstances)
+    assert all((remedy.slower or 0) > 0 for remedy in remedies(circumstances, without))
