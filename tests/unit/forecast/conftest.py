@@ -11,7 +11,7 @@ import torch
 from phlora.adapters.attach import lora_settings
 from phlora.data.packing import TokenSequences
 from phlora.data.rows import Origin
-from phlora.data.table import TableBuilder, TokenizedRow, TokenTable
+from phlora.data.table import TableBuilder, TokenTable
 from phlora.forecast.blueprint import draw_up
 from phlora.forecast.forecast import Circumstances
 from phlora.forecast.machine import FreeMemory
@@ -27,7 +27,7 @@ def table(lengths: list[int], *, shared: bool) -> TokenTable:
     for number, length in enumerate(lengths):
         start = START if shared else [(number * 7 + place) % 200 + 3 for place in range(40)]
         ids = [*start, *range(50, 50 + length)]
-        builder.add(TokenizedRow(ids, [-100] * 40 + ids[40:], None, Origin("chats.jsonl", number + 1)))
+        builder.add(ids, bytes([0] * 40 + [1] * length), None, Origin("chats.jsonl", number + 1))
     return builder.table()
 
 
