@@ -60,6 +60,45 @@ def test_defaults_stand_where_the_user_is_silent(tmp_path: Path) -> None:
     assert settings.args.per_device_eval_batch_size == settings.args.per_device_train_batch_size
 
 
+@pytest.mark.parametrize(
+    ("training_config", "level", "checkpointing"),
+    [
+        ({}, "auto", False),
+        ({"activation_memory": "recompute_mlp"}, "recompute_mlp", False),
+        ({"activation_memory": "recompute"}, "recompute", True),
+        ({"gradient_checkpointing": True}, "recompute", True),
+        ({"gradient_checkpointing": False}, "keep", False),
+        ({"activation_checkpointing": True}, "recompute", True),
+        ({"activation_memory": "auto", "gradient_checkpointing": True}, "recompute", True),
+        ({"activation_memory": "keep", "gradient_checkpointing": False}, "keep", False),
+    ],
+)
+def test_activation_memory_and_checkpointing_are_one(
+    tmp_path: Path, training_config: dict[str, Any], level: str, checkpointing: bool
+) -> None:
+    settings = training_arguments(training_config, output_dir=tmp_path)
+    assert settings.activation_memory == level
+    assert bool(settings.args.gradient_checkpointing) is checkpointing
+    decided = settings.with_activation_memory("recompute")
+    assert decided.args.gradient_checkpointing and bool(settings.args.gradient_checkpointing) is checkpointing
+
+
+@pytest.mark.parametrize(
+    ("training_config", "message"),
+    [
+        ({"activation_memory": "recomput"}, "did you mean `recompute`"),
+        ({"activation_memory": 3}, "one of auto, keep, recompute_mlp, recompute"),
+        ({"activation_memory": "keep", "gradient_checkpointing": True}, "contradict each other"),
+        ({"activation_memory": "recompute", "activation_checkpointing": False}, "contradict each other"),
+    ],
+)
+def test_words_of_activation_memory_that_mean_nothing(
+    tmp_path: Path, training_config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        training_arguments(training_config, output_dir=tmp_path)
+
+
 def test_numbers_written_as_text_are_numbers(tmp_path: Path) -> None:
     settings = training_arguments({"learning_rate": "2e-4", "max_steps": "10"}, output_dir=tmp_path)
     assert settings.args.learning_rate == 2e-4 and settings.args.max_steps == 10

@@ -1,0 +1,197 @@
+"""What a run will take is known before its weights are read; too much is refused, made to fit, or insisted on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from phlora import finetune
+from phlora.config import build_config
+from phlora.display import Display
+from phlora.errors import NoRoomError
+from phlora.forecast.machine import FreeMemory
+from phlora.testing import chat_rows, tiny_folder, write_rows
+from phlora.train import lookahead
+from phlora.train.finetune import plan_run
+from phlora.train.lookahead import Planned
+
+QUIET = Display(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("planned")
+    tiny_folder(folder / "base")
+    write_rows(folder / "chats.jsonl", chat_rows(40))
+    return folder
+
+
+Configured = Callable[..., Any]
+
+
+@pytest.fixture
+def configured(place: Path, tmp_path: Path) -> Configured:
+    def made(training: dict[str, Any] | None = None, **sections: Any) -> Any:
+        values = {
+            "model": {"name": str(place / "base"), "dtype": "float32"},
+            "data": {"files": str(place / "chats.jsonl")},
+            "training_config": {
+                "max_steps": 2,
+                "save_strategy": "no",
+                "eval_strategy": "no",
+                **(training or {}),
+            },
+            "evaluation": {"enabled": False},
+            "output": str(tmp_path / "run"),
+            **sections,
+        }
+        return build_config(values)
+
+    return made
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let so many bytes be free."""
+    # Libraries would be most of what so small a model takes.
+    monkeypatch.setattr("phlora.forecast.memory.LATER_LIBRARIES", 0)
+
+    def free(number: int) -> None:
+        monkeypatch.setattr(lookahead, "free_memory", lambda _: FreeMemory(number, "a test"))
+
+    return free
+
+
+def needed(planned: Planned) -> int:
+    assert planned.ahead is not None
+    return planned.ahead.forecast.needed
+
+
+def test_no_weight_is_read_and_nothing_is_written(
+    configured: Configured, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookahead.torch, "load", None)
+    for name in ("load_model", "load_file"):
+        monkeypatch.setattr(f"phlora.train.base.{name}", None, raising=False)
+    before = sorted(place.rglob("*"))
+    planned = plan_run(configured(), display=QUIET)
+    assert planned.plan is not None and planned.plan.num_optimizer_steps == 2
+    text, document = planned.render(), json.loads(json.dumps(planned.to_json()))
+    assert "memory on cpu" in text and "a step" in text and "parameters will be trained" in text
+    assert document["forecast"]["seconds"]["training"] > 0 and document["remedies"] == []
+    assert sorted(place.rglob("*")) == before and not Path(configured().output).exists()
+
+
+def test_the_plan_of_a_run_is_that_of_the_run(configured: Configured) -> None:
+    config = configured()
+    planned, run = plan_run(config, display=QUIET), finetune(config, display=QUIET)
+    assert planned.plan is not None and run.plan.to_json() == planned.plan.to_json()
+    assert run.plan.forecast is not None and run.plan.forecast.memory.parts["weights"] > 0
+
+
+def test_a_run_over_the_free_memory_is_refused_with_what_makes_it_fit(
+    configured: Configured, only: Callable[[int], None]
+) -> None:
+    config = configured({"activation_memory": "keep"})
+    only(1 << 40)
+    most = needed(plan_run(config, display=QUIET))
+    only(most - 1000)
+    with pytest.raises(NoRoomError) as found:
+        finetune(config, display=QUIET)
+    for words in (
+        "activation_memory=recompute",
+        "per_device_train_batch_size=4",
+        "--fit",
+        "--overcommit",
+        "a test",
+    ):
+        assert words in str(found.value)
+    assert not Path(config.output).exists()
+    assert "does NOT fit" in plan_run(config, display=QUIET).render()
+    run = finetune(config, display=QUIET, overcommit=True)
+    assert run.folder is not None
+
+
+def test_fit_changes_the_run_and_writes_down_what(
+    configured: Configured, only: Callable[[int], None]
+) -> None:
+    config = configured({"activation_memory": "keep"})
+    only(1 << 40)
+    most = needed(plan_run(config, display=QUIET))
+    only(most - 1000)
+    run = finetune(config, display=QUIET, fit_memory=True)
+    assert run.plan.forecast is not None and run.plan.forecast.fits
+    assert run.folder is not None and "# --fit" in run.config_text
+    # Steps of the same rows.
+    assert run.plan.sequences_per_step == 8
+
+
+def test_fit_joins_several_changes_and_says_where_none_is_enough(
+    configured: Configured, only: Callable[[int], None]
+) -> None:
+    config = configured({"activation_memory": "keep"})
+    only(1 << 40)
+    settings = {"activation_memory": "recompute", "per_device_train_batch_size": 1}
+    least = needed(plan_run(configured({**settings, "gradient_accumulation_steps": 8}), display=QUIET))
+    only(least)
+    planned = plan_run(config, display=QUIET, fit_memory=True)
+    assert planned.ahead is not None and planned.ahead.forecast.fits
+    only(1000)
+    with pytest.raises(NoRoomError, match="No single change"):
+        plan_run(config, display=QUIET, fit_memory=True)
+
+
+def test_auto_computes_again_where_keeping_does_not_fit(
+    configured: Configured, only: Callable[[int], None]
+) -> None:
+    only(1 << 40)
+    assert plan_run(configured(), display=QUIET).arguments.activation_memory == "keep"
+    mlp = needed(plan_run(configured({"activation_memory": "recompute_mlp"}), display=QUIET))
+    only(int(1.11 * mlp))
+    planned = plan_run(configured(), display=QUIET)
+    assert planned.arguments.activation_memory == "recompute_mlp"
+    assert "keeping everything takes" in planned.render()
+
+
+def test_every_level_trains_the_same_adapter_to_the_bit(configured: Configured, tmp_path: Path) -> None:
+    found = []
+    for level in ("keep", "recompute_mlp", "recompute"):
+        config = configured({"activation_memory": level, "learning_rate": 1e-2}, output=str(tmp_path / level))
+        run = finetune(config, display=QUIET)
+        assert run.folder is not None
+        found.append(load_file(run.folder / "adapter" / "last" / "adapter_model.safetensors"))
+        written = yaml.safe_load(run.config_text)["training_config"]
+        assert written["activation_memory"] == level and "gradient_checkpointing" not in written
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in found[0])
+
+
+def test_a_model_in_memory_is_forecast_too(configured: Configured, place: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    run = finetune(
+        model=model,
+        tokenizer=tokenizer,
+        data=str(place / "chats.jsonl"),
+        training_config={"max_steps": 1},
+        output=str(place / "unused"),
+        dry_run=True,
+        display=QUIET,
+    )
+    assert run.plan.forecast is not None and run.plan.forecast.memory.parts["weights"] > 0
+
+
+def test_what_cannot_be_forecast_is_said_and_trains(configured: Configured, capsys: Any) -> None:
+    config = configured({"loss_type": "dft", "max_steps": 1})
+    run = finetune(config, display=Display())
+    assert run.plan.forecast is None
+    assert "not forecast: loss_type dft" in capsys.readouterr().err
