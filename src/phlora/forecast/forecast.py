@@ -16,7 +16,7 @@ from phlora.forecast.blueprint import Blueprint
 from phlora.forecast.machine import FreeMemory
 from phlora.forecast.memory import Memory, Setup, Storage, answer_cache_bytes, forecast_memory
 from phlora.forecast.passes import Layout, Passes, passes_of
-from phlora.forecast.probe import TRAINER_SECONDS, Pace, measure_pace
+from phlora.forecast.probe import PROBED_LAYERS, TRAINER_SECONDS, Pace, measure_pace, most_probed
 from phlora.models.activation_memory import LEVELS
 from phlora.models.lean_layers import LeanMLP
 
@@ -115,7 +115,13 @@ class Forecast:
 
 def forecast_run(about: Circumstances) -> Forecast:
     """The memory of a run, with `activation_memory: auto` decided: what is cheapest of what fits with room to spare."""
-    passes = passes_of(about.sequences, about.layout, config=about.blueprint.config, device=about.device)
+    passes = passes_of(
+        about.sequences,
+        about.layout,
+        config=about.blueprint.config,
+        device=about.device,
+        most_typical=most_probed(about.blueprint),
+    )
     levels = levels_of(about)
     found: list[Forecast] = []
     for level in levels:
@@ -144,7 +150,9 @@ def has_lean_mlps(about: Circumstances) -> bool:
 
 
 def with_seconds(forecast: Forecast, about: Circumstances) -> Forecast:
-    """The same with its seconds, measured."""
+    """The same with its seconds, measured; without where there is no memory for the layers that are measured."""
+    if not _probe_fits(forecast, about):
+        return forecast
     rows = _answer_rows(about)
     pace = measure_pace(
         about.blueprint,
@@ -157,6 +165,13 @@ def with_seconds(forecast: Forecast, about: Circumstances) -> Forecast:
         decoded_rows=max(1, rows),
     )
     return replace(forecast, seconds=_seconds(pace, forecast.passes, about))
+
+
+def _probe_fits(forecast: Forecast, about: Circumstances) -> bool:
+    outside = about.blueprint.dense_bytes()[1]
+    layers = min(1.0, PROBED_LAYERS / about.blueprint.num_layers)
+    needed = outside + layers * max(0, forecast.needed - outside)
+    return about.free.num_bytes is None or _CAREFUL * needed <= about.free.num_bytes
 
 
 def _seconds(pace: Pace, passes: Passes, about: Circumstances) -> Seconds:

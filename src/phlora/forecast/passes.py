@@ -64,13 +64,19 @@ class Passes:
 
 
 def passes_of(
-    sequences: Sequence[Sequence[TokenizedRow]], layout: Layout, *, config: Any, device: torch.device
+    sequences: Sequence[Sequence[TokenizedRow]],
+    layout: Layout,
+    *,
+    config: Any,
+    device: torch.device,
+    most_typical: int | None = None,
 ) -> Passes:
     """The passes of the first steps of a shuffled epoch.
 
     Args:
         sequences: rows, or packs of rows, at least one.
         config: of the model: how far rotary factors reach, and windows.
+        most_typical: positions of the typical batch, of which only so many rows are taken, but one at least.
     """
     limit = longrope_limit(config)
     longest = max(
@@ -100,7 +106,8 @@ def passes_of(
         for size, rows in zip(many, of, strict=True)
     ]
     mean = sum(size for size, _ in flat) / len(flat)
-    typical_size, typical = min(flat, key=lambda pair: abs(pair[0] - mean))
+    _, typical = min(flat, key=lambda pair: abs(pair[0] - mean))
+    batch_of_few = _batch_of_few(typical, layout, limit, most_typical)
     _, largest = max(flat, key=lambda pair: pair[0])
     batch = collate(largest, layout, limit)
     shape = shape_of(batch)
@@ -109,12 +116,24 @@ def passes_of(
         shape = PassShape(layout.batch_size, max(longest, shape.length), shape.trained, masked=shape.masked)
     return Passes(
         largest=shape,
-        typical=collate(typical, layout, limit),
+        typical=batch_of_few,
         most_of_a_step=max(map(len, passes)),
         positions=sum(size for size, _ in flat) / len(steps),
-        typical_positions=typical_size,
+        typical_positions=batch_of_few["input_ids"].numel(),
         tokens=sum(len(row.input_ids) for step in steps for rows in step.parts for row in rows) / len(steps),
     )
+
+
+def _batch_of_few(
+    rows: Sequence[TokenizedRow], layout: Layout, rope_limit: int | None, most: int | None
+) -> Batch:
+    """The first rows whose batch has at most so many positions; one at least."""
+    while True:
+        batch = collate(rows, layout, rope_limit)
+        positions = batch["input_ids"].numel()
+        if most is None or positions <= most or len(rows) == 1:
+            return batch
+        rows = rows[: max(1, min(len(rows) - 1, len(rows) * most // positions))]
 
 
 def collate(rows: Sequence[TokenizedRow], layout: Layout, rope_limit: int | None) -> Batch:

@@ -29,7 +29,11 @@ from phlora.models.quantization import quantize
 
 # A probe is over once it has taken so long; each kind of step is taken at least once.
 _PROBE_SECONDS = 4.0
-_MOST_ROUNDS = 5
+_MOST_ROUNDS = 4
+# Products of a probed step, two for each weight and position forward and two backward: 5 to 7 seconds on two cores of a
+# laptop, well under one on faster ones.
+_PROBED_FLOPS, _LEAST_POSITIONS = 7e11, 256
+PROBED_LAYERS = 2
 # What the trainer does in a step besides the model and the optimizer: batches, logs, callbacks. Measured with
 # benchmarks/plan.py on the tiny model, whose own step takes less.
 TRAINER_SECONDS = 0.012
@@ -78,7 +82,7 @@ def measure_pace(
         seconds: about how long measuring may take.
     """
     layers = blueprint.num_layers
-    both = min(2, layers)
+    both = min(PROBED_LAYERS, layers)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         model = _built(blueprint, storage, both, device)
@@ -94,9 +98,17 @@ def measure_pace(
             finally:
                 stack.layers = whole
     one, two = timed[1], timed[both]
-    found = [a + (layers - 1) * max(0.0, b - a) if both == 2 else a for a, b in zip(one, two, strict=True)]
+    found = [a + (layers - 1) * max(0.0, b - a) if both > 1 else a for a, b in zip(one, two, strict=True)]
     step, forward, token = found
     return Pace(step, forward, token, positions=inputs["input_ids"].numel())
+
+
+def most_probed(blueprint: Blueprint) -> int:
+    """Positions of a batch that is enough to measure on."""
+    numbers = (
+        blueprint.dense_bytes()[0] / blueprint.dtype.itemsize * min(1.0, PROBED_LAYERS / blueprint.num_layers)
+    )
+    return max(_LEAST_POSITIONS, int(_PROBED_FLOPS / (4 * max(1.0, numbers))))
 
 
 def _timed(

@@ -62,3 +62,10 @@ def test_end_to_end(model_folder: Path) -> None:
     for side in ("phlora", "trl"):
         assert [point["step"] for point in result["sides"][side]["points"]] == [2, 4]
         assert not result["sides"][side]["reached"]
+
+
+def test_plan() -> None:
+    text, result = run("plan.py", "--size", "tiny", "--case", "shared-recompute", "--steps", "2")
+    (case,) = result["cases"]
+    assert case["memory"] > 0 and case["measured_memory"] > 0 and case["measured_step"] > 0
+    assert result["of"] == 1 and "shared-recompute" in text
