@@ -79,6 +79,7 @@ def remedies(
 def _changes(about: Circumstances, can_store_bfloat16: bool) -> Iterator[_Change]:
     yield from _recomputing(about)
     yield from _smaller_batches(about)
+    yield from _fewer_answers(about)
     yield from _narrower(about, can_store_bfloat16)
     yield from _shorter(about)
 
@@ -101,6 +102,20 @@ def _smaller_batches(about: Circumstances) -> Iterator[_Change]:
                 "training_config.gradient_accumulation_steps": smaller.accumulated,
             },
             replace(about, layout=smaller),
+        )
+        if forecast_run(change.about).fits:
+            yield change
+            return
+
+
+def _fewer_answers(about: Circumstances) -> Iterator[_Change]:
+    """Where not training holds most, but the keys and values of the answers that are compared afterwards."""
+    wanted = about.evaluation
+    for answers in (wanted.answers // 2, wanted.answers // 8, 0) if wanted.enabled and wanted.answers else ():
+        change = _Change(
+            {"evaluation.max_answers": answers},
+            replace(about, evaluation=replace(wanted, answers=answers)),
+            note="fewer answers are compared afterwards",
         )
         if forecast_run(change.about).fits:
             yield change

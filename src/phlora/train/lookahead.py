@@ -340,7 +340,7 @@ def _joined(ahead: Lookahead) -> Mapping[str, Any]:
 
 
 def _with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    training, model = dict(config.training_config), config.model
+    training, model, evaluation = dict(config.training_config), config.model, config.evaluation
     origins = {**config.origins, **dict.fromkeys(settings, "--fit")}
     for name, value in settings.items():
         section, _, key = name.partition(".")
@@ -352,11 +352,13 @@ def _with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
                     for k, v in training.items()
                     if k not in ("gradient_checkpointing", "activation_checkpointing")
                 }
+        elif section == "evaluation":
+            evaluation = replace(evaluation, **{key: value})
         elif key == "quantization":
             model = replace(model, quantization=quantization_config(value))
         else:
             model = replace(model, **{key: value})
-    return replace(config, training_config=training, model=model, origins=origins)
+    return replace(config, training_config=training, model=model, evaluation=evaluation, origins=origins)
 
 
 def _storage(model: ModelConfig) -> Storage:

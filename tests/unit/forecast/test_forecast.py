@@ -29,18 +29,15 @@ def test_auto_takes_the_first_level_that_fits_with_room_to_spare(
 ) -> None:
     # Libraries are most of what so small a model takes.
     monkeypatch.setattr(memory, "LATER_LIBRARIES", 0)
-    keep, mlp, layer = (needed(about, level) for level in ("keep", "recompute_mlp", "recompute"))
-    for free, level in (
-        (None, "keep"),
-        (int(1.11 * keep), "keep"),
-        (int(1.11 * mlp), "recompute_mlp"),
-        (int(1.11 * layer), "recompute"),
-        # With nothing to spare, what fits just so and costs least time.
-        (int(1.01 * layer), "recompute_mlp" if mlp <= 1.01 * layer else "recompute"),
-    ):
-        found = forecast_run(about(free=free))
-        assert (found.fits, found.level) == (True, level), free
-    assert "keeping everything takes" in forecast_run(about(free=int(1.11 * mlp))).reason
+    sizes = {level: needed(about, level) for level in ("keep", "recompute_mlp", "recompute")}
+    assert forecast_run(about(free=None)).level == "keep"
+    for free in (1.11 * sizes["keep"], 1.11 * sizes["recompute_mlp"], 1.0 * sizes["recompute"]):
+        spare = [level for level, size in sizes.items() if 1.1 * size <= free]
+        just_so = [level for level, size in sizes.items() if size <= free]
+        found = forecast_run(about(free=int(free)))
+        assert (found.fits, found.level) == (True, (spare or just_so)[0]), free
+    assert found.level != "keep"
+    assert "keeping everything takes" in forecast_run(about(free=int(1.11 * sizes["recompute_mlp"]))).reason
 
 
 def test_where_nothing_fits_the_least_is_forecast_and_said(about: About) -> None:

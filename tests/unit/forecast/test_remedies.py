@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from phlora.forecast.forecast import Circumstances, forecast_run
+from phlora.forecast.forecast import Circumstances, Evaluation, forecast_run
 from phlora.forecast.machine import FreeMemory
 from phlora.forecast.remedies import Remedy, remedies
 from phlora.forecast.render import render_remedies
@@ -67,3 +67,12 @@ def test_times_are_compared(tight: tuple[Circumstances, int]) -> None:
     circumstances = replace(tight[0], free=FreeMemory(tight[1], "a test"))
     without = with_seconds(forecast_run(circumstances), circumstances)
     assert all((remedy.slower or 0) > 0 for remedy in remedies(circumstances, without))
+
+
+def test_where_answers_hold_most_fewer_of_them_are_advised(about: About) -> None:
+    circumstances = about(evaluation=Evaluation(answers=2, max_new_tokens=20_000))
+    assert "keys and values of answers" in forecast_run(circumstances).memory.parts
+    found = found_with(circumstances, forecast_run(circumstances).needed - 1000)
+    assert found[0].settings == {"evaluation.max_answers": 1} and found[0].exact
+    # Nothing that training could change helps, but fewer held-out rows.
+    assert "activation_memory" not in names(found)
