@@ -26,7 +26,7 @@ from phlora.forecast.blueprint import Blueprint
 from phlora.models.activation_memory import recomputing_mlps
 from phlora.models.lean_layers import exchange_layers
 from phlora.models.lm_head import LossTerms, head_losses, rows_of_a_chunk, trunk_and_head
-from phlora.models.prefix_attention import lay_out, segment_inputs
+from phlora.models.prefix_attention import forget_masks, lay_out, segment_inputs
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,18 @@ def _trace(
     if segments is not None:
         # Index tensors with numbers in them, made before numbers are gone.
         lay_out(segments, torch.device("cpu"))
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    live = LiveBytes()
+    forget_masks()
+    try:
+        return _traced(model, shape, device=device, level=level, speed=speed, accumulates=accumulates)
+    finally:
+        forget_masks()
+
+
+def _traced(
+    model: PeftModel, shape: PassShape, *, device: torch.device, level: str, speed: Speed, accumulates: bool
+) -> StepBytes:
+    segments = shape.segments
+    fake, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     with fake, _ready(model, device, level=level, speed=speed) as ready, contextlib.ExitStack() as stack:
         if accumulates:
             for parameter in ready.parameters():

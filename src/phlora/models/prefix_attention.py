@@ -121,6 +121,11 @@ def lay_out(segments: Segments, device: torch.device) -> None:
     _layout(segments, device, alone=_ALONE)
 
 
+def forget_masks() -> None:
+    """Let go of what attention looks up by sizes alone: after a forecast it is tensors without numbers."""
+    _stretch_mask.cache_clear()
+
+
 def segment_attention(
     module: nn.Module,
     query: Tensor,

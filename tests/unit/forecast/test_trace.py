@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from phlora.adapters.attach import attach, lora_settings
 from phlora.adapters.speed import speed_up
@@ -142,3 +144,26 @@ def test_whatever_an_adapter_does_is_counted(settings: dict[str, Any]) -> None:
     peak, gradients = measured(real_model(2, settings, torch.float32), batch, "keep")
     forecast = step_bytes(blueprint, shape_of(batch), device=CPU)
     assert forecast.gradients == gradients and forecast.peak == pytest.approx(peak, rel=0.05)
+
+
+LONG = [
+    {"input_ids": [*START, *[50 + n % 100 for n in range(k, k + 200)]], "labels": [-100] * 40 + [*range(200)]}
+    for k in (0, 7)
+]
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 32}, {"longrope": True}], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_of_a_forecast_stays_behind(layout: str, changes: dict[str, Any]) -> None:
+    """A tensor without numbers in some cache would be computed with later, as any numbers that lie there."""
+    batch = LAYOUTS[layout](LONG)
+    model = attach(tiny_phi3(**changes)[0], {"r": 4}).model.train()
+    speed_up(model)
+    before = trained_tokens(model, batch).losses
+    blueprint = draw_up(tiny_phi3(**changes)[0].config, lora_settings({"r": 4}), dtype=torch.float32)
+    for level in ("keep", "recompute_mlp", "recompute"):
+        step_bytes(blueprint, shape_of(batch), device=CPU, level=level)
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is FakeTensor]
+    after = trained_tokens(model, batch).losses
+    assert before is not None and after is not None and torch.equal(before, after)
