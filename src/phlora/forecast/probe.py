@@ -34,6 +34,8 @@ _MOST_ROUNDS = 4
 # laptop, well under one on faster ones.
 _PROBED_FLOPS, _LEAST_POSITIONS = 7e11, 256
 PROBED_LAYERS = 2
+# Seconds of a round beside which warming up is little.
+_LONG_ROUND = 3.0
 # What the trainer does in a step besides the model and the optimizer: batches, logs, callbacks. Measured with
 # benchmarks/plan.py on the tiny model, whose own step takes less.
 TRAINER_SECONDS = 0.012
@@ -87,10 +89,11 @@ def measure_pace(
     with torch.random.fork_rng(devices=devices):
         model = _built(blueprint, storage, both, device)
     inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+    _warm_up(device)
     with at_speed(model, speed), _level(model, level):
         stack: Any = model.get_base_model().get_decoder()  # type: ignore[operator]
         timed: dict[int, tuple[float, float, float]] = {}
-        for count in (both, 1):
+        for count in (1, both):
             whole = stack.layers
             stack.layers = nn.ModuleList(list(whole)[-count:])
             try:
@@ -157,20 +160,26 @@ def _decoding(model: PeftModel, device: torch.device, rows: int, seconds: float)
 
 
 def _shortest(work: Callable[[], None], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest round; the first warms up, and counts where there is no time for another."""
-    begun, best = time.perf_counter(), float("inf")
-    for number in range(_MOST_ROUNDS):
+    """Seconds of the fastest round; the first warms up, and counts only where it alone takes long."""
+    begun, rounds = time.perf_counter(), []
+    for _ in range(_MOST_ROUNDS):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        first = number == 0
-        if not first or now - begun > seconds:
-            best = min(best, now - start)
-        if now - begun > seconds:
+        rounds.append(time.perf_counter() - start)
+        if rounds[0] > _LONG_ROUND or (len(rounds) > 1 and time.perf_counter() - begun > seconds):
             break
-    return best
+    return min(rounds[1:] or rounds)
+
+
+def _warm_up(device: torch.device) -> None:
+    """What a process does once, at its first optimizer step: reading code takes seconds."""
+    weight = nn.Parameter(torch.zeros(1, device=device))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    torch.nn.utils.clip_grad_norm_([weight], 1.0)
+    optimizer.step()
 
 
 @contextlib.contextmanager
