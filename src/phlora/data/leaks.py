@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from phlora.data.dataset import RowSubset
 from phlora.data.rows import Problem
-from phlora.data.similarity import KEY_BYTES
+from phlora.data.similarity import KEY_BYTES, SMALL_TALK_ROWS
 
 # kind, and what is said of the rows, the worst first
 _LEAKS = (
@@ -22,7 +23,7 @@ _LEAKS = (
     ),
     ("leaked_prompt", "The prompt of the held-out row also stands in the training data, with another answer"),
 )
-# A chat leaks where this share of its exchanges is trained: a greeting or thanks alone is none.
+# A chat leaks where this share of its exchanges is trained, beside those that many chats have, such as thanks.
 _EXCHANGES_SHARE = 0.5
 
 
@@ -34,14 +35,16 @@ def find_leaks(train: RowSubset, held_out: RowSubset) -> list[Problem]:
     train, held_out = _with_weight(train), _with_weight(held_out)
     found: dict[str, list[tuple[int, int]]] = {}
     same, near, prompts = (dict(zip(keys, train.numbers, strict=True)) for keys in _keys(train))
-    exchanges = {
-        exchange: number for number in train.numbers for exchange in train.survey.exchanges_of(number)
-    }
+    exchanges, num_rows = {}, Counter[int]()
+    for number in train.numbers:
+        said = set(train.survey.exchanges_of(number))
+        exchanges.update(dict.fromkeys(said, number))
+        num_rows.update(said)
     for number, key, near_key, prompt in zip(held_out.numbers, *_keys(held_out), strict=True):
         others = (
             same.get(key),
             near.get(near_key),
-            _where_trained(held_out.survey.exchanges_of(number), exchanges),
+            _where_trained(held_out.survey.exchanges_of(number), exchanges, num_rows),
             prompts.get(prompt),
         )
         for (kind, _), other in zip(_LEAKS, others, strict=True):
@@ -65,10 +68,13 @@ def _with_weight(rows: RowSubset) -> RowSubset:
     return RowSubset(rows.survey, [number for number in rows.numbers if rows.survey.is_trained[number]])
 
 
-def _where_trained(asked: Sequence[int], trained: Mapping[int, int]) -> int | None:
-    """A training row that holds an exchange of a row, where enough of them are trained."""
-    found = [trained[exchange] for exchange in asked if exchange in trained]
-    return found[-1] if found and len(found) >= _EXCHANGES_SHARE * len(asked) else None
+def _where_trained(
+    said: Sequence[int], trained: Mapping[int, int], num_rows: Mapping[int, int]
+) -> int | None:
+    """A training row that holds an exchange of a row, where enough of those that are no small talk are trained."""
+    said = [exchange for exchange in said if num_rows.get(exchange, 0) <= SMALL_TALK_ROWS]
+    found = [trained[exchange] for exchange in said if exchange in trained]
+    return found[-1] if found and len(found) >= _EXCHANGES_SHARE * len(said) else None
 
 
 def num_leaks(problems: Sequence[Problem]) -> dict[str, int]:

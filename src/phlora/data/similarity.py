@@ -22,6 +22,8 @@ from phlora.data.rows import Row, single_spaced
 KEY_BYTES = 8
 # How many questions tell conversations apart that open with the same words.
 NUM_OPENINGS = 3
+# An exchange that stands in more rows is small talk, such as thanks: no sign that they are of one chat.
+SMALL_TALK_ROWS = 10
 _OPENING = "\"'`“‘«„(¿¡"
 _CLOSING = "\"'`”’»),.:;!?…。、，！？؟।"
 # A run of either at the beginning or the end of a word, found by a scan for its first character.

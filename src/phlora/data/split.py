@@ -25,14 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from phlora.data.dataset import RowIndex
-from phlora.data.similarity import KEY_BYTES, NUM_OPENINGS
+from phlora.data.similarity import KEY_BYTES, NUM_OPENINGS, SMALL_TALK_ROWS
 from phlora.errors import DataError
 
 # An opening that more than this share of all rows have, and from which at least so many conversations go on, is a
 # greeting.
 _GREETING_SHARE = 0.2
 _GREETING_CONVERSATIONS = 20
-_WINDOWS_OF_ONE_CHAT = 10
 _MOST_CATEGORIES = 50
 _ROWS_A_CATEGORY = 10
 _FULL = 1 << 64
@@ -222,20 +221,24 @@ def _opening_keys(openings: bytes | bytearray, num_rows: int) -> list[bytes]:
 def _with_windows(keys: list[bytes], exchanges: Sequence[Sequence[int]]) -> list[bytes]:
     """One key for rows that begin in the middle of each other, as where each turn stands with the few before it.
 
-    An exchange that many conversations begin with is a greeting and ties nothing.
+    An exchange that many rows begin with, or that stands amid many, is a greeting or thanks and ties nothing.
     """
-    begun: dict[int, set[bytes]] = defaultdict(set)
+    begun: dict[int, list[bytes]] = defaultdict(list)
+    amid: dict[int, list[bytes]] = defaultdict(list)
     for key, said in zip(keys, exchanges, strict=True):
         if said:
-            begun[said[0]].add(key)
-    parents: dict[bytes, bytes] = {}
+            begun[said[0]].append(key)
     for key, said in zip(keys, exchanges, strict=True):
         for exchange in said[1:]:
-            others = begun.get(exchange, ())
-            if len(others) <= _WINDOWS_OF_ONE_CHAT:
-                for other in others:
-                    one, two = _root(parents, key), _root(parents, other)
-                    parents[max(one, two)] = min(one, two)
+            if exchange in begun:
+                amid[exchange].append(key)
+    parents: dict[bytes, bytes] = {}
+    for exchange, others in amid.items():
+        if max(len(others), len(begun[exchange])) > SMALL_TALK_ROWS:
+            continue
+        for key in (*others, *begun[exchange]):
+            one, two = _root(parents, key), _root(parents, others[0])
+            parents[max(one, two)] = min(one, two)
     return [_root(parents, key) for key in keys] if parents else keys
 
 

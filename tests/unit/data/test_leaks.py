@@ -41,6 +41,9 @@ def test_thanks_alone_are_no_leak():
     thanks = ("Thanks", "You are welcome")
     held_out = chat("one", "1", "two", "2", *thanks)
     assert not any(check([chat("three", "3", *thanks)], eval_sources=[held_out]).leaks.values())
+    # Where many chats say so, it is no leak of a short one either.
+    many = [chat(f"question {n}", f"answer {n}", *thanks) for n in range(20)]
+    assert not any(check(many, eval_sources=[chat("one", "1", *thanks)]).leaks.values())
 
 
 def test_windows_of_one_chat_stay_on_one_side():
@@ -57,6 +60,15 @@ def test_windows_of_one_chat_stay_on_one_side():
         assert found.num_conversations == 30
         assert not [problem for problem in found.problems if problem.severity == "warning"]
         assert len(found.held_out) % 5 == 0
+
+
+def test_small_talk_ties_no_chats_together():
+    thanks = ("Thanks", "You are welcome")
+    chats = [chat(f"question {n}", f"answer {n}", *thanks) for n in range(100)]
+    assert inspect_data([*chats, chat(*thanks)]).num_conversations == 101
+    openers = [chat(*thanks, f"and {n}?", f"yes {n}") for n in range(15)]
+    # They open with the same words, as one conversation does; the others are not drawn in.
+    assert inspect_data([*chats, *openers]).num_conversations == 101
 
 
 def test_rows_of_weight_0_are_on_no_side():
