@@ -69,14 +69,21 @@ class ModelConfig:
 
     name: str = field(metadata={"help": "hub id, local folder, .gguf file or embedded name (smollm2-135m)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub model"})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16"})
+    dtype: str = field(
+        default="auto", metadata={"help": "what is computed with: auto, float32, bfloat16 or float16"}
+    )
     attn_implementation: str = field(
         default="auto", metadata={"help": "auto, sdpa, eager or flash_attention_2"}
     )
     use_cache: bool = field(default=False, metadata={"help": "key/value cache while training; never needed"})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:N or mps"})
+    storage_dtype: str = field(
+        default="auto",
+        metadata={"help": "what frozen weights are stored as: auto, float32, bfloat16, float16, nf4 or int8"},
+    )
     quantization: QuantizationConfig | None = field(
-        default=None, metadata={"help": "nf4 or int8: the base in 4 or 8 bits (QLoRA); none: as it is"}
+        default=None,
+        metadata={"help": "nf4 or int8: the base in 4 or 8 bits (QLoRA), as storage_dtype; none: as it is"},
     )
     offline: bool = field(default=False, metadata={"help": "never ask a hub; use what is on this machine"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run Python code shipped with a model"})

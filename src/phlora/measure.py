@@ -56,3 +56,47 @@ def peak_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes(device: torch.device | None = None) -> int:
+    """The memory that this process may still take without swapping: of a GPU, or the machine's within its limits."""
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil
+
+    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+
+
+def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What the limits of the control groups around this process leave to it, as in a container; Linux only."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    left = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base, limit_name, used_name = (
+            (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else (root, "memory.max", "memory.current")
+        )
+        # In a container the path is that of the host, and its own group is the root.
+        groups = [base, *(base.joinpath(*Path(path).parts[1:depth]) for depth in range(2, 32))]
+        for group in dict.fromkeys(groups):
+            left += _left_in(group, limit_name, used_name)
+    return left
+
+
+def _left_in(group: Path, limit_name: str, used_name: str) -> list[int]:
+    try:
+        limit, used = int((group / limit_name).read_text()), int((group / used_name).read_text())
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    # Pages of files count as used and are given up when they are needed.
+    cached = int(facts.get("total_inactive_file", facts.get("inactive_file", 0)))
+    return [max(0, limit - used + cached)]

@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
 
-from phlora.adapters.base_view import keep_trained
+from phlora.adapters.base_view import keep_trained, widen_what_trains
 from phlora.adapters.block_start import put_blocks, start_blocks
 from phlora.adapters.blockform import from_block_diagonal
 from phlora.adapters.layout import (
@@ -146,6 +146,7 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     blocks, start = lay_out(model, targets, lora), lora
     if blocks:
         lora = plain_config(model, lora, targets, blocks)
+    widen_what_trains(model, lora)
     base = dict(model.named_parameters())
     try:
         adapted = get_peft_model(model, lora)

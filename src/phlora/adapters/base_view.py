@@ -12,15 +12,29 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+
+from phlora.models.stored_layers import widen_named
 
 # Initialisations with which PEFT changes the base weight of what they adapt.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
 _KEPT = "_base_before_adapter"
 
 Kept = dict[str, tuple[nn.Parameter, Tensor]]
+
+
+def widen_what_trains(model: nn.Module, config: PeftConfig) -> None:
+    """Before PEFT copies or reads them: modules of the base that train as a whole are stored as they are computed."""
+    tokens = getattr(config, "trainable_token_indices", None)
+    names = {
+        *(getattr(config, "modules_to_save", None) or ()),
+        *(tokens if isinstance(tokens, Mapping) else ()),
+    }
+    if tokens:
+        names.add("embed_tokens")
+    widen_named(model, names)
 
 
 def keep_trained(model: PeftModel, base: Mapping[str, nn.Parameter]) -> None:

@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from phlora.adapters.base_view import keep_before_load, keep_loaded
+from phlora.adapters.base_view import keep_before_load, keep_loaded, widen_what_trains
 from phlora.adapters.saved_config import read_adapter_config, require_fitting
 from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.tensor_files import not_finite
 from phlora.errors import ModelError
 from phlora.files import ADAPTER_FACTS
-from phlora.models.device import DTYPES
-from phlora.models.fingerprint import fingerprint, split_fingerprint
+from phlora.models.fingerprint import are_same, identity_of, split_fingerprint
 from phlora.models.locate import first_line, path_advice
 
 # What PEFT raises for a configuration that does not go with a model.
@@ -80,6 +78,7 @@ def load_adapter(
     try:
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
+        widen_what_trains(model, config)
         kept = keep_before_load(model, config) if isinstance(config, LoraConfig) else {}
         adapted = PeftModelForCausalLM(model, config)
     except _NOT_TAKEN as error:
@@ -148,19 +147,16 @@ def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     recorded = read_adapter_facts(folder).get("base_fingerprint")
     if not recorded:
         return ("The adapter does not say which weights it was trained on, so they are not compared",)
-    precision = recorded.partition(":")[0]
-    trained_on, trained_storage = split_fingerprint(recorded)
-    base, storage = split_fingerprint(
-        fingerprint(model, precision=precision if precision in DTYPES else None)
-    )
-    if trained_on == base:
-        return () if trained_storage == storage else (_other_storage(trained_storage, storage),)
-    if {DTYPES.get(precision), model.dtype} == {torch.float16, torch.bfloat16}:
+    base = identity_of(model)
+    same, trained_storage = are_same(recorded, base), split_fingerprint(recorded)[1]
+    if same:
+        return () if trained_storage == base.storage else (_other_storage(trained_storage, base.storage),)
+    if same is None:
         return ("Whether the adapter was trained on these weights cannot be told across float16",)
     raise ModelError(
         "The adapter was trained on other weights than these",
         where=str(folder / ADAPTER_FACTS),
-        expected=f"a base with the fingerprint {recorded}, not {fingerprint(model)}",
+        expected=f"a base with the fingerprint {recorded}, not {base}",
         fix="load the adapter's own base model, in the revision that it was trained on",
     )
 

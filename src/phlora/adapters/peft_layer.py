@@ -27,7 +27,7 @@ from phlora.lora.base import is_untouched
 from phlora.lora.blocks import RowBlock
 from phlora.lora.frozen import is_plain_linear, is_plain_tensor
 from phlora.lora.operands import FrozenWeight
-from phlora.models.operands import frozen_weight, is_quantized
+from phlora.models.operands import frozen_weight, is_operand, is_quantized
 
 
 class LoraLinear(peft_lora.Linear):
@@ -188,7 +188,7 @@ class LoraLinear(peft_lora.Linear):
         base = self._base
         if not is_untouched(base):
             return None
-        if is_quantized(base):
+        if is_operand(base):
             return frozen_weight(base)
         dense = is_plain_linear(base) and is_plain_tensor(base.weight)
         if dense and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type)):
@@ -231,7 +231,7 @@ def unfuse_lora(model: nn.Module) -> nn.Module:
 
 def _fits(layer: peft_lora.Linear) -> bool:
     plain = not layer.fan_in_fan_out and not layer.merged
-    return plain and (is_plain_linear(layer.base_layer) or is_quantized(layer.base_layer))
+    return plain and (is_plain_linear(layer.base_layer) or is_operand(layer.base_layer))
 
 
 def _marks(weight: Tensor) -> Tensor:

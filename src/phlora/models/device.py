@@ -8,18 +8,23 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
-from transformers import Phi3Config, Phi3Model
+import torch.nn.functional as F
+from torch import Tensor
 
 from phlora.errors import ConfigError, EnvironmentProblem, did_you_mean
 from phlora.extras import is_installed, require
+from phlora.lora.blocks import RowBlock
+from phlora.lora.fused import lora_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 
-# A whole training step gains less than the layer: where that ran 1.5 times as fast, a 135M step ran 1.15.
+# A whole step of a small model gains less: it consists of such products to a smaller part.
 _WORTHWHILE_GAIN = 2.0
 _MEASURING_SECONDS = 0.3
+_TYPICAL_PRODUCT = (4096, 1024)
+# Numbers of the weight, and multiply-adds of the product, that show how fast a larger one is.
+_MOST_NUMBERS, _WORK = 1 << 24, 1 << 31
 
 Value = TypeVar("Value")
 
@@ -64,24 +69,30 @@ def choose_device(requested: str = "auto") -> torch.device:
     return device
 
 
-def choose_dtype(requested: str = "auto", *, device: torch.device) -> Choice[torch.dtype]:
-    """The dtype of the weights, and why.
+def choose_dtype(
+    requested: str = "auto", *, device: torch.device, product: tuple[int, int] = _TYPICAL_PRODUCT
+) -> Choice[torch.dtype]:
+    """The dtype that is computed with, and why.
 
-    On a GPU: bfloat16 where the hardware has it. On a CPU: bfloat16 only when a layer is measured to be at
-    least twice as fast as in float32: it costs precision, and a CPU without units for it is far slower.
+    On a GPU: bfloat16 where the hardware has it. On a CPU: bfloat16 only where the model's own widest product, with
+    what surrounds it, is measured to be so much faster than in float32 that it is worth the precision; a CPU without
+    units for it is far slower.
+
+    Args:
+        product: rows and columns of the widest weight, see `families.widest_product`.
 
     Raises:
         ConfigError: no dtype has this name.
     """
     name = str(requested).removeprefix("torch.")
     if name in DTYPES:
-        return Choice(value=DTYPES[name], reason=_asked_for(name, device))
+        return Choice(value=DTYPES[name], reason=_asked_for(name, device, product))
     if name != "auto":
         raise ConfigError(
             f"There is no dtype `{requested}`", where="dtype", fix=did_you_mean(name, ["auto", *DTYPES])
         )
     if device.type == "cpu":
-        return _fastest_on_cpu()
+        return _fastest_on_cpu(product)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return Choice(value=torch.bfloat16, reason="the GPU computes in bfloat16")
     if device.type == "cuda":
@@ -91,10 +102,10 @@ def choose_dtype(requested: str = "auto", *, device: torch.device) -> Choice[tor
     return Choice(value=torch.float32, reason=f"float32 is sound on every {device.type} device")
 
 
-def _asked_for(name: str, device: torch.device) -> str:
+def _asked_for(name: str, device: torch.device, product: tuple[int, int]) -> str:
     if device.type != "cpu" or name == "float32":
         return "asked for"
-    full, other = _cpu_layer_seconds(DTYPES[name])
+    full, other = _cpu_seconds(DTYPES[name], product)
     return (
         f"asked for; {other / full:.1f} times slower than float32 on this CPU"
         if other > full
@@ -102,10 +113,11 @@ def _asked_for(name: str, device: torch.device) -> str:
     )
 
 
-def _fastest_on_cpu() -> Choice[torch.dtype]:
-    full, half = _cpu_layer_seconds(torch.bfloat16)
+def _fastest_on_cpu(product: tuple[int, int]) -> Choice[torch.dtype]:
+    full, half = _cpu_seconds(torch.bfloat16, product)
     measured = (
-        f"measured on this CPU: a layer takes {1e3 * full:.1f} ms in float32, {1e3 * half:.1f} in bfloat16"
+        f"measured on this CPU: the model's widest product, {product[0]} x {product[1]}, with what surrounds it "
+        f"in a LoRA step takes {1e3 * full:.1f} ms in float32, {1e3 * half:.1f} in bfloat16"
     )
     gain = full / half
     if gain >= _WORTHWHILE_GAIN:
@@ -115,36 +127,36 @@ def _fastest_on_cpu() -> Choice[torch.dtype]:
 
 
 @functools.cache
-def _cpu_layer_seconds(dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds for forward and backward of one small frozen Phi-3 layer, in float32 and in `dtype`."""
-    config = Phi3Config(
-        vocab_size=32,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=1,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        layers = {kind: _frozen(Phi3Model(config), kind) for kind in (torch.float32, dtype)}
-    seconds: dict[torch.dtype, list[float]] = {kind: [] for kind in layers}
+def _cpu_seconds(dtype: torch.dtype, product: tuple[int, int]) -> tuple[float, float]:
+    """Seconds of an adapted half of a gated MLP, forward and backward, in float32 and in `dtype`; of a share of its
+    rows where it is large."""
+    width = product[1]
+    rows = max(2, min(product[0], _MOST_NUMBERS // width)) // 2 * 2
+    tokens = max(64, min(512, _WORK // (rows * width)))
+    weights = {kind: torch.full((rows, width), 0.01, dtype=kind) for kind in (torch.float32, dtype)}
+    seconds: dict[torch.dtype, list[float]] = {kind: [] for kind in weights}
     # The first round warms up, threads start and kernels are chosen: it never stands alone.
     for number in range(5):
-        for kind, layer in layers.items():
-            x = torch.ones(1, 64, config.hidden_size, dtype=kind, requires_grad=True)
+        for kind, weight in weights.items():
+            x = torch.ones(tokens, width, dtype=kind, requires_grad=True)
             start = time.perf_counter()
-            layer(inputs_embeds=x, use_cache=False).last_hidden_state.sum().backward()
+            _run_half_an_mlp(x, weight)
             seconds[kind].append(time.perf_counter() - start)
         if number and sum(map(sum, seconds.values())) > _MEASURING_SECONDS:
             break
     return min(seconds[torch.float32]), min(seconds[dtype])
 
 
-def _frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return model.requires_grad_(False).to(dtype)
+@torch.enable_grad()
+def _run_half_an_mlp(x: Tensor, weight: Tensor) -> None:
+    """The widest product of a layer with its adapter in float32, the norm before it and the gate behind it."""
+    rank = 16
+    down = torch.full((rank, weight.shape[1]), 0.01, requires_grad=True)
+    up = torch.full((len(weight), rank), 0.01, requires_grad=True)
+    block = RowBlock(name="", start=0, stop=len(weight), r=rank, scaling=1.0)
+    normed = (x * x.float().square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)
+    gate, value = lora_blocks(normed, weight, down, [up], blocks=[block]).chunk(2, dim=-1)
+    (F.silu(gate) * value).sum().backward()
 
 
 def choose_attention(

@@ -110,6 +110,22 @@ def block_linears(model: nn.Module) -> list[str]:
     ]
 
 
+def widest_product(config: Any) -> tuple[int, int]:
+    """Rows and columns of the widest weight of a block: Phi-3's fused gate and up, elsewhere one that is as wide.
+
+    The rows of an MLP are four widths where the configuration does not say.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(text, "hidden_size", None) or 1024
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    return (2 if text.model_type == "phi3" else 1) * inner, width
+
+
+def has_plain_layout(config: PreTrainedConfig) -> bool:
+    """Whether the files of such a model hold the tensors of its layers as they are, under their names."""
+    return config.model_type in ("phi3", *_LLAMA_LAYOUTS)
+
+
 def longrope_limit(config: Any) -> int | None:
     """The longest row, in tokens, that has the short factors; None for a model with one set of factors."""
     rope = getattr(config, "rope_parameters", None) or {}

@@ -23,10 +23,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from phlora.data.table import IGNORED
 from phlora.errors import ModelError
-from phlora.lora import matmul
 from phlora.lora.autograd import first_derivatives_only, sees_through
 from phlora.lora.frozen import is_plain_linear
+from phlora.lora.operands import DenseWeight, FrozenWeight
 from phlora.models.causal_lm import Decoder
+from phlora.models.operands import frozen_weight, is_operand
 from phlora.models.prefix_attention import segment_inputs
 from phlora.models.rotary import rotated_by_row
 
@@ -234,7 +235,9 @@ def head_losses(
     head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int, terms: LossTerms, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses, hits and entropies (S,) of hidden states (S, D) and their targets (S,)."""
-    frozen = is_plain_linear(head) and not any(p.requires_grad for p in head.parameters())
+    frozen = (is_plain_linear(head) or is_operand(head)) and not any(
+        p.requires_grad for p in head.parameters()
+    )
     if sees_through():
         return _chunk_losses(head, hidden, targets, terms, entropy)
     if frozen or not torch.is_grad_enabled():
@@ -312,7 +315,7 @@ class _HeadLosses(torch.autograd.Function):
             losses[part], correct[part], log_sums = _losses_and_exponentials_(logits, target, terms)
             if slopes is not None:
                 slope = _slope_(logits, target, log_sums, terms).to(dtype)
-                slopes[part] = matmul.matmul(slope, head.weight.to(dtype))
+                slopes[part] = _operand(head, dtype).matmul_t(slope)
                 if entropies is not None:
                     along = (_wide(slopes[part]) * hidden[part]).sum(-1)
                     if head.bias is not None:
@@ -329,6 +332,11 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, loss_grads: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return (slopes * loss_grads.unsqueeze(-1)).to(slopes.dtype), None, None, None, None, None
+
+
+def _operand(head: nn.Linear, dtype: torch.dtype) -> FrozenWeight:
+    # Under autocast the logits have another dtype than a plain weight.
+    return frozen_weight(head) if is_operand(head) else DenseWeight(head.weight.to(dtype))
 
 
 def _entropies_by_slope(along: Tensor, losses: Tensor, log_sums: Tensor, terms: LossTerms) -> Tensor:

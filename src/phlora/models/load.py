@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -17,19 +18,27 @@ from transformers import (
 )
 
 from phlora.config import ModelConfig
-from phlora.errors import ModelError, NoRoomError
+from phlora.display import Display
+from phlora.errors import ConfigError, ModelError, NoRoomError
 from phlora.extras import require
 from phlora.models.causal_lm import embedding_weight
+from phlora.models.checkpoint import open_checkpoint
 from phlora.models.device import (
+    DTYPES,
     Choice,
     choose_attention,
     choose_device,
     choose_dtype,
 )
-from phlora.models.fingerprint import fingerprint
+from phlora.models.families import widest_product
+from phlora.models.fingerprint import fingerprint, identity_of, keep_identity
 from phlora.models.locate import ModelSource, reading
-from phlora.models.quantization import quantize
+from phlora.models.operands import is_quantized
+from phlora.models.quantization import quantize, require_bitsandbytes, storage_name
 from phlora.models.requirements import needed_by_model
+from phlora.models.storage import Storage, choose_storage, storage_settings
+from phlora.models.stored_layers import compute_wider, store
+from phlora.models.streaming import Skeleton, empty_model, fill, sizes_of, skeleton
 from phlora.models.tokenizer import (
     LoadedTokenizer,
     ModelFields,
@@ -39,12 +48,17 @@ from phlora.models.tokenizer import (
     read_tokenizer,
 )
 
+# Megabytes from which reading takes long enough to be shown.
+_WORTH_SHOWING = 1_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model with its tokenizer, and what was chosen for this machine.
 
     Attributes:
+        dtype: what is computed with.
+        storage: what the weights are stored as.
         fingerprint: of the weights, see `fingerprint`.
         notes: what the user should hear, the tokenizer's notes included.
     """
@@ -56,6 +70,7 @@ class LoadedModel:
     dtype: Choice[torch.dtype]
     attention: Choice[str]
     fingerprint: str
+    storage: Choice[str]
     notes: tuple[str, ...] = ()
 
 
@@ -63,6 +78,7 @@ def load_model(
     model: ModelConfig | str | os.PathLike[str],
     *,
     tokenizer: LoadedTokenizer | None = None,
+    display: Display | None = None,
     **fields: Unpack[ModelFields],
 ) -> LoadedModel:
     """Load a causal language model for training or generation: `load_model("smollm2-135m", dtype="float32")`.
@@ -70,8 +86,12 @@ def load_model(
     Args:
         model: embedded name, folder, `.gguf` file or hub id, or all settings as a `ModelConfig`.
         tokenizer: the model's own, where it is loaded already; it is not read again, and no hub is asked again.
+        display: where the progress of reading a large model goes; nowhere by default.
         fields: settings in the place of those of `model`:
-            dtype: `auto`, or a key of `DTYPES`; `auto` takes what is fastest and sound here and says why.
+            dtype: what is computed with: `auto`, or a key of `DTYPES`; `auto` takes what is fastest and sound here and
+                says why.
+            storage_dtype: what the weights are stored as: `auto`, or one of `STORAGES`; `auto` takes what loses
+                nothing and fits into the memory that is free, and says why.
             attn_implementation: `auto`, or one of `ATTENTIONS`.
             use_cache: the model's default for keeping keys and values; training wants False.
             revision: branch, tag or commit of a hub model.
@@ -79,30 +99,28 @@ def load_model(
             trust_remote_code: run code that comes with a hub model; never done for Phi-3, which transformers has.
             device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`.
             quantization: `nf4`, `int8` or `QuantizationConfig` fields: the linear layers of the blocks in 4 or
-                8 bits, everything else in `dtype`; None leaves the model as it is.
+                8 bits, as `storage_dtype` says it too; None leaves the model as it is.
 
     Raises:
         ModelError: there is no such model, or its files cannot be read or are incomplete.
         ConfigError: an unknown dtype, attention, device or quantization, or a model that is quantised already.
         EnvironmentProblem: a device or package that this machine lacks.
+        NoRoomError: the weights do not fit into memory, however they may be stored.
         NetworkError: the model is not on this machine and no hub may or can be asked.
     """
-    wanted = model_config(model, fields)
+    wanted = storage_settings(model_config(model, fields))
     require(needed_by_model(wanted))
     device = choose_device(wanted.device)
-    dtype = choose_dtype(wanted.dtype, device=device)
-    attention = choose_attention(wanted.attn_implementation, device=device, dtype=dtype.value)
     found = tokenizer.files if tokenizer is not None else None
     files = found if found is not None and found.belong_to(wanted) else find_files(wanted)
+    dtype = choose_dtype(wanted.dtype, device=device, product=widest_product(files.config))
+    attention = choose_attention(wanted.attn_implementation, device=device, dtype=dtype.value)
     tokenizer = tokenizer or read_tokenizer(files)
-    weights, notes = _load_weights(files, dtype=dtype.value, attention=attention.value)
+    loading = _Loading(files, wanted, dtype.value, device, attention.value, display or Display(quiet=True))
+    weights, storage, notes = loading.load()
     _check_vocabulary(weights, tokenizer, where=files.location.source.location)
     _agree_on_tokens(weights, tokenizer)
     weights.config.use_cache = wanted.use_cache
-    with _needing_room(weights, device):
-        if wanted.quantization:
-            notes += (str(quantize(weights, wanted.quantization, device=device)),)
-        nn.Module.to(weights, device)
     return LoadedModel(
         model=weights,
         tokenizer=tokenizer,
@@ -110,37 +128,154 @@ def load_model(
         device=device,
         dtype=dtype,
         attention=attention,
+        storage=storage,
         fingerprint=fingerprint(weights),
         notes=tokenizer.notes + notes,
     )
 
 
-def _load_weights(
-    files: ModelFiles, *, dtype: torch.dtype, attention: str
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    model: PreTrainedModel
-    loading: dict[str, Any]
-    with reading(files.location, "The weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            files.location.path,
-            config=copy.deepcopy(files.config),
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=files.runs_code,
-            output_loading_info=True,
-            **files.location.kwargs,
-        )
+@dataclass(frozen=True)
+class _Loading:
+    """What the weights are loaded with."""
+
+    files: ModelFiles
+    wanted: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    attention: str
+    display: Display
+
+    def load(self) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
+        """The model on its device, what it is stored as, and notes."""
+        if self._is_code_of_its_own() or getattr(self.files.config, "quantization_config", None) is not None:
+            return self._as_transformers_does()
+        with reading(self.files.location, "The weights"):
+            empty = empty_model(self.files, dtype=self.dtype, attention=self.attention)
+            checkpoint = open_checkpoint(self.files.location)
+            bones = skeleton(empty, checkpoint, self.files.location)
+        stored = checkpoint.dtype if checkpoint is not None else self._stated_dtype()
+        sizes = sizes_of(empty, stored)
+        storage = choose_storage(self.wanted, sizes, dtype=self.dtype, device=self.device)
+        if storage.value.quantization is not None:
+            require_bitsandbytes()
+        del empty
+        model, notes = self._streamed(bones, storage.value) if bones else self._converted(storage.value)
+        return model, Choice(value=str(storage.value), reason=storage.reason), notes
+
+    def _streamed(self, bones: Skeleton, storage: Storage) -> tuple[PreTrainedModel, tuple[str, ...]]:
+        megabytes = bones.num_bytes // 1_000_000
+        shown = megabytes if megabytes >= _WORTH_SHOWING else 0
+        with (
+            reading(self.files.location, "The weights"),
+            self._needing_room(bones.model),
+            self.display.progress("Reading the weights", shown, unit="MB") as advance,
+        ):
+            done = _Megabytes(advance)
+            model, identity, notes = fill(
+                bones, storage, dtype=self.dtype, device=self.device, advance=done.add
+            )
+            nn.Module.to(model, self.device)
+        kept = "" if storage.quantization is None else storage_name(storage.quantization)
+        keep_identity(model, identity, storage=kept)
+        return model, notes + _of_unused(bones.unused)
+
+    def _converted(self, storage: Storage) -> tuple[PreTrainedModel, tuple[str, ...]]:
+        """Loaded whole by transformers, then stored as asked, one layer after the other."""
+        narrow = self._stated_dtype() == storage.dtype and storage.quantization is None
+        model, notes = self._by_transformers(storage.dtype if narrow else self.dtype)
+        identity = identity_of(model)
+        if narrow and storage.dtype != self.dtype:
+            compute_wider(model, self.dtype)
+        else:
+            store(model, storage.dtype)
+        with self._needing_room(model):
+            if storage.quantization:
+                notes += (str(quantize(model, storage.quantization, device=self.device)),)
+            nn.Module.to(model, self.device)
+        kept = "" if storage.quantization is None else storage_name(storage.quantization)
+        keep_identity(model, identity, storage=kept)
+        return model, notes
+
+    def _as_transformers_does(self) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
+        """A model that is quantised already, or that brings its own code."""
+        model, notes = self._by_transformers(self.dtype)
+        if any(is_quantized(module) for module in model.modules()):
+            # Imported here: an optional package, without which there would be no such layer.
+            from phlora.models.bnb import use_operands
+
+            use_operands(model)
+        storage = Choice(value=str(self.dtype).removeprefix("torch."), reason="what is computed with")
+        if getattr(model, "is_quantized", False):
+            method = str(model.config.quantization_config.quant_method)
+            storage = Choice(value=method.rpartition(".")[2].lower(), reason="as it is in the files")
+        with self._needing_room(model):
+            if self.wanted.quantization:
+                notes += (str(quantize(model, self.wanted.quantization, device=self.device)),)
+                storage = Choice(value=self.wanted.quantization.type, reason="asked for")
+            elif self.wanted.storage_dtype != "auto":
+                self._refuse_storage(model)
+                store(model, DTYPES[self.wanted.storage_dtype])
+                storage = Choice(value=self.wanted.storage_dtype, reason="asked for")
+            nn.Module.to(model, self.device)
+        return model, storage, notes
+
+    def _refuse_storage(self, model: PreTrainedModel) -> None:
+        if getattr(model, "is_quantized", False):
+            raise ConfigError(
+                "The model is quantised already",
+                where="model.storage_dtype",
+                fix="leave `storage_dtype` out, or name its 16-bit original",
+            )
+
+    def _by_transformers(self, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
+        files = self.files
+        with reading(files.location, "The weights"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                files.location.path,
+                config=copy.deepcopy(files.config),
+                dtype=dtype,
+                attn_implementation=self.attention,
+                trust_remote_code=files.runs_code,
+                output_loading_info=True,
+                **files.location.kwargs,
+            )
         model, loading = loaded
-    missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
-    if missing:
-        raise ModelError(
-            f"The weights lack {len(missing)} tensors that the configuration calls for, such as {missing[0]}",
-            where=files.location.source.location,
-            fix="copy or download the model again, or correct its config.json",
-        )
-    if not unexpected:
-        return model.eval(), ()
-    return model.eval(), (f"{len(unexpected)} tensors of the file are not used, such as {unexpected[0]}",)
+        missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+        if missing:
+            raise ModelError(
+                f"The weights lack {len(missing)} tensors that the configuration calls for, such as {missing[0]}",
+                where=files.location.source.location,
+                fix="copy or download the model again, or correct its config.json",
+            )
+        return model.eval(), _of_unused(unexpected)
+
+    def _is_code_of_its_own(self) -> bool:
+        return self.files.runs_code
+
+    def _stated_dtype(self) -> torch.dtype:
+        """What the configuration says of the files."""
+        stated = self.files.config.dtype
+        name = str(stated).removeprefix("torch.")
+        return DTYPES.get(name, torch.float32)
+
+    def _needing_room(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        return _needing_room(model, self.device)
+
+
+@dataclass
+class _Megabytes:
+    """Bytes that are done, shown as megabytes."""
+
+    advance: Callable[[int], None]
+    left: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        done, self.left = divmod(self.left + num_bytes, 1_000_000)
+        self.advance(done)
+
+
+def _of_unused(names: Sequence[str]) -> tuple[str, ...]:
+    return (f"{len(names)} tensors of the file are not used, such as {names[0]}",) if names else ()
 
 
 @contextlib.contextmanager

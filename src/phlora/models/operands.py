@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from phlora.errors import ModelError
-from phlora.lora.operands import DenseWeight, FrozenWeight
+from phlora.lora.operands import DenseWeight, FrozenWeight, WidenedWeight
+from phlora.models.stored_layers import StoredLinear
 
 
 def frozen_weight(module: nn.Module) -> FrozenWeight:
-    """The operand `W (N, K)` of a linear layer: `nn.Linear`, transformers' `Conv1D`, or a bitsandbytes layer.
+    """The operand `W (N, K)` of a linear layer: `nn.Linear`, a stored one, transformers' `Conv1D`, or bitsandbytes'.
 
     Nothing is copied or dequantised here, so it may be asked for at every forward pass.
 
@@ -21,6 +22,8 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
         from phlora.models import bnb
 
         return bnb.operand(module)
+    if isinstance(module, StoredLinear):
+        return WidenedWeight(module.weight)
     if type(module).__name__ == "Conv1D":
         weight = module.weight
         assert isinstance(weight, Tensor)
@@ -31,6 +34,11 @@ def frozen_weight(module: nn.Module) -> FrozenWeight:
         f"The weight of a `{type(module).__name__}` cannot be multiplied by",
         expected="a linear layer in 16 or 32 bits, or one that bitsandbytes quantised",
     )
+
+
+def is_operand(module: nn.Module) -> bool:
+    """Whether a layer's weight is stored otherwise than it is computed with, so that only `frozen_weight` reads it."""
+    return isinstance(module, StoredLinear) or is_quantized(module)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The base model in 4 or 8 bits, for adapters that train on top of it (QLoRA), and the way back to a dense one.
 
-Every linear layer of the blocks is quantised after the model has been loaded, one at a time and on the device
-where it will be used; head, embeddings and norms stay as they are. Whatever the model was loaded from, a `.gguf`
+Every linear layer of the blocks is quantised by itself, where possible while the model is loaded, and is then on the
+device where it will be used; head, embeddings and norms stay as they are. Whatever the model was loaded from, a `.gguf`
 file included, goes the same way, and the fingerprint is that of the weights before they were rounded.
 
 NF4: blocks of 64 values share one scale, each value is one of 16 quantiles of a normal distribution. With double
@@ -11,11 +11,12 @@ int8: each row of a weight has one scale and 255 steps.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from phlora.config import QuantizationConfig, quantization_config
@@ -24,7 +25,7 @@ from phlora.extras import require
 from phlora.models.causal_lm import embedding_weight
 from phlora.models.device import DTYPES
 from phlora.models.families import block_linears
-from phlora.models.fingerprint import keep_fingerprint
+from phlora.models.fingerprint import identity_of, keep_identity
 from phlora.models.operands import is_quantized
 
 _WHERE = "model.quantization"
@@ -54,7 +55,7 @@ class QuantizationReport:
         return (
             f"{self.storage}: {self.num_layers} linear layers take {layers_after / 1e6:.1f} MB in place of "
             f"{layers_before / 1e6:.1f} MB, the whole model {after / 1e6:.1f} MB in place of {before / 1e6:.1f} MB; "
-            f"head, embeddings and norms stay {dtype}"
+            f"head and embeddings stay {dtype}"
         )
 
 
@@ -85,19 +86,46 @@ def quantize(
     names = block_linears(model)
     if not names:
         raise ModelError("The model has no linear layer that could be quantised", where=_WHERE)
-    keep_fingerprint(model, _storage_name(quantization))
-    model_before, layers_before = stored_bytes(model), _layer_bytes(model, names)
+    keep_identity(model, identity_of(model), storage=storage_name(quantization))
+    layers = QuantizedLayers(model, quantization, device=device)
     for name in names:
-        linear = model.get_submodule(name)
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        layers.put(name, weight.detach())
+    return layers.report()
+
+
+class QuantizedLayers:
+    """The linear layers of a model's blocks, quantised one at a time as their weights come.
+
+    Args:
+        model: with these layers dense, perhaps without memory for their weights.
+        device: where a layer is once it is quantised.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, quantization: QuantizationConfig, *, device: torch.device
+    ) -> None:
+        self.names = frozenset(block_linears(model))
+        self._model, self._quantization, self._device = model, quantization, device
+        self._model_before, self._layers_before = stored_bytes(model), _layer_bytes(model, self.names)
+
+    def put(self, name: str, weight: Tensor) -> None:
+        """Give a layer this weight, quantised."""
+        linear = self._model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        model.set_submodule(name, _quantized_linear(linear, quantization, device))
-    return QuantizationReport(
-        storage=quantization.type,
-        num_layers=len(names),
-        layer_bytes=(layers_before, _layer_bytes(model, names)),
-        model_bytes=(model_before, stored_bytes(model)),
-        dense_dtype=embedding_weight(model).dtype,
-    )
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        self._model.set_submodule(name, _quantized_linear(linear, self._quantization, self._device))
+
+    def report(self) -> QuantizationReport:
+        """What changed, once every layer has its weight."""
+        return QuantizationReport(
+            storage=self._quantization.type,
+            num_layers=len(self.names),
+            layer_bytes=(self._layers_before, _layer_bytes(self._model, self.names)),
+            model_bytes=(self._model_before, stored_bytes(self._model)),
+            dense_dtype=embedding_weight(self._model).dtype,
+        )
 
 
 def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -122,10 +150,12 @@ def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Modu
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a model holds, quantisation scales included and shared tensors once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+    tensors = model.state_dict(keep_vars=True).values()
+    # What has no memory yet has no address either.
+    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
-def _storage_name(quantization: QuantizationConfig) -> str:
+def storage_name(quantization: QuantizationConfig) -> str:
     """By what an adapter knows the base again: other rounding, other name."""
     single = quantization.type == "nf4" and not quantization.double_quant
     return "nf4-single" if single else quantization.type
@@ -161,5 +191,5 @@ def _dense_linear(layer: Any, dtype: torch.dtype | None) -> nn.Linear:
     return linear.train(bool(layer.training))
 
 
-def _layer_bytes(model: nn.Module, names: list[str]) -> int:
+def _layer_bytes(model: nn.Module, names: Iterable[str]) -> int:
     return stored_bytes(nn.ModuleList(model.get_submodule(name) for name in names))

@@ -76,6 +76,7 @@ class ModelFields(TypedDict, total=False):
     attn_implementation: str
     use_cache: bool
     device: str
+    storage_dtype: str
     quantization: str | Mapping[str, Any] | QuantizationConfig | None
     revision: str | None
     offline: bool
@@ -164,7 +165,7 @@ def read_tokenizer(files: ModelFiles, *, folder: Path | None = None) -> LoadedTo
     prepared = prepare_tokenizer(
         tokenizer,
         config=files.config,
-        generation_config=_generation_config(files.location),
+        generation_config=generation_config_of(files.location),
         notes=files.notes,
     )
     return replace(prepared, files=files)
@@ -175,7 +176,8 @@ def _folder_location(folder: Path) -> Location:
     return locate(source, offline=True)
 
 
-def _generation_config(location: Location) -> GenerationConfig | None:
+def generation_config_of(location: Location) -> GenerationConfig | None:
+    """What a model's files say of generation; None where they say nothing."""
     if location.source.kind == "gguf":
         return None
     try:

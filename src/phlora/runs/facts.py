@@ -83,7 +83,7 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """The base and what it computed with; `location` where it was named from the working folder."""
+    """The base, what it computed with and was stored as; `location` where it was named from the working folder."""
 
     name: str
     kind: str
@@ -92,6 +92,8 @@ class ModelFacts:
     device: str
     dtype: str
     dtype_reason: str
+    storage: str
+    storage_reason: str
     attention: str
     location: str | None = None
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from phlora.models.fingerprint import same_fingerprints
+
 _TRAINING = "training_config."
 
 
@@ -19,6 +21,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, ignored: Colle
     """
     then, wanted = (_identity(facts, ignored) for facts in (before, now))
     differing = [name for name in sorted({*then, *wanted}) if then.get(name) != wanted.get(name)]
+    if same_fingerprints(str(then.get("base model")), str(wanted.get("base model"))):
+        differing = [name for name in differing if name != "base model"]
     told = {
         "data": _data,
         "peft_config": _peft,

@@ -240,11 +240,12 @@ def load_base(
     dtype: str = "float32",
     quantization: QuantizationConfig | None = None,
 ) -> LoadedModel:
-    """The base of an adapter; by default in fp32 and not quantised."""
+    """The base of an adapter; by default in fp32, stored so, and not quantised."""
     return load_model(
         found.base,
         tokenizer=tokenizer,
         dtype=dtype,
+        storage_dtype=dtype,
         quantization=quantization,
         attn_implementation="auto",
         # It stands in the configuration that is saved, and chatting wants it.

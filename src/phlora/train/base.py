@@ -19,6 +19,7 @@ from phlora.models.fingerprint import fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.locate import ModelSource, resolve_source
 from phlora.models.operands import is_quantized
+from phlora.models.stored_layers import compute_dtype
 from phlora.models.tokenizer import LoadedTokenizer, load_tokenizer, prepare_tokenizer
 from phlora.train.request import IN_MEMORY, Objects
 
@@ -78,9 +79,10 @@ def model_of(
         tokenizer=tokenizer,
         source=_source(model.name),
         device=device,
-        dtype=Choice(value=given.dtype, reason=_OBJECT),
+        dtype=Choice(value=compute_dtype(given), reason=_OBJECT),
         attention=Choice(value=given.config._attn_implementation or "eager", reason=_OBJECT),
-        fingerprint=fingerprint(given),
+        storage=Choice(value=str(given.dtype).removeprefix("torch."), reason=_OBJECT),
+        fingerprint=fingerprint(given, trusted=False),
         notes=tokenizer.notes,
     )
 

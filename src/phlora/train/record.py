@@ -71,6 +71,7 @@ def tell_choices(
     """Say what was chosen for this machine and why, and what was understood from the configuration."""
     name = str(loaded.dtype.value).removeprefix("torch.")
     display.note(f"{loaded.device.type}, {name}: {loaded.dtype.reason}")
+    display.note(f"weights stored in {loaded.storage.value}: {loaded.storage.reason}")
     display.note(f"attention {loaded.attention.value}: {loaded.attention.reason}")
     for note in (*loaded.notes, *notes, *arguments.notes, *attached.notes):
         display.note(note)
@@ -102,6 +103,8 @@ def run_facts(
             device=str(loaded.device),
             dtype=str(loaded.dtype.value).removeprefix("torch."),
             dtype_reason=loaded.dtype.reason,
+            storage=loaded.storage.value,
+            storage_reason=loaded.storage.reason,
             attention=loaded.attention.value,
         ),
         data=data.facts,

@@ -9,18 +9,18 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_on_a_cpu_takes_bfloat16_only_when_it_is_far_faster(monkeypatch):
-    monkeypatch.setattr(choices, "_cpu_layer_seconds", lambda dtype: (0.010, 0.004))
+    monkeypatch.setattr(choices, "_cpu_seconds", lambda dtype, product: (0.010, 0.004))
     fast = choose_dtype("auto", device=CPU)
     assert fast.value == torch.bfloat16
     assert "2.5 times as fast" in fast.reason
-    monkeypatch.setattr(choices, "_cpu_layer_seconds", lambda dtype: (0.010, 0.160))
+    monkeypatch.setattr(choices, "_cpu_seconds", lambda dtype, product: (0.010, 0.160))
     slow = choose_dtype("auto", device=CPU)
     assert slow.value == torch.float32
     assert "16.0 times slower" in slow.reason and "10.0 ms in float32" in slow.reason
 
 
 def test_auto_on_this_cpu_is_not_the_slow_one():
-    full, half = choices._cpu_layer_seconds(torch.bfloat16)
+    full, half = choices._cpu_seconds(torch.bfloat16, choices._TYPICAL_PRODUCT)
     chosen = choose_dtype("auto", device=CPU).value
     assert full > 0 and half > 0
     assert chosen == (torch.bfloat16 if full >= 2 * half else torch.float32)
@@ -34,7 +34,7 @@ def test_auto_on_a_gpu_asks_the_hardware(monkeypatch, has_bf16, expected):
 
 
 def test_asked_for_dtype_is_taken_with_a_warning_of_its_cost(monkeypatch):
-    monkeypatch.setattr(choices, "_cpu_layer_seconds", lambda dtype: (0.01, 0.08))
+    monkeypatch.setattr(choices, "_cpu_seconds", lambda dtype, product: (0.01, 0.08))
     chosen = choose_dtype("torch.bfloat16", device=CPU)
     assert chosen.value == torch.bfloat16
     assert "8.0 times slower" in chosen.reason

@@ -70,7 +70,7 @@ def test_the_note_states_the_bytes_that_are_held(folder: Path, storage: str, mos
     before = stored_bytes(dense)
     report = quantize(dense, QuantizationConfig(type=storage), device=CPU)
     assert report.model_bytes == (before, stored_bytes(dense))
-    assert report.num_layers == 8 and f"norms stay {dtype}" in str(report)
+    assert report.num_layers == 8 and f"embeddings stay {dtype}" in str(report)
     share = report.layer_bytes[1] / report.layer_bytes[0]
     assert share < most * (1 if dtype == "float32" else 2)
     saved = report.layer_bytes[0] - report.layer_bytes[1]

@@ -1,0 +1,130 @@
+"""Layers whose weight is stored in 16 bits and computed with in a wider dtype.
+
+Made by exchanging the class of `nn.Linear` and `nn.Embedding`, and back the same way: the weight stays a parameter in
+the layer, so that PEFT, TRL and what saves a model see a linear layer in bfloat16, whose products are those of float32.
+Every number of 16 bits is one of 32, so that such a model computes what the same weights in float32 do.
+
+Only matrices are stored so. Norms and biases take a ten-thousandth of a model's memory and have the dtype of the
+computation.
+
+Legend: `N` out, `K` in, `V` vocabulary, `D` model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phlora.lora.autograd import sees_through
+from phlora.lora.fused import frozen_linear
+from phlora.lora.operands import WidenedWeight
+
+
+class StoredLinear(nn.Linear):
+    """`y = x Wᵀ + b` in the dtype of `x`, with `W (N, K)` stored in a narrower one; keeps nothing for backward but `W`.
+
+    Attributes:
+        compute_dtype: of the activations that it is meant for, which a copy of it that trains has.
+    """
+
+    compute_dtype: torch.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        trains = self.weight.requires_grad and torch.is_grad_enabled()
+        if trains or sees_through():
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        return frozen_linear(x, WidenedWeight(self.weight), self.bias)
+
+
+class StoredEmbedding(nn.Embedding):
+    """Rows of a weight `(V, D)`, widened to the dtype of the computation once they are chosen: (...) -> (..., D)."""
+
+    compute_dtype: torch.dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input)
+        return rows.to(torch.promote_types(rows.dtype, self.compute_dtype))
+
+
+_STORED: dict[type[nn.Module], Any] = {nn.Linear: StoredLinear, nn.Embedding: StoredEmbedding}
+_PLAIN = {stored: plain for plain, stored in _STORED.items()}
+
+
+def is_storable(module: nn.Module) -> bool:
+    """Whether this layer's weight may be stored in a narrower dtype than it is computed with."""
+    return type(module) in _STORED
+
+
+def is_stored(module: nn.Module) -> bool:
+    """Whether this layer's weight is stored in a narrower dtype than it is computed with."""
+    return type(module) in _PLAIN
+
+
+def as_stored(module: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Let a linear layer or an embedding, whose weight is narrow or will be, compute in `compute_dtype`; in place."""
+    module.__class__ = _STORED[type(module)]
+    module.compute_dtype = compute_dtype  # type: ignore[assignment]
+
+
+def store(model: nn.Module, dtype: torch.dtype) -> int:
+    """Store the matrices of a model in `dtype`, in place, one after the other, and compute with them as before.
+
+    Weights that layers share stay shared.
+
+    Returns:
+        How many layers are stored so; none where `dtype` is not narrower than that of the weights.
+    """
+    layers: list[Any] = [module for module in model.modules() if is_storable(module)]
+    layers = [layer for layer in layers if layer.weight.dtype.itemsize > dtype.itemsize]
+    dtypes = [layer.weight.dtype for layer in layers]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.to(dtype)
+    for layer, before in zip(layers, dtypes, strict=True):
+        as_stored(layer, before)
+    return len(layers)
+
+
+def compute_wider(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a model whose weights are in 16 bits compute in a wider dtype, in place; what is no matrix is widened."""
+    for module in model.modules():
+        stays = is_storable(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and not (stays and name == "weight"):
+                parameter.data = parameter.data.to(dtype)
+        if stays:
+            as_stored(module, dtype)
+
+
+def widen(module: nn.Module) -> None:
+    """Give a stored layer its weight in the dtype that it computes in, and its own class; in place."""
+    layer: Any = module
+    layer.weight.data = layer.weight.data.to(layer.compute_dtype)
+    del layer.compute_dtype
+    layer.__class__ = _PLAIN[type(layer)]
+
+
+def widen_named(model: nn.Module, names: Collection[str]) -> None:
+    """Widen the stored layers whose names end in one of these, as PEFT names modules: those that will train.
+
+    The steps of an optimizer are smaller than 16 bits can add.
+    """
+    for path, module in list(model.named_modules()):
+        if is_stored(module) and any(path == name or path.endswith(f".{name}") for name in names):
+            widen(module)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's activations, which is that of its weights where these are not stored otherwise."""
+    for module in model.modules():
+        if is_stored(module):
+            found: torch.dtype = module.compute_dtype  # type: ignore[assignment]
+            return found
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.get_default_dtype())
