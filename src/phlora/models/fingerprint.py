@@ -64,9 +64,14 @@ class WeightsIdentity:
 
 
 class IdentityMaker:
-    """Gathers the tensors of a model, in any order, each under the name that it has in the bare model."""
+    """Gathers the tensors of a model, in any order, each under the name that it has in the bare model.
 
-    def __init__(self) -> None:
+    Args:
+        whole: the digests of every byte where they are known already; then only samples are taken.
+    """
+
+    def __init__(self, whole: Mapping[str, str] | None = None) -> None:
+        self._whole = whole
         self._exact: dict[str, tuple[torch.dtype, str, bytes]] = {}
         self._rounded: dict[torch.dtype, dict[str, tuple[torch.dtype, str, bytes]]] = {
             torch.bfloat16: {},
@@ -79,6 +84,8 @@ class IdentityMaker:
         """Count one tensor; nothing of it but samples is kept."""
         shape, flat = tuple(tensor.shape), tensor.detach().reshape(-1).cpu()
         self._samples[name] = shape, flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].clone()
+        if self._whole is not None:
+            return
         exact = self._exact[name] = _described(f"{name} {shape}", flat)
         for narrow, digests in self._rounded.items():
             rounds = exact[0] == torch.float32 or (exact[0] == torch.float16 and narrow == torch.bfloat16)
@@ -86,6 +93,8 @@ class IdentityMaker:
 
     def result(self) -> WeightsIdentity:
         """What the tensors that were counted are."""
+        if self._whole is not None:
+            return WeightsIdentity(whole=self._whole, samples=self._samples)
         dtypes = {dtype for dtype, _, _ in self._exact.values()}
         widest = max(filter(_EXACT.__contains__, dtypes), key=_EXACT.index, default=torch.bfloat16)
         digests = {_name(widest): _digest_of_all(self._exact)}

@@ -21,7 +21,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phlora.errors import ConfigError
 from phlora.models.causal_lm import CausalLM, as_causal_lm
 from phlora.models.families import context_lengths
+from phlora.models.stored_layers import compute_dtype
 
 # A prefix shorter than this saves less than the extra forward pass costs.
 _MIN_SHARED_TOKENS = 8
@@ -160,7 +161,8 @@ def _rows_that_fit(model: CausalLM, tokens: int) -> int:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row_bytes: int = 2 * config.num_hidden_layers * kv_heads * head_dim * tokens * model.dtype.itemsize
+    dtype = compute_dtype(cast(nn.Module, model))
+    row_bytes: int = 2 * config.num_hidden_layers * kv_heads * head_dim * tokens * dtype.itemsize
     return max(1, min(_MAX_AUTO_ROWS, _AUTO_CACHE_BYTES // row_bytes))
 
 

@@ -25,6 +25,7 @@ from phlora.models.allocator import return_freed_memory
 from phlora.models.checkpoint import Checkpoint
 from phlora.models.families import block_linears, has_plain_layout
 from phlora.models.fingerprint import IdentityMaker, WeightsIdentity
+from phlora.models.known_digests import recall, remember, state_of
 from phlora.models.locate import Location
 from phlora.models.quantization import QuantizedLayers
 from phlora.models.storage import Sizes, Storage
@@ -119,7 +120,9 @@ def fill(
     Returns:
         The model, what its tensors are in the files, and notes.
     """
-    model, maker = empty.model, IdentityMaker()
+    files = empty.checkpoint.files
+    state = state_of(files)
+    model, maker = empty.model, IdentityMaker(recall(files))
     quantized = None
     if storage.quantization is not None:
         quantized = QuantizedLayers(model, storage.quantization, device=device)
@@ -151,7 +154,9 @@ def fill(
     if generation is not None:
         model.generation_config = generation
     notes = () if quantized is None else (str(quantized.report()),)
-    return model.eval(), maker.result(), notes
+    identity = maker.result()
+    remember(files, identity.whole, state=state)
+    return model.eval(), identity, notes
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,53 @@ def test_a_model_that_is_stored_otherwise_keeps_that_of_its_weights() -> None:
     for kept in (model, copy.deepcopy(model)):
         assert split_fingerprint(fingerprint(kept)) == (known, "nf4")
     assert split_fingerprint(known) == (known, "")
+
+
+# ------------------------------------------------------------------------------------------------- kept digests
+
+
+def settle(folder: Path) -> None:
+    """Long ago, as files are that do not change any more."""
+    for file in folder.glob("*.safetensors"):
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PHLORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fingerprints"
+
+
+def test_files_that_did_not_change_are_not_counted_again(tiny_folder: Path, cache: Path, monkeypatch) -> None:
+    settle(tiny_folder)
+    first = load_model(tiny_folder, device="cpu", dtype="float32").fingerprint
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr("phlora.models.fingerprint._digest", None)
+    assert load_model(tiny_folder, device="cpu", dtype="float32").fingerprint == first
+
+
+def test_files_that_changed_are_counted_again(tiny_folder: Path, cache: Path) -> None:
+    settle(tiny_folder)
+    first = load_model(tiny_folder, device="cpu", dtype="float32").fingerprint
+    file = tiny_folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[PLACE].view(-1)[7] += 1e-6
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert load_model(tiny_folder, device="cpu", dtype="float32").fingerprint != first
+    # What was written a moment ago may be written to again within the same tick of the clock.
+    assert len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"whole": {}}', '{"whole": {"float32": 3}}'])
+def test_a_broken_cache_costs_a_second_count_and_nothing_else(
+    tiny_folder: Path, cache: Path, content: str
+) -> None:
+    settle(tiny_folder)
+    first = load_model(tiny_folder, device="cpu", dtype="float32").fingerprint
+    (kept,) = cache.iterdir()
+    kept.write_text(content)
+    assert load_model(tiny_folder, device="cpu", dtype="float32").fingerprint == first
+    kept.unlink()
+    cache.rmdir()
+    cache.write_text("a file where a folder belongs")
+    assert load_model(tiny_folder, device="cpu", dtype="float32").fingerprint == first
