@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 from phlora.config import DataFile
 from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
 from phlora.data.readers import Opened, frame_records, open_path, pick_split
-from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Record, Row, key_and_digest, key_bytes, row_mark
+from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Record, Row, key_and_digest, key_mark, row_mark
 from phlora.data.similarity import row_keys
 from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ class RowIndex:
 
     Attributes:
         sources, format, keep_reasoning: what was read, and how.
-        keys: `row_key` of each row, as bytes.
+        keys: `row_key` of each row, as bytes; without digests `key_mark`.
         near, prompts, openings: the digests of `similarity.RowKeys`, one row after the other.
         exchanges, exchange_ends: its exchanges, one row after the other, and where those of each row end.
         is_trained: a byte for each row, 0 where its weight is 0.
@@ -228,7 +228,7 @@ def index_rows(
             key, digest = key_and_digest(item)
             survey.digests.extend(digest)
         else:
-            key = key_bytes(item)
+            key = key_mark(item)
         survey.keys.append(key)
         survey.marks.append(row_mark(item))
         keys = row_keys(item)

@@ -74,18 +74,28 @@ class Problem:
 
 def row_key(row: Row) -> str:
     """A digest of what the row says: equal for rows that differ in spacing or Unicode form only."""
-    return key_bytes(row).hex()
+    return _digest(_key_json(row)).hex()
 
 
-def key_bytes(row: Row) -> bytes:
-    """`row_key` as bytes."""
-    if not _is_plain_chat(row):
-        return _digest(_key_json(row))
-    keys = [
-        f"[{_quoted(message['role'])}, {_quoted(_normal(message['content']))}, null]"
-        for message in row.messages or ()
-    ]
-    return _digest(f"[[{', '.join(keys)}], null]")
+def key_mark(row: Row) -> bytes:
+    """What is equal where `row_key` is, in half the time and within this process only."""
+    if row.messages is None:
+        said: Any = tuple(
+            _normal(part) for part in (row.prompt, row.completion, row.text) if part is not None
+        )
+    else:
+        said = tuple(
+            [
+                (
+                    message["role"],
+                    _normal(message["content"]),
+                    _CONTENT.encode(message["tool_calls"]) if message.get("tool_calls") is not None else None,
+                )
+                for message in row.messages
+            ]
+        )
+    tools = None if row.tools is None else _CONTENT.encode(row.tools)
+    return hash((said, tools)).to_bytes(8, "big", signed=True)
 
 
 def row_digest(row: Row) -> bytes:

@@ -8,7 +8,16 @@ import random
 import unicodedata
 
 from phlora.data.dataset import load_rows
-from phlora.data.rows import Origin, Row, fingerprint_of, key_and_digest, row_digest, row_key, single_spaced
+from phlora.data.rows import (
+    Origin,
+    Row,
+    fingerprint_of,
+    key_and_digest,
+    key_mark,
+    row_digest,
+    row_key,
+    single_spaced,
+)
 
 
 def _texts(*texts):
@@ -49,6 +58,7 @@ TEXTS = [
 
 def test_digests_put_together_by_hand_are_those_of_json():
     chance = random.Random(3)
+    marks: dict[bytes, set[bytes]] = {}
     for number in range(3000):
         messages = [
             {"role": chance.choice(["system", "user", "assistant", "tool"]), "content": "".join(content)}
@@ -65,6 +75,9 @@ def test_digests_put_together_by_hand_are_those_of_json():
         key, digest = key_and_digest(row)
         assert (key, digest) == _by_json(row)
         assert (row_key(row), row_digest(row)) == (key.hex(), digest)
+        marks.setdefault(key, set()).add(key_mark(row))
+    assert all(len(found) == 1 for found in marks.values())
+    assert len(set().union(*marks.values())) == len(marks) > 100
 
 
 def test_single_spaced_is_split_and_join_for_every_white_space():
