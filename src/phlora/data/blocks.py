@@ -38,7 +38,7 @@ def text_of_parts(
             raise BadRow(
                 "wrong_type",
                 f"turn {turn} has a part of the kind `{kind}` in `{key}`",
-                "text only: images and sounds cannot be trained",
+                "text only: images, sounds and parts of other kinds cannot be trained",
             )
         read(part, message, results, turn)
     _take_part_flags(flags, message, turn)

@@ -15,6 +15,7 @@ import pytest
 from phlora.config import DataFile
 from phlora.data.dataset import load_rows, read_rows
 from phlora.data.readers import files
+from phlora.data.readers.encodings import sample_of
 from phlora.data.rows import Origin
 from phlora.errors import ConfigError, DataError, NetworkError
 from phlora.testing import LANGUAGES
@@ -527,3 +528,9 @@ def test_polars_frames_are_read_and_lazy_ones_refused():
     with pytest.raises(DataError, match="LazyFrame") as caught:
         load_rows(frame.lazy())
     assert "collect()" in str(caught.value)
+
+
+def test_the_sample_of_an_encoding_begins_with_a_word():
+    assert sample_of("question\tanswer\nanswer Xin chào") == "“answer Xin chào”"
+    assert sample_of("a very long beginning of ü") == "“beginning of ü”"
+    assert sample_of("x" * 30 + "ü") == f"“{'x' * 13}ü”"

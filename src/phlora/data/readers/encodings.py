@@ -185,5 +185,7 @@ def sample_of(text: str) -> str:
     """A piece of the text around its first character beyond ASCII."""
     first = next((index for index, character in enumerate(text) if character > "\x7f"), 0)
     start = max(0, first - SAMPLE_CHARACTERS // 3)
+    if start and not text[start - 1].isspace():  # from the beginning of a word, where there is one
+        start += next((n + 1 for n, c in enumerate(text[start:first]) if c.isspace()), 0)
     piece = " ".join(text[start : start + SAMPLE_CHARACTERS].split())
     return f"“{piece}”"
