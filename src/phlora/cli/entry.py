@@ -110,7 +110,7 @@ def _known_problem(error: BaseException) -> PhloraError | None:
         return NoRoomError(
             "The memory is full",
             fix="lower training_config.per_device_train_batch_size or training_config.max_length, "
-            "or set training_config.gradient_checkpointing=true",
+            "or set training_config.activation_memory=recompute; `phlora plan` says what fits",
         )
     return None
 

@@ -362,7 +362,7 @@ def recorded_status(folder: RunFolder) -> Iterator[None]:
                 "The memory is full; the checkpoints written before are intact",
                 where=str(folder.path),
                 fix="halve per_device_train_batch_size and double gradient_accumulation_steps, "
-                "set gradient_checkpointing: true, or lower max_length; then start anew with --overwrite",
+                "set activation_memory: recompute, or lower max_length; then start anew with --overwrite",
             ) from error
         if not _says_disk_full(error, folder.path):
             raise

@@ -139,6 +139,6 @@ def _one_row_too_large(batch: Batch) -> NoRoomError:
     return NoRoomError(
         f"One row alone, of {num_positions(batch):,} tokens, does not fit into the memory",
         where=named[0] if named else "",
-        fix="shorten the row or lower training_config.max_length, set training_config.gradient_checkpointing: true, "
+        fix="shorten the row or lower training_config.max_length, set training_config.activation_memory: recompute, "
         "or store the base in 4 bits (model.quantization: nf4)",
     )

@@ -138,7 +138,7 @@ def test_a_full_disk_is_said_in_one_message(
     ids=["device", "cpu", "python"],
 )
 def test_a_full_memory_is_said_with_what_helps(error: Exception, run: RunFolder) -> None:
-    with pytest.raises(NoRoomError, match="gradient_checkpointing"), runs_folder.recorded_status(run):
+    with pytest.raises(NoRoomError, match="activation_memory"), runs_folder.recorded_status(run):
         raise error
     assert run.facts()["status"] == "failed"
 
