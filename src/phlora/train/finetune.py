@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -36,7 +36,7 @@ from phlora.train.arguments import Arguments, training_arguments
 from phlora.train.backends import needed_by_trackers
 from phlora.train.base import device_of, model_of, require_no_adapted_head, tokenizer_of
 from phlora.train.handed_over import handed_over
-from phlora.train.lookahead import Planned, plan_ahead
+from phlora.train.lookahead import Planned, fitted_before, plan_ahead
 from phlora.train.loop import Training, fit
 from phlora.train.optimizer import LORAPLUS, take_loraplus
 from phlora.train.plan import Plan, make_plan
@@ -138,6 +138,9 @@ def finetune(
     require(_needed_by(config))
     require_rows_outside(config, objects, overwrite=overwrite)
     folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
+    if fit_memory and resume and folder.has_facts:
+        config = fitted_before(config, folder.facts())
+        request = replace(request, config=config)
     device = device_of(config.model, objects)
     arguments, lora = _settings(config, folder, device=device.type)
 

@@ -40,6 +40,7 @@ from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import PreparedData
 from phlora.train.request import Objects, Request
 
+_FIT = "--fit"
 # What a run may be changed by to make it fit, without asking which: the rows that it trains on stay as they are.
 _NEVER_APPLIED = ("training_config.max_length",)
 
@@ -135,21 +136,37 @@ def plan_ahead(
     Raises:
         NoRoomError: nothing makes it fit, with `fit_memory`.
     """
-    config, objects = request.config, request.objects
-    why_not = _not_forecast(arguments, objects)
+    config = request.config
+    why_not = _not_forecast(arguments, request.objects)
     if why_not is None:
+        display.stage("Forecasting memory and time")
         try:
-            drawn = draw(config, objects, words, lora, device=device)
+            return _forecast(
+                request, words, data, arguments, lora, display, device=device, fit_memory=fit_memory
+            )
         except PhloraError:
             raise
         except Exception as error:
             # Code that comes with a model may need its weights; that is no reason not to train it.
             why_not = f"{type(error).__name__}: {error}".splitlines()[0]
-    if why_not is not None:
-        display.note(f"memory and time are not forecast: {why_not}")
-        level = "keep" if arguments.activation_memory == "auto" else arguments.activation_memory
-        return Planned(config, arguments.with_activation_memory(level))
-    display.stage("Forecasting memory and time")
+    display.note(f"memory and time are not forecast: {why_not}")
+    level = "keep" if arguments.activation_memory == "auto" else arguments.activation_memory
+    return Planned(config, arguments.with_activation_memory(level))
+
+
+def _forecast(
+    request: Request,
+    words: LoadedTokenizer,
+    data: PreparedData,
+    arguments: Arguments,
+    lora: LoraConfig,
+    display: Display,
+    *,
+    device: torch.device,
+    fit_memory: bool,
+) -> Planned:
+    config, objects = request.config, request.objects
+    drawn = draw(config, objects, words, lora, device=device)
     planned = _planned(drawn, config, objects, words, data, arguments, device)
     assert planned.ahead is not None
     if not fit_memory or planned.ahead.forecast.fits:
@@ -164,6 +181,19 @@ def plan_ahead(
     )
     drawn = draw(config, objects, words, lora, device=device)
     return _planned(drawn, config, objects, words, data, arguments, device)
+
+
+def fitted_before(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run that is continued, with what `--fit` changed when it began.
+
+    Args:
+        facts: of run.json.
+    """
+    settings = {}
+    for name in (name for name, origin in facts.get("origins", {}).items() if origin == _FIT):
+        section, _, key = name.partition(".")
+        settings[name] = facts["config"][section][key]
+    return _with_settings(config, settings)
 
 
 def _planned(
@@ -341,7 +371,7 @@ def _joined(ahead: Lookahead) -> Mapping[str, Any]:
 
 def _with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     training, model, evaluation = dict(config.training_config), config.model, config.evaluation
-    origins = {**config.origins, **dict.fromkeys(settings, "--fit")}
+    origins = {**config.origins, **dict.fromkeys(settings, _FIT)}
     for name, value in settings.items():
         section, _, key = name.partition(".")
         if section == "training_config":

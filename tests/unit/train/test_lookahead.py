@@ -133,6 +133,32 @@ def test_fit_changes_the_run_and_writes_down_what(
     assert run.plan.sequences_per_step == 8
 
 
+def test_a_fitted_run_is_continued_as_it_began(
+    configured: Configured, only: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured({"activation_memory": "keep", "save_strategy": "steps", "save_steps": 1})
+    only(1 << 40)
+    # What recomputes is no choice here, so that the rows of a pass become fewer.
+    monkeypatch.setattr("phlora.forecast.remedies._recomputing", lambda _: iter(()))
+    only(needed(plan_run(config, display=QUIET)) - 1000)
+    begun = finetune(config, display=QUIET, fit_memory=True)
+    assert begun.folder is not None and "per_device_train_batch_size: 4  # --fit" in begun.config_text
+    only(1 << 40)
+    again = finetune(config, display=QUIET, fit_memory=True, resume=True)
+    assert "per_device_train_batch_size: 4  # --fit" in again.config_text
+
+
+def test_a_forecast_that_fails_stops_no_run(
+    configured: Configured, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no tensor without numbers")
+
+    monkeypatch.setattr("phlora.forecast.forecast.forecast_memory", fail)
+    run = finetune(configured({"max_steps": 1}), display=Display())
+    assert run.plan.forecast is None and "RuntimeError: no tensor without numbers" in capsys.readouterr().err
+
+
 def test_fit_joins_several_changes_and_says_where_none_is_enough(
     configured: Configured, only: Callable[[int], None]
 ) -> None:
