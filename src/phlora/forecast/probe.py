@@ -34,6 +34,8 @@ _MOST_ROUNDS = 4
 # laptop, well under one on faster ones.
 _PROBED_FLOPS, _LEAST_POSITIONS = 7e11, 256
 PROBED_LAYERS = 2
+# Numbers that are drawn for a weight.
+_DRAWN = 1 << 20
 # Seconds of a round beside which warming up is little.
 _LONG_ROUND = 3.0
 # What the trainer does in a step besides the model and the optimizer: batches, logs, callbacks. Measured with
@@ -210,14 +212,19 @@ def _fill(model: nn.Module, device: torch.device) -> None:
             if tensor is None:
                 continue
             if id(tensor) not in made:
-                values = torch.empty(tensor.shape, dtype=tensor.dtype)
-                values.uniform_(-0.02, 0.02)
-                if tensor.dim() == 1:
-                    values.fill_(1.0)
+                values = _numbers(tensor.shape, tensor.dtype)
                 made[id(tensor)] = nn.Parameter(values.to(device), tensor.requires_grad)
             module._parameters[name] = made[id(tensor)]  # type: ignore[assignment]
         if any(buffer is not None and buffer.is_meta for buffer in buffers.values()):
             _make_buffers(module, device)
+
+
+def _numbers(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Ones for norms; else some numbers over and over, since drawing hundreds of millions takes seconds."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    few = torch.empty(min(shape.numel(), _DRAWN), dtype=dtype).uniform_(-0.02, 0.02)
+    return few.repeat(-(-shape.numel() // len(few)))[: shape.numel()].view(shape)
 
 
 def _make_buffers(module: nn.Module, device: torch.device) -> None:
