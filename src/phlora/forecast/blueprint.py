@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from phlora.adapters.attach import AdapterSummary, attach
-from phlora.models.families import block_linears
+from phlora.models.storage import Sizes
+from phlora.models.streaming import sizes_of
 
 # Settings of an adapter that single layers out: what is known of one of them holds for no other.
 _BY_LAYER = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "layer_replication")
@@ -34,6 +35,7 @@ class Blueprint:
         runs_code: whether code that comes with the model may run.
         model: the whole model with its adapter, on the meta device.
         summary: what of it trains.
+        sizes: how many numbers its frozen weights have.
     """
 
     config: PreTrainedConfig
@@ -43,6 +45,7 @@ class Blueprint:
     runs_code: bool
     model: PeftModel
     summary: AdapterSummary
+    sizes: Sizes
 
     @property
     def num_layers(self) -> int:
@@ -73,22 +76,9 @@ class Blueprint:
         """The same with its adapter."""
         return attach(self.base_with_layers(count), copy.deepcopy(self.lora)).model
 
-    def dense_bytes(self) -> tuple[int, int]:
-        """Bytes of the frozen weights in `dtype`: of the linear layers of the blocks, and of all else."""
-        base: Any = self.model.get_base_model()
-        frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}
-        blocks = {id(base_weight(base.get_submodule(name))) for name in block_linears(base)}
-        inner = sum(p.nbytes for key, p in frozen.items() if key in blocks)
-        return inner, sum(p.nbytes for p in frozen.values()) - inner
-
     def trained(self) -> list[Tensor]:
         """The parameters that train."""
         return [p for p in self.model.parameters() if p.requires_grad]
-
-    def widest_linear(self) -> int:
-        """Numbers of the largest weight of the blocks."""
-        base: Any = self.model.get_base_model()
-        return max((base_weight(base.get_submodule(name)).numel() for name in block_linears(base)), default=0)
 
 
 def draw_up(
@@ -98,15 +88,20 @@ def draw_up(
     dtype: torch.dtype,
     attention: str = "sdpa",
     runs_code: bool = False,
+    stored: torch.dtype = torch.float32,
 ) -> Blueprint:
     """The blueprint of a model with this configuration and this adapter.
+
+    Args:
+        stored: the dtype of the model's files.
 
     Raises:
         ConfigError: as `attach`.
     """
     base = _base(shortened(config, config.num_hidden_layers), dtype, attention, runs_code)
+    sizes = sizes_of(base, stored)
     attached = attach(base, copy.deepcopy(lora))
-    return Blueprint(config, lora, dtype, attention, runs_code, attached.model, attached.summary)
+    return Blueprint(config, lora, dtype, attention, runs_code, attached.model, attached.summary, sizes)
 
 
 def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -119,13 +114,6 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     if hasattr(short, "quantization_config"):
         del short.quantization_config
     return short
-
-
-def base_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, with an adapter around it or without."""
-    inner: Any = getattr(module, "base_layer", module)
-    weight: Tensor = inner.weight
-    return weight
 
 
 def _base(config: PreTrainedConfig, dtype: torch.dtype, attention: str, runs_code: bool) -> Any:

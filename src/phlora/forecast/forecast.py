@@ -14,11 +14,12 @@ from phlora.config import Speed
 from phlora.data.table import TokenizedRow, TokenTable
 from phlora.forecast.blueprint import Blueprint
 from phlora.forecast.machine import FreeMemory
-from phlora.forecast.memory import Memory, Setup, Storage, answer_cache_bytes, forecast_memory
+from phlora.forecast.memory import Memory, Setup, answer_cache_bytes, forecast_memory
 from phlora.forecast.passes import Layout, Passes, passes_of
 from phlora.forecast.probe import PROBED_LAYERS, TRAINER_SECONDS, Pace, measure_pace, most_probed
 from phlora.models.activation_memory import LEVELS
 from phlora.models.lean_layers import LeanMLP
+from phlora.models.storage import Storage
 
 # `auto` keeps what it may only where so much more than the forecast is free: a forecast is right to within a tenth.
 _CAREFUL = 1.1
@@ -168,10 +169,11 @@ def with_seconds(forecast: Forecast, about: Circumstances) -> Forecast:
 
 
 def _probe_fits(forecast: Forecast, about: Circumstances) -> bool:
-    outside = about.blueprint.dense_bytes()[1]
+    sizes, storage = about.blueprint.sizes, about.storage
+    outside = (sizes.matrices - sizes.linears) * storage.dtype.itemsize
     layers = min(1.0, PROBED_LAYERS / about.blueprint.num_layers)
     needed = outside + layers * max(0, forecast.needed - outside)
-    return about.free.num_bytes is None or _CAREFUL * needed <= about.free.num_bytes
+    return about.free.num_bytes is None or needed <= about.free.num_bytes
 
 
 def _seconds(pace: Pace, passes: Passes, about: Circumstances) -> Seconds:

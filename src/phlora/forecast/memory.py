@@ -11,6 +11,7 @@ import torch
 from phlora.config import Speed
 from phlora.forecast.blueprint import Blueprint
 from phlora.forecast.trace import PassShape, StepBytes, step_bytes
+from phlora.models.storage import Storage
 
 # Measured, with benchmarks/plan.py: what the process takes once, over what it holds when a plan is made, for code that
 # is loaded and prepared with the first step (the trainer, kernels, threads and their arenas).
@@ -20,26 +21,11 @@ LATER_LIBRARIES = 150 << 20
 HEAP_GAPS = 0.08
 # A CUDA context with its kernels, which torch does not count as allocated; the caching allocator's rounding.
 CUDA_CONTEXT, CUDA_GAPS = 500 << 20, 0.05
-# Numbers of a weight that are widened at a time, and the scales of NF4: one for 64 numbers, in 8 bits with
-# double quantisation, whose own scales stand for 256 each (QLoRA, Dettmers et al. 2023, section 3).
+# Numbers of a weight that are widened at a time (`lora.operands`).
 _WIDENED_NUMBERS = 1 << 26
-_NF4_BLOCK, _SCALES_BLOCK = 64, 256
 # Bytes of optimizer state for each number that trains: AdamW's two moments in fp32, where nothing else is said.
 _STATE_BYTES = {"sgd": 0, "adafactor": 0.1, "lion": 4, "adagrad": 4, "rmsprop": 4, "8bit": 2, "4bit": 1}
 _ADAMW_BYTES = 8
-
-
-@dataclass(frozen=True)
-class Storage:
-    """What the frozen weights are stored as.
-
-    Attributes:
-        name: `dense` (in the dtype of the computation), `bfloat16`, `nf4` or `int8`.
-        double_quant: nf4: the scales in 8 bits too.
-    """
-
-    name: str = "dense"
-    double_quant: bool = True
 
 
 @dataclass(frozen=True)
@@ -145,16 +131,7 @@ def _of_the_step(step: StepBytes) -> dict[str, int]:
 
 def weight_bytes(blueprint: Blueprint, storage: Storage) -> int:
     """Of the frozen weights as they are stored."""
-    blocks, rest = blueprint.dense_bytes()
-    size = blueprint.dtype.itemsize
-    if storage.name == "bfloat16":
-        return (blocks + rest) // size * min(2, size)
-    if storage.name == "int8":
-        return int(blocks // size * (1 + 4 / blueprint.config.hidden_size)) + rest
-    if storage.name == "nf4":
-        scales = (1 + 4 / _SCALES_BLOCK if storage.double_quant else 4) / _NF4_BLOCK
-        return int(blocks // size * (0.5 + scales)) + rest
-    return blocks + rest
+    return blueprint.sizes.bytes_as(storage, blueprint.dtype)
 
 
 def optimizer_bytes(name: str, numbers: int) -> int:
@@ -167,11 +144,11 @@ def optimizer_bytes(name: str, numbers: int) -> int:
 
 def _dense_buffer(setup: Setup) -> int:
     """The dense matrix, or the part of it, that a stored weight becomes for the time of a product."""
-    size = setup.blueprint.dtype.itemsize
-    widest = setup.blueprint.widest_linear()
-    if setup.storage.name == "bfloat16":
-        return min(widest, _WIDENED_NUMBERS) * size if size > 2 else 0
-    return widest * size if setup.storage.name in ("nf4", "int8") else 0
+    sizes, dtype = setup.blueprint.sizes, setup.blueprint.dtype
+    if setup.storage.quantization is not None:
+        return sizes.largest * dtype.itemsize
+    narrow = setup.storage.dtype.itemsize < dtype.itemsize
+    return min(sizes.largest, _WIDENED_NUMBERS) * dtype.itemsize if narrow else 0
 
 
 def answer_cache_bytes(blueprint: Blueprint, *, rows: int, tokens: int) -> int:

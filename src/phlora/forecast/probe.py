@@ -20,12 +20,13 @@ from torch import nn
 
 from phlora.adapters.attach import attach
 from phlora.adapters.speed import at_speed
-from phlora.config import QuantizationConfig, Speed
+from phlora.config import Speed
 from phlora.forecast.blueprint import Blueprint
-from phlora.forecast.memory import Storage
 from phlora.models.activation_memory import recomputing_mlps
 from phlora.models.lm_head import trained_tokens
 from phlora.models.quantization import quantize
+from phlora.models.storage import Storage
+from phlora.models.stored_layers import store
 
 # A probe is over once it has taken so long; each kind of step is taken at least once.
 _PROBE_SECONDS = 4.0
@@ -110,9 +111,7 @@ def measure_pace(
 
 def most_probed(blueprint: Blueprint) -> int:
     """Positions of a batch that is enough to measure on."""
-    numbers = (
-        blueprint.dense_bytes()[0] / blueprint.dtype.itemsize * min(1.0, PROBED_LAYERS / blueprint.num_layers)
-    )
+    numbers = blueprint.sizes.linears * min(1.0, PROBED_LAYERS / blueprint.num_layers)
     return max(_LEAST_POSITIONS, int(_PROBED_FLOPS / (4 * max(1.0, numbers))))
 
 
@@ -197,9 +196,9 @@ def _built(blueprint: Blueprint, storage: Storage, layers: int, device: torch.de
     """A model of a few layers with numbers in it, stored as the run stores it."""
     base = blueprint.base_with_layers(layers)
     _fill(base, device)
-    if storage.name in ("nf4", "int8"):
-        wanted: Any = {"type": storage.name, "double_quant": storage.double_quant}
-        quantize(base, QuantizationConfig(**wanted), device=device)
+    if storage.quantization is not None:
+        quantize(base, storage.quantization, device=device)
+    store(base, storage.dtype)
     return attach(base, copy.deepcopy(blueprint.lora)).model
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from phlora.config import quantization_config
 from phlora.data.packing import TokenSequences
 from phlora.extras import is_installed
 from phlora.forecast.forecast import Circumstances, Forecast, forecast_run, has_lean_mlps, with_seconds
-from phlora.forecast.memory import Storage
+from phlora.models.storage import Storage
 
 # Lengths that are tried, as shares of the longest row.
 _LENGTHS = (0.75, 0.5, 0.25)
@@ -52,18 +53,16 @@ def remedies(
     about: Circumstances,
     without: Forecast,
     *,
-    can_store_bfloat16: bool = False,
     timed: bool = True,
 ) -> list[Remedy]:
     """The single changes that make it fit, those that change nothing of what is trained first, then the fastest.
 
     Args:
         without: the forecast of the run as it stands, with seconds where times are to be compared.
-        can_store_bfloat16: whether frozen weights can be stored in bfloat16 apart from what computes.
         timed: whether the time of each is measured.
     """
     found = []
-    for change in _changes(about, can_store_bfloat16):
+    for change in _changes(about):
         forecast = forecast_run(change.about)
         if not forecast.fits:
             continue
@@ -76,11 +75,11 @@ def remedies(
     return sorted(found, key=lambda each: (not each.exact, each.slower or 0.0))
 
 
-def _changes(about: Circumstances, can_store_bfloat16: bool) -> Iterator[_Change]:
+def _changes(about: Circumstances) -> Iterator[_Change]:
     yield from _recomputing(about)
     yield from _smaller_batches(about)
     yield from _fewer_answers(about)
-    yield from _narrower(about, can_store_bfloat16)
+    yield from _narrower(about)
     yield from _shorter(about)
 
 
@@ -122,20 +121,24 @@ def _fewer_answers(about: Circumstances) -> Iterator[_Change]:
             return
 
 
-def _narrower(about: Circumstances, can_store_bfloat16: bool) -> Iterator[_Change]:
-    if about.storage.name != "dense":
+def _narrower(about: Circumstances) -> Iterator[_Change]:
+    """Weights as the files have them, or in 16 bits, or in 4."""
+    if about.storage.quantization is not None:
         return
-    wide = about.blueprint.dtype == torch.float32
-    if wide and can_store_bfloat16:
+    compute, stored = about.blueprint.dtype, about.blueprint.sizes.stored
+    half = torch.bfloat16 if compute == torch.float32 else compute
+    if about.storage.dtype.itemsize > half.itemsize:
+        exact = stored == half
         yield _Change(
-            {"model.storage": "bfloat16"},
-            replace(about, storage=Storage("bfloat16")),
-            note="the weights as a checkpoint in 16 bits has them",
+            {"model.storage_dtype": "bfloat16"},
+            replace(about, storage=Storage(dtype=half)),
+            exact=exact,
+            note="the weights as the files have them" if exact else "the weights rounded to 16 bits",
         )
     if is_installed("bitsandbytes"):
         yield _Change(
-            {"model.quantization": "nf4"},
-            replace(about, storage=Storage("nf4")),
+            {"model.storage_dtype": "nf4"},
+            replace(about, storage=Storage(dtype=half, quantization=quantization_config("nf4"))),
             exact=False,
             note="the base in 4 bits: other weights",
         )

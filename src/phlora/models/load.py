@@ -153,7 +153,7 @@ class _Loading:
             empty = empty_model(self.files, dtype=self.dtype, attention=self.attention)
             checkpoint = open_checkpoint(self.files.location)
             bones = skeleton(empty, checkpoint, self.files.location)
-        stored = checkpoint.dtype if checkpoint is not None else self._stated_dtype()
+        stored = checkpoint.dtype if checkpoint is not None else stated_dtype(self.files)
         sizes = sizes_of(empty, stored)
         storage = choose_storage(self.wanted, sizes, dtype=self.dtype, device=self.device)
         if storage.value.quantization is not None:
@@ -181,7 +181,7 @@ class _Loading:
 
     def _converted(self, storage: Storage) -> tuple[PreTrainedModel, tuple[str, ...]]:
         """Loaded whole by transformers, then stored as asked, one layer after the other."""
-        narrow = self._stated_dtype() == storage.dtype and storage.quantization is None
+        narrow = stated_dtype(self.files) == storage.dtype and storage.quantization is None
         model, notes = self._by_transformers(storage.dtype if narrow else self.dtype)
         identity = identity_of(model)
         if narrow and storage.dtype != self.dtype:
@@ -252,14 +252,19 @@ class _Loading:
     def _is_code_of_its_own(self) -> bool:
         return self.files.runs_code
 
-    def _stated_dtype(self) -> torch.dtype:
-        """What the configuration says of the files."""
-        stated = self.files.config.dtype
-        name = str(stated).removeprefix("torch.")
-        return DTYPES.get(name, torch.float32)
-
     def _needing_room(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return _needing_room(model, self.device)
+
+
+def stated_dtype(files: ModelFiles) -> torch.dtype:
+    """What a model's configuration says of its files."""
+    return DTYPES.get(str(files.config.dtype).removeprefix("torch."), torch.float32)
+
+
+def stored_dtype(files: ModelFiles) -> torch.dtype:
+    """What a model's files hold, by their heads where these can be read, and no weight is."""
+    checkpoint = open_checkpoint(files.location)
+    return checkpoint.dtype if checkpoint is not None else stated_dtype(files)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 
 from phlora.adapters.attach import AdapterSummary
-from phlora.config import ModelConfig, RunConfig, quantization_config
+from phlora.config import RunConfig, quantization_config
 from phlora.display import Display
 from phlora.errors import NoRoomError, PhloraError
 from phlora.forecast.blueprint import Blueprint, draw_up
@@ -28,12 +28,16 @@ from phlora.forecast.forecast import (
     with_seconds,
 )
 from phlora.forecast.machine import free_memory, resident_bytes
-from phlora.forecast.memory import Storage, weight_bytes
+from phlora.forecast.memory import weight_bytes
 from phlora.forecast.passes import Layout
 from phlora.forecast.remedies import Remedy, remedies
 from phlora.forecast.render import render_remedies
 from phlora.models.device import choose_attention, choose_dtype
+from phlora.models.families import widest_product
+from phlora.models.load import stored_dtype
 from phlora.models.prefix_sharing import Sharing
+from phlora.models.storage import Storage, choose_storage, storage_settings
+from phlora.models.stored_layers import compute_dtype
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.train.arguments import Arguments, training_arguments
 from phlora.train.plan import Plan, make_plan
@@ -243,16 +247,28 @@ def draw(
     given: Any = objects.model
     if given is not None:
         blueprint = draw_up(
-            given.config, lora, dtype=given.dtype, attention=given.config._attn_implementation
+            given.config,
+            lora,
+            dtype=compute_dtype(given),
+            attention=given.config._attn_implementation,
+            stored=given.dtype,
         )
         return Drawn(blueprint, _storage_of(given), device)
     files = words.files
     assert files is not None
-    model = config.model
-    dtype = choose_dtype(model.dtype, device=device).value
+    model = storage_settings(config.model)
+    dtype = choose_dtype(model.dtype, device=device, product=widest_product(files.config)).value
     attention = choose_attention(model.attn_implementation, device=device, dtype=dtype).value
-    blueprint = draw_up(files.config, lora, dtype=dtype, attention=attention, runs_code=files.runs_code)
-    return Drawn(blueprint, _storage(model), device)
+    blueprint = draw_up(
+        files.config,
+        lora,
+        dtype=dtype,
+        attention=attention,
+        runs_code=files.runs_code,
+        stored=stored_dtype(files),
+    )
+    storage = choose_storage(model, blueprint.sizes, dtype=dtype, device=device).value
+    return Drawn(blueprint, storage, device)
 
 
 def look_ahead(
@@ -391,17 +407,12 @@ def _with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     return replace(config, training_config=training, model=model, evaluation=evaluation, origins=origins)
 
 
-def _storage(model: ModelConfig) -> Storage:
-    if model.quantization is None:
-        return Storage()
-    return Storage(model.quantization.type, model.quantization.double_quant)
-
-
 def _storage_of(model: Any) -> Storage:
     kinds = {type(module).__name__ for module in model.modules()}
     if "Linear4bit" in kinds:
-        return Storage("nf4")
-    return Storage("int8") if "Linear8bitLt" in kinds or "Linear8bit" in kinds else Storage()
+        return Storage(dtype=model.dtype, quantization=quantization_config("nf4"))
+    int8 = kinds & {"Linear8bitLt", "Linear8bit"}
+    return Storage(dtype=model.dtype, quantization=quantization_config("int8") if int8 else None)
 
 
 def _evaluations(args: Any, steps: int) -> int:

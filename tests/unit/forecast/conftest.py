@@ -15,8 +15,8 @@ from phlora.data.table import TableBuilder, TokenTable
 from phlora.forecast.blueprint import draw_up
 from phlora.forecast.forecast import Circumstances
 from phlora.forecast.machine import FreeMemory
-from phlora.forecast.memory import Storage
 from phlora.forecast.passes import Layout
+from phlora.models.storage import Storage
 from phlora.models.tiny import tiny_phi3
 
 START = list(range(5, 45))
@@ -42,7 +42,7 @@ def about() -> Callable[..., Circumstances]:
             "steps": 10,
             "resident": 0,
             "held_out": table([9, 12], shared=shared),
-            "storage": Storage(),
+            "storage": Storage(dtype=torch.float32),
             "sequences": rows,
             **changes,
         }

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from phlora.adapters.attach import attach, lora_settings
+from phlora.config import QuantizationConfig
 from phlora.forecast.blueprint import Blueprint, draw_up
-from phlora.forecast.memory import Setup, Storage, forecast_memory, optimizer_bytes, weight_bytes
+from phlora.forecast.memory import Setup, forecast_memory, optimizer_bytes, weight_bytes
 from phlora.forecast.trace import PassShape
 from phlora.models.quantization import quantize, stored_bytes
+from phlora.models.storage import Storage
 from phlora.models.tiny import tiny_phi3
 
-CPU = torch.device("cpu")
+CPU, FULL = torch.device("cpu"), Storage(dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def test_a_blueprint_counts_what_the_model_has(blueprint: Blueprint) -> None:
     weights = sum(p.nbytes for p in model.parameters())
     summary = attach(model, {"r": 4}).summary
     assert blueprint.summary == summary
-    assert weight_bytes(blueprint, Storage()) == weights
+    assert weight_bytes(blueprint, FULL) == weights
     assert not blueprint.layers_differ and all(p.is_meta for p in blueprint.model.parameters())
 
 
@@ -34,16 +36,18 @@ def test_quantised_weights_take_what_bitsandbytes_stores(
     blueprint: Blueprint, name: str, double: bool
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    from phlora.config import QuantizationConfig
-
     model = tiny_phi3()[0]
-    quantize(model, QuantizationConfig(type=name, double_quant=double), device=CPU)  # type: ignore[arg-type]
+    quantization = QuantizationConfig(type=name, double_quant=double)  # type: ignore[arg-type]
+    quantize(model, quantization, device=CPU)
     # bitsandbytes counts tables of 16 and 256 numbers with each layer, which a model of this size notices.
-    assert weight_bytes(blueprint, Storage(name, double)) == pytest.approx(stored_bytes(model), rel=0.12)
+    assert weight_bytes(blueprint, Storage(dtype=torch.float32, quantization=quantization)) == pytest.approx(
+        stored_bytes(model), rel=0.12
+    )
 
 
 def test_weights_in_16_bits_take_half(blueprint: Blueprint) -> None:
-    assert 2 * weight_bytes(blueprint, Storage("bfloat16")) == weight_bytes(blueprint, Storage())
+    halved, norms = weight_bytes(blueprint, Storage(dtype=torch.bfloat16)), 5 * 64 * 4
+    assert 2 * (halved - norms) == weight_bytes(blueprint, FULL) - norms
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_adamw_keeps_what_is_forecast() -> None:
 def test_the_parts_add_up_and_answers_count_where_they_take_more(blueprint: Blueprint) -> None:
     def memory(cache: int) -> dict[str, int]:
         shape = PassShape(2, 40, 20, masked=True)
-        setup = Setup(blueprint, Storage(), CPU, shape, cache_bytes=cache, resident=1000)
+        setup = Setup(blueprint, FULL, CPU, shape, cache_bytes=cache, resident=1000)
         found = forecast_memory(setup)
         assert found.peak == sum(found.parts.values()) and found.by_device() == {"cpu": dict(found.parts)}
         return dict(found.parts)
@@ -80,8 +84,9 @@ def test_the_parts_add_up_and_answers_count_where_they_take_more(blueprint: Blue
 def test_a_stored_weight_needs_a_dense_buffer(blueprint: Blueprint) -> None:
     shape = PassShape(2, 40, 20, masked=True)
     plain, stored = (
-        forecast_memory(Setup(blueprint, Storage(name), CPU, shape)) for name in ("dense", "bfloat16")
+        forecast_memory(Setup(blueprint, Storage(dtype=dtype), CPU, shape))
+        for dtype in (torch.float32, torch.bfloat16)
     )
-    widest = 2 * 112 * 64
+    widest = blueprint.sizes.largest
     more = stored.parts["buffers"] - plain.parts.get("buffers", 0)
     assert more == pytest.approx(4 * widest, rel=0.1)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from phlora.adapters.attach import lora_settings
+from phlora.config import quantization_config
 from phlora.forecast.blueprint import draw_up
 from phlora.forecast.forecast import Circumstances
-from phlora.forecast.memory import Storage
 from phlora.forecast.passes import passes_of
 from phlora.forecast.probe import Pace, measure_pace
+from phlora.models.storage import Storage
 from phlora.models.tiny import tiny_phi3
 
 About = Callable[..., Circumstances]
@@ -44,7 +45,12 @@ def test_the_number_of_layers_does_not_matter(about: About, layers: int) -> None
 
 def test_a_quantised_base_is_probed_as_it_is_stored(about: About) -> None:
     pytest.importorskip("bitsandbytes")
-    assert pace(about(storage=Storage("nf4"))).step > 0
+    quantized = Storage(dtype=torch.bfloat16, quantization=quantization_config("nf4"))
+    assert pace(about(storage=quantized)).step > 0
+
+
+def test_weights_in_16_bits_are_probed_as_they_are_stored(about: About) -> None:
+    assert pace(about(storage=Storage(dtype=torch.bfloat16))).step > 0
 
 
 def test_random_numbers_of_the_run_stay_where_they_are(about: About) -> None:
