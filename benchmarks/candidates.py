@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import loralib
@@ -19,11 +18,11 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import phlora
-from common import ALPHA, LAYOUTS, LINEARS, RANK, Row, Shapes, forget_peak, synchronize
+from common import Shapes, synchronize
+from peer import ALPHA, LAYOUTS, LINEARS, RANK, Row, leaks, measured_step, parts, set_adapter
 from phlora.adapters.attach import attach
 from phlora.adapters.speed import speed_up
 from phlora.data.collate import Collator, SharedPrefixCollator
-from phlora.measure import peak_bytes
 from phlora.models.load import load_model
 from phlora.models.tiny import tiny_phi3, tiny_tokenizer
 from phlora.models.tokenizer import load_tokenizer
@@ -50,25 +49,14 @@ def build_base(size: str) -> nn.Module:
         torch.set_default_dtype(before)
 
 
+def save_base(size: str, folder: str) -> None:
+    """The base with its tokenizer as a folder, for candidates that load models themselves."""
+    build_base(size).save_pretrained(folder)
+    build_tokenizer(size).save_pretrained(folder)
+
+
 def build_tokenizer(size: str) -> Any:
     return tiny_tokenizer() if size == "tiny" else load_tokenizer("smollm2-135m").tokenizer
-
-
-def set_adapter(model: nn.Module, *, start: bool = False) -> None:
-    """Give every LoRA parameter the values of one seed, the same whatever package made it.
-
-    Args:
-        start: B is zero, as training begins; else random, so that both factors have a gradient.
-    """
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name:
-                bound = parameter.shape[1] ** -0.5
-                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 2 * bound - bound)
-            elif "lora_B" in name:
-                values = torch.randn(parameter.shape, generator=generator) * 0.01
-                parameter.copy_(torch.zeros_like(values) if start else values)
 
 
 def lora_settings(rank: int = RANK, targets: Sequence[str] = LINEARS) -> LoraConfig:
@@ -172,31 +160,21 @@ class Candidate:
     def step(self, rows: Sequence[Row], layout: str = "padded", *, trim: bool = False) -> dict[str, Any]:
         """Forward and backward of all rows, as one optimizer step has them.
 
-        Returns `seconds`, in which laying out the rows counts, `loss`, `gradient` (the norm over all LoRA parameters),
-        `positions` that went through the layers, `peak` and `step_bytes`; or `out_of_memory` on a GPU.
+        Returns what `measured_step` does, with laying out the rows in its seconds; or `out_of_memory` on a GPU.
         """
         kind, size = LAYOUTS[layout]
-        held = forget_peak(trim=trim)
         collate = self._collator(kind)
-        started = time.perf_counter()
-        try:
-            loss, positions = self._step([collate(part) for part in _parts(rows, 0 if self.shared else size)])
-        except torch.OutOfMemoryError:
-            return {"out_of_memory": True}
-        finally:
+
+        def take() -> tuple[float, int]:
+            taken = self._step([collate(part) for part in parts(rows, 0 if self.shared else size)])
             synchronize()
-            seconds = time.perf_counter() - started
-            peak = peak_bytes()
-            gradient = self._gradient_norm()
+            return taken
+
+        try:
+            return measured_step(self.model, take, trim=trim)
+        except torch.OutOfMemoryError:
             self.model.zero_grad(set_to_none=True)
-        return {
-            "seconds": seconds,
-            "loss": loss,
-            "gradient": gradient,
-            "positions": positions,
-            "peak": peak,
-            "step_bytes": peak - held,
-        }
+            return {"out_of_memory": True}
 
     def shapes(self) -> Shapes:
         return Shapes.of(self.model.config)
@@ -208,14 +186,14 @@ class Candidate:
     def leaks(self, layout: str) -> bool:
         """Whether a row's loss moves when a row that lies beside it changes."""
         kind, _ = LAYOUTS[layout]
-        watched = {"input_ids": list(range(20, 40)), "labels": list(range(20, 40))}
-        losses = []
-        for first in (7, 90):
-            beside = {"input_ids": list(range(first, first + 30)), "labels": [-100] * 30}
+
+        def loss_of(rows: list[Row]) -> float:
             with torch.no_grad():
-                batch = self._on_device(self._collator(kind)([beside, watched]))
-                losses.append(float(self.trainer.compute_loss(self.model, batch)))
-        return abs(losses[0] - losses[1]) > 1e-4 * abs(losses[0])
+                return float(
+                    self.trainer.compute_loss(self.model, self._on_device(self._collator(kind)(rows)))
+                )
+
+        return leaks(loss_of)
 
     def _collator(self, kind: str) -> Callable[[Sequence[Row]], dict[str, Any]]:
         if self.shared:
@@ -238,10 +216,6 @@ class Candidate:
             total += float(loss.detach())
         return total, positions
 
-    def _gradient_norm(self) -> float:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-
     def _on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         device = next(self.model.parameters()).device
         return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
@@ -255,21 +229,12 @@ class Candidate:
         base.enable_input_require_grads()
 
 
-def _parts(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    size = size or len(rows)
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
 def _unsloth_model(size: str) -> Any:
     """The same random weights, through a folder: Unsloth loads models itself."""
     from unsloth import FastLanguageModel
 
     with tempfile.TemporaryDirectory() as folder:
-        base = build_base(size)
-        base.save_pretrained(folder)
-        build_tokenizer(size).save_pretrained(folder)
-        del base
+        save_base(size, folder)
         model, _ = FastLanguageModel.from_pretrained(
             folder, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=False
         )

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import importlib.util
+import argparse
+import contextlib
+import importlib
+import json
 import logging
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peer import LINEARS, RANK, Row
 from phlora.data.prefixes import Segments
 
-Row = dict[str, list[int]]
-
-RANK, ALPHA = 16, 32
 # The rate at which the goals count the floor of a CPU step.
 FIXED_RATE = 160e9
-LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
 SIZES = {
     "smollm2-135m": "the embedded model, 135M parameters",
@@ -44,7 +44,17 @@ SETS = {
     "pack_4k": "chats of 100 to 2,048 tokens, 4,096 tokens in all, answers trained",
     "pack_16k": "the same, 16,384 tokens",
     "pack_64k": "the same, 65,536 tokens",
+    "alpaca": "8 rows of random tokens as long as those of LLaMA-Factory's alpaca_en_demo: prompts of 4 to 169 tokens, "
+    "half of them 11 to 22, answers of 1 to 594, half of them 25 to 259; answers trained",
 }
+# The rows of a sweep: what a step costs per token must not depend on how long its rows are.
+SWEEP_LENGTHS = (64, 128, 256, 512, 1024, 2048)
+SWEEP_TOKENS = 2048
+SWEEP = {
+    f"rows_of_{n}": f"{SWEEP_TOKENS // n} rows of {n:,} random tokens, the last quarter of each trained"
+    for n in SWEEP_LENGTHS
+}
+SETS |= SWEEP
 SIDES = {
     "phlora": "Phlora, padded rows",
     "phlora-shared": "Phlora, one stream with shared starts",
@@ -59,20 +69,39 @@ GPU_SIDES = {
     "liger": "TRL + PEFT with Liger's kernels",
     "unsloth": "Unsloth",
 }
-# How rows are laid out: collator, and rows per forward pass (0: all).
-LAYOUTS = {
-    "padded": ("padded", 8),
-    "row by row": ("padded", 1),
-    "padding-free": ("padding-free", 8),
-    "one stream": ("padding-free", 0),
+# Beside the others on a CPU, where Unsloth is installed: here, or in the Python that `--unsloth-python` names.
+UNSLOTH_SIDES = {
+    "unsloth": "Unsloth's CPU backend, its fastest exact settings: no checkpointing, the fastest layout",
+    "unsloth-compile": "the same with its option UNSLOTH_CPU_COMPILE=1",
 }
 
 
-def available_sides(device: str) -> dict[str, str]:
+def available_sides(device: str, unsloth_python: str | None) -> dict[str, str]:
     """The candidates that this machine can run."""
     packages = {"peft-compile": "torch", "liger": "liger_kernel", "unsloth": "unsloth"}
-    found = {side: text for side, text in GPU_SIDES.items() if importlib.util.find_spec(packages[side])}
-    return SIDES | (found if device == "cuda" else {})
+    if device == "cuda":
+        return SIDES | {side: text for side, text in GPU_SIDES.items() if find_spec(packages[side])}
+    return SIDES | (UNSLOTH_SIDES if unsloth_python else {})
+
+
+def find_unsloth(python: str | None) -> str | None:
+    """The interpreter in which Unsloth is installed: the one that is named, this one, or None.
+
+    Its pins (transformers, trl, datasets) are older than Phlora's, so it mostly has an environment of its own.
+    """
+    if python is None:
+        return sys.executable if find_spec("unsloth") else None
+    if not os.access(python, os.X_OK):
+        sys.exit(f"--unsloth-python {python}: there is no such interpreter")
+    return python
+
+
+def add_unsloth_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--unsloth-python",
+        default=os.environ.get("UNSLOTH_PYTHON"),
+        help="interpreter in which Unsloth is installed, if not this one; or UNSLOTH_PYTHON in the environment",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the floor
@@ -170,20 +199,28 @@ def step_flops(
     }
 
 
-def gemm_rate(shapes: Shapes, rows: int, *, device: str = "cpu", repeats: int = 3) -> float:
+def flops_of(shapes: Shapes, work: Work) -> int:
+    """All of `step_flops`."""
+    return sum(step_flops(shapes, work).values())
+
+
+def gemm_rate(
+    shapes: Shapes, rows: int, *, device: str = "cpu", dtype: torch.dtype | None = None, repeats: int = 3
+) -> float:
     """FLOP/s of the model's own linears alone, forward and input gradient, the best of some repeats."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
     best = {}
     for name, (inputs, outputs) in shapes.linears.items():
         x = torch.randn(rows, inputs, device=device, dtype=dtype)
         dy = torch.randn(rows, outputs, device=device, dtype=dtype)
         weight = torch.randn(outputs, inputs, device=device, dtype=dtype)
-        best[name] = min(_timed(lambda x=x, dy=dy, w=weight: (x @ w.t(), dy @ w)) for _ in range(repeats))
+        best[name] = min(timed(lambda x=x, dy=dy, w=weight: (x @ w.t(), dy @ w)) for _ in range(repeats))
     flops = sum(4 * rows * inputs * outputs for inputs, outputs in shapes.linears.values())
     return flops / sum(best.values())
 
 
-def _timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of one call."""
     started = time.perf_counter()
     function()
     synchronize()
@@ -193,29 +230,6 @@ def _timed(function: Callable[[], Any]) -> float:
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-# -------------------------------------------------------------------------------------------- peak memory
-
-
-def forget_peak(*, trim: bool) -> int:
-    """Begin a new peak; returns the bytes that are held now.
-
-    Args:
-        trim: give free memory back first. Training keeps it from one step to the next, so timed steps need it warm.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        if trim:
-            torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if sys.platform != "linux":
-        return 0
-    if trim:
-        ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # --------------------------------------------------------------------------------- a process for each candidate
@@ -257,6 +271,48 @@ class Worker:
     def close(self) -> None:
         self._connection.close()
         self._process.join()
+
+
+class PeerProcess:
+    """A `peer.Peer` in a process of its own, in this Python or another one; it is called as a `Worker` is.
+
+    Args:
+        python: the interpreter in which the peer is installed.
+        arguments, options: of `peer.Peer`.
+
+    Raises:
+        RuntimeError: the process ended; its own message stands above.
+    """
+
+    def __init__(self, python: str, *arguments: Any, **options: Any) -> None:
+        script = Path(__file__).with_name("peer.py")
+        self._process = subprocess.Popen(
+            [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.call("start", *arguments, **options)
+
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """The result of the method there."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps([method, arguments, options]) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self.close()
+            raise RuntimeError(f"a peer ended with {code} in {method}; the reason stands above")
+        return json.loads(line)
+
+    def close(self) -> int:
+        """End the process; returns its exit status."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        code = self._process.wait()
+        self._process.stdout.close()
+        return code
 
 
 def _serve(connection: Any) -> None:

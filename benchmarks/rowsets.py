@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from common import Row
+from common import SWEEP_TOKENS
+from peer import Row
 from phlora.config import TrainOn
 from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
@@ -29,6 +30,11 @@ def make_rows(
         long_row: tokens of the row of `long_row`.
         scale: factor of all lengths.
     """
+    if name == "alpaca":
+        return _alpaca_rows(8, vocab=vocab, scale=scale)
+    if name.startswith("rows_of_"):
+        length, count = _swept(int(name.removeprefix("rows_of_")), scale)
+        return random_rows([length] * count, vocab=vocab)
     maker = _Maker(tokenizer, scale, random.Random(name))
     if name == "mixed":
         rows = maker.chats([400, 40, 140, 600, 64, 280, 96, 200])
@@ -59,6 +65,44 @@ def random_rows(
         first = length - max(1, round(trained * length))
         rows.append({"input_ids": ids, "labels": [-100] * first + ids[first:]})
     return rows
+
+
+# Tokens of the 999 rows of LLaMA-Factory's alpaca_en_demo.json with the embedded model's tokenizer: shares of the rows,
+# and the longest prompt (instruction and input) and the longest answer of each share. Prompts and answers are all but
+# independent (correlation -0.17).
+ALPACA_SHARES = (0.0, 0.10, 0.25, 0.50, 0.75, 0.90, 0.95, 0.99, 1.0)
+ALPACA_PROMPTS = (4, 8, 11, 15, 22, 33, 43, 87, 169)
+ALPACA_ANSWERS = (1, 11, 25, 106, 259, 362, 401, 509, 594)
+# The markers of one question and its answer.
+_TEMPLATE_TOKENS = 12
+
+
+def _alpaca_rows(count: int, *, vocab: int, scale: float) -> list[Row]:
+    """Rows of random ids, which share nothing; one of each of `count` equal shares of all lengths."""
+    generator = random.Random("alpaca")
+    shares = [(number + 0.5) / count for number in range(count)]
+    answers = [max(1, round(scale * _quantile(ALPACA_ANSWERS, share))) for share in shares]
+    prompts = [
+        max(3, round(scale * (_quantile(ALPACA_PROMPTS, share) + _TEMPLATE_TOKENS))) for share in shares
+    ]
+    generator.shuffle(answers)
+    generator.shuffle(prompts)
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = [generator.randrange(vocab) for _ in range(prompt + answer)]
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return rows
+
+
+def _quantile(values: Sequence[int], share: float) -> float:
+    """Between two known shares the lengths are spread evenly."""
+    after = next(i for i, known in enumerate(ALPACA_SHARES) if known >= share and i)
+    low, high = ALPACA_SHARES[after - 1], ALPACA_SHARES[after]
+    return values[after - 1] + (values[after] - values[after - 1]) * (share - low) / (high - low)
+
+
+def _swept(length: int, scale: float) -> tuple[int, int]:
+    return max(8, round(length * scale)), SWEEP_TOKENS // length
 
 
 class _Maker:

@@ -18,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BENCHMARKS = ("lora_layers", "train_step", "scaling", "end_to_end", "data_pipeline")
+BENCHMARKS = ("lora_layers", "train_step", "scaling", "end_to_end", "data_pipeline", "memory")
 PACKAGES = ("phlora", "torch", "transformers", "peft", "trl", "loralib")
 
 

@@ -28,11 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import (
-    LINEARS,
-    RANK,
-    Row,
     Shapes,
-    forget_peak,
     gemm_rate,
     median,
     num_trained,
@@ -41,6 +37,8 @@ from common import (
     step_flops,
     work_of_segments,
 )
+from peer import LINEARS, RANK, Row, set_adapter
+from resident import forget_peak, peak_bytes
 
 PLOTS = Path(__file__).parent / "results" / "plots"
 AXES = {
@@ -67,7 +65,6 @@ class Case:
     def run(self) -> None:
         """Forward and backward, as the trainer takes them."""
         from phlora.data.collate import SharedPrefixCollator
-        from phlora.measure import peak_bytes
         from phlora.models.lm_head import token_losses
 
         held = forget_peak(trim=not self.seconds)
@@ -114,7 +111,7 @@ class Cases:
         ]
 
     def model(self, rank: int = RANK, targets: tuple[str, ...] = LINEARS) -> Any:
-        from candidates import lora_settings, set_adapter, with_phlora
+        from candidates import lora_settings, with_phlora
 
         base = copy.deepcopy(self.base, memo={id(weight): weight for weight in self.base.parameters()})
         model = with_phlora(base, lora_settings(rank, targets))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
@@ -37,14 +39,22 @@ _MERGES = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few merges with all that is Phi-3's about it; see `phi3_tokenizer`."""
+    return phi3_tokenizer(_MERGES)
+
+
+def phi3_tokenizer(merges: Sequence[tuple[str, str]]) -> PreTrainedTokenizerFast:
     """A byte-level BPE made in memory, with Phi-3's special tokens, their flags, and its chat template.
 
     As in Phi-3: markers strip the white space after them, `eos_token` and `pad_token` are both
-    `<|endoftext|>`, and turns end with `<|end|>`.
+    `<|endoftext|>`, and turns end with `<|end|>`. With 31,741 merges its special tokens have the ids of Phi-3-mini's.
+
+    Args:
+        merges: the pairs that become one token, the most frequent first.
     """
     tokens = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokens += [left + right for left, right in _MERGES]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(_MERGES)))
+    tokens += [left + right for left, right in merges]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>")])

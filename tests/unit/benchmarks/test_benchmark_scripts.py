@@ -69,3 +69,43 @@ def test_plan() -> None:
     (case,) = result["cases"]
     assert case["memory"] > 0 and case["measured_memory"] > 0 and case["measured_step"] > 0
     assert result["of"] == 1 and "shared-recompute" in text
+
+
+def test_memory() -> None:
+    text, result = run("memory.py", "--model", "tiny", "--steps", "30", "--longest", "10")
+    assert result["steps"] == len(result["resident_gb"]) == 30
+    assert all(held > 0.1 for held in result["resident_gb"])
+    assert "goal:" in text and "too few steps" in text
+
+
+@pytest.mark.slow
+def test_full_size(tmp_path: Path) -> None:
+    options = ("--size", "tiny", "--work", str(tmp_path), "--rows", "4", "--steps", "4", "--save-after", "2")
+    short = ("--rounds", "1", "--curve-steps", "2", "--held-out", "2", "--new-tokens", "4")
+    text, result = run("full_size.py", *options, *short, "--storage", "bf16")
+    found = result["results"]
+    parts = (
+        "load",
+        "plan",
+        "train",
+        "resume",
+        "evaluate",
+        "chat",
+        "merge",
+        "reload",
+        "steps",
+        "peft",
+        "trl",
+        "curve",
+    )
+    assert {f"{part}/bf16" for part in parts} <= set(found)
+    assert not any("failed" in values for values in found.values())
+    assert found["resume/bf16"]["same_bits"]
+    assert len(found["train/bf16"]["step_seconds"]) == 4
+    assert found["steps/bf16"]["positions"] < found["peft/bf16"]["positions"]
+    assert abs(found["steps/bf16"]["loss"] / found["peft/bf16"]["loss"] - 1) < 1e-2
+    assert found["curve/bf16"]["largest_difference"] < 1e-2
+    assert found["chat/bf16"]["tokens_per_second"] > 0
+    # What was measured is kept, and shown again.
+    _, shown = run("full_size.py", *options, "--show")
+    assert shown["results"] == found
