@@ -20,6 +20,7 @@ from phlora.adapters.attach import lora_settings
 from phlora.config import build_config
 from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
+from phlora.lora import matmul
 from phlora.runs import folder as checkpoints
 from phlora.train import loop
 from phlora.train.callbacks import GentleStop
@@ -141,7 +142,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         patched.setattr(loop, "GentleStop", _StopAt)
         with pytest.raises(KeyboardInterrupt):
             run_it(model_folder, chat_file, output)
-    assert checkpoints.RunFolder(output).facts()["status"] == "interrupted"
+    facts = checkpoints.RunFolder(output).facts()
+    assert facts["status"] == "interrupted" and facts[loop.LIBRARIES] == matmul.libraries()
     assert (output / "checkpoints" / "checkpoint-4" / "complete.json").is_file()
     with pytest.raises(RunError, match="already holds a run"):
         run_it(model_folder, chat_file, output)
@@ -149,6 +151,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     for which in ("best", "last"):
         resumed, whole = adapter(output / "adapter" / which), adapter(finished.folder / "adapter" / which)
         assert all(torch.equal(resumed[name], weight) for name, weight in whole.items()), which
+
+
+def test_a_resumed_run_multiplies_by_the_libraries_that_it_began_with(
+    model_folder: Path, chat_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, before = tmp_path / "run", matmul.libraries()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "GentleStop", _StopAt)
+        with pytest.raises(KeyboardInterrupt):
+            run_it(model_folder, chat_file, output)
+    other = dict.fromkeys(before, "torch's BLAS")
+    checkpoints.RunFolder(output).update_facts(**{loop.LIBRARIES: other})
+    try:
+        run_it(model_folder, chat_file, output, resume=True)
+        assert matmul.libraries() == other == checkpoints.RunFolder(output).facts()[loop.LIBRARIES]
+    finally:
+        matmul.use_libraries(before)
 
 
 def test_resuming_with_other_data_or_settings_is_refused_with_the_difference(

@@ -18,6 +18,7 @@ from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.speed import at_speed
 from phlora.data.packing import TokenSequences
 from phlora.display import Display
+from phlora.lora import matmul
 from phlora.models.activation_memory import recomputing_mlps
 from phlora.models.causal_lm import as_causal_lm
 from phlora.models.families import longrope_limit
@@ -36,6 +37,9 @@ from phlora.train.callbacks import (
 from phlora.train.prepare import PreparedData
 from phlora.train.request import Objects
 from phlora.train.trainer import SFTTrainer
+
+# In run.json: which library multiplies each kind of product. Another one would give other last bits.
+LIBRARIES = "products"
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,14 @@ def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: 
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
     try:
+        libraries = folder.facts().get(LIBRARIES)
         recomputing = (
             recomputing_mlps(model) if task.arguments.activation_memory == "recompute_mlp" else nullcontext()
         )
-        with at_speed(model, data.speed) as chosen, _for_training(model), recomputing:
+        acceleration = at_speed(model, data.speed, libraries=libraries)
+        with acceleration as chosen, _for_training(model), recomputing:
             display.note(chosen)
+            folder.update_facts(**{LIBRARIES: matmul.libraries()})
             trainer = _trainer(task)
             trainer.remove_callback(PrinterCallback)
             for callback in (

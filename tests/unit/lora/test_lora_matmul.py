@@ -1,9 +1,23 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from phlora.lora import matmul
+from phlora.lora.matmul import Kind, Library
 
-needs_onednn = pytest.mark.skipif(matmul.backend() != "oneDNN", reason="this build of torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not matmul.can_choose(), reason="this build of torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def onednn_for_all():
+    """Every kind by oneDNN, whatever was chosen before in this process."""
+    before = matmul.libraries()
+    matmul.use_libraries(dict.fromkeys(Kind, Library.ONEDNN))
+    yield
+    matmul.use_libraries(before)
 
 
 @pytest.fixture
@@ -100,3 +114,54 @@ def test_torch_alone_turns_it_off_and_on_again(calls):
         assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
         assert torch.equal(matmul.matmul(x, weight), x @ weight)
     assert not calls
+
+
+T = 64
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: (torch.empty(T, 512), torch.empty(1024, 512)), Kind.FORWARD),
+        (lambda: (torch.empty(2, T, 512), torch.empty(1024, 512)), Kind.FORWARD),
+        (lambda: (torch.empty(T, 1024), torch.empty(1024, 512).t()), Kind.BACKWARD),
+        (lambda: (torch.empty(T, 512), torch.empty(16, 512)), Kind.ONTO_RANK),
+        (lambda: (torch.empty(T, 1024), torch.empty(1024, 16).t()), Kind.ONTO_RANK),
+        (lambda: (torch.empty(T, 16).t(), torch.empty(T, 512).t()), Kind.FACTOR_GRADIENTS),
+        (lambda: (torch.empty(T, 576), torch.empty(49152, 576)), Kind.HEAD_FORWARD),
+        (lambda: (torch.empty(T, 49152), torch.empty(49152, 576).t()), Kind.HEAD_BACKWARD),
+        (lambda: (torch.empty(T, 3072), torch.empty(16384, 3072)), Kind.FORWARD),
+        (lambda: (torch.empty(T, 16384), torch.empty(16384, 3072).t()), Kind.BACKWARD),
+    ],
+)
+def test_kinds_of_products(make, kind):
+    assert matmul.kind_of(*make()) is kind
+
+
+@needs_onednn
+def test_a_kind_that_blas_is_to_multiply_is_multiplied_by_it(calls):
+    x, weight, dy = torch.randn(256, 256), torch.randn(512, 256), torch.randn(256, 512)
+    matmul.use_libraries({"forward": "torch's BLAS", "no such kind": "oneDNN", "backward": "no such library"})
+    assert torch.equal(matmul.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert not calls
+    matmul.matmul(dy, weight)
+    assert len(calls) == 1
+    assert matmul.backend().startswith("torch's BLAS, backward, onto the rank")
+    # One token that is answered is bound by reading the weight.
+    matmul.linear(torch.randn(1, 2048), torch.randn(1024, 2048))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("variable", ["LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+@pytest.mark.parametrize("own", [None, "7"])
+def test_few_prepared_products_are_kept_unless_the_user_says_how_many(variable, own):
+    environment = {name: value for name, value in os.environ.items() if name != variable}
+    command = f"import os, phlora.lora.matmul; print(os.environ[{variable!r}])"
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        env=environment if own is None else {**environment, variable: own},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == (own or "64")

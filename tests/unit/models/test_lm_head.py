@@ -11,6 +11,7 @@ from phlora.errors import ModelError
 from phlora.models.lm_head import (
     IGNORED,
     LossTerms,
+    _losses_and_exponentials_,
     head_losses,
     token_losses,
     trained_tokens,
@@ -263,3 +264,16 @@ def test_a_model_that_changes_its_logits_is_scored_by_its_own(adapted: bool) -> 
     torch.testing.assert_close(found.loss, expected, **TOLERANCE)
     torch.testing.assert_close(found.losses.mean(), expected, **TOLERANCE)
     assert len(found.losses) == int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("most", [1, 3, 50])
+def test_of_equally_likely_tokens_the_first_counts_as_with_argmax(most: int) -> None:
+    """Logits of a model in 16 bits are often equal, and those of an untrained head all are."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, most, (400, 23), generator=generator).float()
+    logits[0] = float("nan")
+    targets = torch.randint(0, 23, (400, 1), generator=generator)
+    expected = logits.argmax(-1) == targets.squeeze(-1)
+    expected[0] = False
+    _, correct, _ = _losses_and_exponentials_(logits.clone(), targets, LossTerms())
+    assert torch.equal(correct, expected) and correct.any()
