@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from phlora.adapters.load import load_adapter
 from phlora.errors import ModelError
-from phlora.models.embedded import tiny_phi3
 from phlora.models.fingerprint import (
     are_same,
     fingerprint,
@@ -27,7 +26,7 @@ from phlora.models.fingerprint import (
     split_fingerprint,
 )
 from phlora.models.load import load_model
-from phlora.testing import tiny_folder
+from phlora.testing import tiny_folder, tiny_phi3
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 PLACE = "model.layers.1.mlp.down_proj.weight"

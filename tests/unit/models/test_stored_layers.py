@@ -18,11 +18,10 @@ from phlora.adapters.peft_layer import LoraLinear
 from phlora.adapters.speed import at_speed
 from phlora.lora import workspace
 from phlora.lora.operands import DenseWeight, WidenedWeight
-from phlora.models.embedded import tiny_phi3
 from phlora.models.lm_head import token_losses
 from phlora.models.load import load_model
 from phlora.models.stored_layers import StoredEmbedding, StoredLinear, compute_dtype, store, widen
-from phlora.testing import tiny_folder
+from phlora.testing import tiny_folder, tiny_phi3
 
 ALL = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 

@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Ph
 
 from phlora.errors import ModelError
 from phlora.models import load as loading
-from phlora.models.embedded import tiny_phi3
 from phlora.models.load import load_model
-from phlora.testing import tiny_folder
+from phlora.testing import tiny_folder, tiny_phi3
 
 
 @pytest.fixture
