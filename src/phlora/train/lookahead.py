@@ -80,17 +80,18 @@ class Planned:
 
     def render(self) -> str:
         """The plan for a terminal, with what makes it fit where it does not."""
-        if self.plan is None or self.ahead is None:
-            return "Nothing can be forecast of this model from its configuration alone"
+        if self.plan is None:
+            return "This model cannot be made from its configuration alone, which a plan takes"
         text = self.plan.render()
-        if self.ahead.forecast.fits:
+        if self.ahead is None or self.ahead.forecast.fits:
             return text
         return f"{text}\n  what makes it fit:\n{render_remedies(self.ahead.remedies)}"
 
     def to_json(self) -> dict[str, Any]:
         """The same for programs."""
         if self.plan is None or self.ahead is None:
-            return {"plan": None, "forecast": None, "remedies": []}
+            plan = self.plan.to_json() if self.plan else None
+            return {"plan": plan, "forecast": None, "remedies": []}
         changes = [
             {
                 "settings": each.settings,
@@ -155,7 +156,16 @@ def plan_ahead(
             why_not = f"{type(error).__name__}: {error}".splitlines()[0]
     display.note(f"memory and time are not forecast: {why_not}")
     level = "keep" if arguments.activation_memory == "auto" else arguments.activation_memory
-    return Planned(config, arguments.with_activation_memory(level))
+    arguments = arguments.with_activation_memory(level)
+    try:
+        drawn = draw(config, request.objects, words, lora, device=device)
+        model = drawn.blueprint.model
+        plan = make_plan(data, drawn.summary, arguments, model, request.objects, device=device)
+    except PhloraError:
+        raise
+    except Exception:
+        plan = None
+    return Planned(config, arguments, plan)
 
 
 def _forecast(

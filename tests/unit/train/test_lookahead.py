@@ -221,3 +221,5 @@ def test_what_cannot_be_forecast_is_said_and_trains(configured: Configured, caps
     run = finetune(config, display=Display())
     assert run.plan.forecast is None
     assert "not forecast: loss_type dft" in capsys.readouterr().err
+    planned = plan_run(config, display=QUIET)
+    assert "1 optimizer steps" in planned.render() and planned.to_json()["forecast"] is None
