@@ -6,6 +6,7 @@ On torch's meta device a tensor has a shape and a dtype and no numbers, so that 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from phlora.adapters.attach import AdapterSummary, attach
+from phlora.adapters.attach import AdapterSummary, Attached, attach
 from phlora.models.storage import Sizes
 from phlora.models.streaming import sizes_of
 
@@ -74,7 +75,7 @@ class Blueprint:
 
     def with_layers(self, count: int) -> PeftModel:
         """The same with its adapter."""
-        return attach(self.base_with_layers(count), copy.deepcopy(self.lora)).model
+        return _attached(self.base_with_layers(count), self.lora).model
 
     def trained(self) -> list[Tensor]:
         """The parameters that train."""
@@ -100,7 +101,7 @@ def draw_up(
     """
     base = _base(shortened(config, config.num_hidden_layers), dtype, attention, runs_code)
     sizes = sizes_of(base, stored)
-    attached = attach(base, copy.deepcopy(lora))
+    attached = _attached(base, lora)
     return Blueprint(config, lora, dtype, attention, runs_code, attached.model, attached.summary, sizes)
 
 
@@ -114,6 +115,13 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     if hasattr(short, "quantization_config"):
         del short.quantization_config
     return short
+
+
+def _attached(base: Any, lora: LoraConfig) -> Attached:
+    with warnings.catch_warnings():
+        # Whatever is to be said of the adapter is said when the run attaches it.
+        warnings.simplefilter("ignore")
+        return attach(base, copy.deepcopy(lora))
 
 
 def _base(config: PreTrainedConfig, dtype: torch.dtype, attention: str, runs_code: bool) -> Any:

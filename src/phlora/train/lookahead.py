@@ -17,7 +17,7 @@ from peft import LoraConfig
 from phlora.adapters.attach import AdapterSummary
 from phlora.config import RunConfig, quantization_config
 from phlora.display import Display
-from phlora.errors import NoRoomError, PhloraError
+from phlora.errors import ConfigError, EnvironmentProblem, NoRoomError
 from phlora.forecast.blueprint import Blueprint, draw_up
 from phlora.forecast.forecast import (
     Circumstances,
@@ -34,6 +34,7 @@ from phlora.forecast.remedies import Remedy, remedies
 from phlora.forecast.render import render_remedies
 from phlora.models.device import choose_attention, choose_dtype
 from phlora.models.families import widest_product
+from phlora.models.lm_head import trunk_and_head, why_not_by_token
 from phlora.models.load import stored_dtype
 from phlora.models.prefix_sharing import Sharing
 from phlora.models.storage import Storage, choose_storage, storage_settings
@@ -149,8 +150,10 @@ def plan_ahead(
             return _forecast(
                 request, words, data, arguments, lora, display, device=device, fit_memory=fit_memory
             )
-        except PhloraError:
+        except (ConfigError, EnvironmentProblem):
             raise
+        except _NotForecastError as reason:
+            why_not = str(reason)
         except Exception as error:
             # Code that comes with a model may need its weights; that is no reason not to train it.
             why_not = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -161,7 +164,7 @@ def plan_ahead(
         drawn = draw(config, request.objects, words, lora, device=device)
         model = drawn.blueprint.model
         plan = make_plan(data, drawn.summary, arguments, model, request.objects, device=device)
-    except PhloraError:
+    except (ConfigError, EnvironmentProblem):
         raise
     except Exception:
         plan = None
@@ -181,6 +184,7 @@ def _forecast(
 ) -> Planned:
     config, objects = request.config, request.objects
     drawn = draw(config, objects, words, lora, device=device)
+    _require_known_step(drawn.blueprint.model)
     planned = _planned(drawn, config, objects, words, data, arguments, device)
     assert planned.ahead is not None
     if not fit_memory or planned.ahead.forecast.fits:
@@ -195,6 +199,18 @@ def _forecast(
     )
     drawn = draw(config, objects, words, lora, device=device)
     return _planned(drawn, config, objects, words, data, arguments, device)
+
+
+class _NotForecastError(Exception):
+    """The step that is forecast is not the one that is taken."""
+
+
+def _require_known_step(model: Any) -> None:
+    reason = why_not_by_token(model)
+    if reason is not None:
+        raise _NotForecastError(f"the model {reason}: TRL's own loss is used")
+    if not hasattr(trunk_and_head(model)[0], "layers"):
+        raise _NotForecastError("where the model has its layers is not known")
 
 
 def fitted_before(config: RunConfig, facts: Mapping[str, Any]) -> RunConfig:

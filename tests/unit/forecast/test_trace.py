@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from phlora.adapters.attach import attach, lora_settings
 from phlora.adapters.speed import speed_up
@@ -167,3 +169,20 @@ def test_nothing_of_a_forecast_stays_behind(layout: str, changes: dict[str, Any]
     assert not [x for x in gc.get_objects() if type(x) is FakeTensor]
     after = trained_tokens(model, batch).losses
     assert before is not None and after is not None and torch.equal(before, after)
+
+
+SMALL = dict(
+    vocab_size=300, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4
+)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config], ids=lambda kind: kind.model_type)
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_other_families_are_counted_too(kind: Any, layout: str) -> None:
+    config = kind(**SMALL, num_key_value_heads=2)
+    batch = LAYOUTS[layout](ROWS)
+    model = attach(AutoModelForCausalLM.from_config(copy.deepcopy(config)), {"r": 4}).model
+    peak, gradients = measured(speed_up(model).train(), batch, "keep")
+    blueprint = draw_up(config, lora_settings({"r": 4}), dtype=torch.float32)
+    forecast = step_bytes(blueprint, shape_of(batch), device=CPU)
+    assert forecast.gradients == gradients and forecast.peak == pytest.approx(peak, rel=0.03)

@@ -159,6 +159,39 @@ def test_a_forecast_that_fails_stops_no_run(
     assert run.plan.forecast is None and "RuntimeError: no tensor without numbers" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize(
+    "kind, says", [("gemma2", "changes its logits after the head"), ("gpt2", "layers is not known")]
+)
+def test_models_whose_step_is_not_known_are_trained_all_the_same(
+    place: Path, tmp_path: Path, capsys: Any, kind: str, says: str
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    small = (
+        {"n_embd": 32, "n_layer": 2, "n_head": 2} if kind == "gpt2" else {"hidden_size": 32, "head_dim": 8}
+    )
+    if kind == "gemma2":
+        small |= {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+        }
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer) + 20, pad_token_id=0, **small)
+    run = finetune(
+        model=AutoModelForCausalLM.from_config(config),
+        tokenizer=tokenizer,
+        data=str(place / "chats.jsonl"),
+        training_config={"max_steps": 1, "save_strategy": "no"},
+        evaluation={"enabled": False},
+        output=tmp_path / kind,
+        display=Display(),
+    )
+    assert run.plan.forecast is None and says in capsys.readouterr().err
+
+
 def test_fit_joins_several_changes_and_says_where_none_is_enough(
     configured: Configured, only: Callable[[int], None]
 ) -> None:
