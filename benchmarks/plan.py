@@ -151,7 +151,7 @@ def run_case(size: str, name: str, work: Path, steps: int) -> dict[str, Any]:
         "memory": forecast.memory.peak,
         "measured_memory": peak_bytes(),
         "step": forecast.seconds.step,
-        "measured_step": statistics.mean(seconds[1:]),
+        "measured_step": statistics.median(seconds[1:]),
         "evaluation": forecast.seconds.evaluation,
         "measured_evaluation": timing.get("evaluation", 0.0),
         "parts": dict(forecast.memory.parts),

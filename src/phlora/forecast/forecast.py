@@ -177,7 +177,9 @@ def _probe_fits(forecast: Forecast, about: Circumstances) -> bool:
 
 
 def _seconds(pace: Pace, passes: Passes, about: Circumstances) -> Seconds:
-    step = pace.step * passes.positions / max(1, passes.typical_positions) + TRAINER_SECONDS
+    step = (
+        pace.both_ways * passes.positions / max(1, passes.typical_positions) + pace.update + TRAINER_SECONDS
+    )
     held_out = int(about.held_out.lengths.sum()) if len(about.held_out) else 0
     # What rows share is computed once in evaluation too.
     positions = held_out * min(1.0, passes.positions / max(1.0, passes.tokens))

@@ -31,7 +31,9 @@ def pace(about: Circumstances, **changes: Any) -> Pace:
 @pytest.mark.parametrize("speed", ["auto", "reference"])
 def test_every_kind_of_step_is_taken(about: About, level: str, speed: str) -> None:
     found = pace(about(shared=False), level=level, speed=speed)
-    assert found.step > found.forward > 0 and found.token > 0 and found.positions > 0
+    assert (
+        found.both_ways > found.forward > 0 and found.update > 0 and found.token > 0 and found.positions > 0
+    )
     assert found.prompt == found.forward / found.positions
 
 
@@ -40,17 +42,17 @@ def test_the_number_of_layers_does_not_matter(about: About, layers: int) -> None
     config = tiny_phi3(longrope=layers == 7)[0].config
     config.num_hidden_layers = layers
     blueprint = draw_up(config, lora_settings({"r": 2}), dtype=torch.float32)
-    assert pace(replace(about(), blueprint=blueprint)).step > 0
+    assert pace(replace(about(), blueprint=blueprint)).both_ways > 0
 
 
 def test_a_quantised_base_is_probed_as_it_is_stored(about: About) -> None:
     pytest.importorskip("bitsandbytes")
     quantized = Storage(dtype=torch.bfloat16, quantization=quantization_config("nf4"))
-    assert pace(about(storage=quantized)).step > 0
+    assert pace(about(storage=quantized)).both_ways > 0
 
 
 def test_weights_in_16_bits_are_probed_as_they_are_stored(about: About) -> None:
-    assert pace(about(storage=Storage(dtype=torch.bfloat16))).step > 0
+    assert pace(about(storage=Storage(dtype=torch.bfloat16))).both_ways > 0
 
 
 def test_random_numbers_of_the_run_stay_where_they_are(about: About) -> None:
