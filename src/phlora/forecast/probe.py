@@ -22,6 +22,7 @@ from phlora.adapters.attach import attach
 from phlora.adapters.speed import at_speed
 from phlora.config import Speed
 from phlora.forecast.blueprint import Blueprint
+from phlora.lora import matmul
 from phlora.models.activation_memory import recomputing_mlps
 from phlora.models.lm_head import trained_tokens
 from phlora.models.quantization import quantize
@@ -95,7 +96,7 @@ def measure_pace(
         model = _built(blueprint, storage, both, device)
     inputs = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
     _warm_up(device)
-    with at_speed(model, speed), _level(model, level):
+    with _libraries_left(), at_speed(model, speed), _level(model, level):
         stack: Any = model.get_base_model().get_decoder()  # type: ignore[operator]
         timed: dict[int, tuple[float, ...]] = {}
         for count in (1, both):
@@ -108,6 +109,16 @@ def measure_pace(
     one, two = timed[1], timed[both]
     found = [a + (layers - 1) * max(0.0, b - a) if both > 1 else a for a, b in zip(one, two, strict=True)]
     return Pace(*found, positions=inputs["input_ids"].numel())  # type: ignore[misc,arg-type]
+
+
+@contextlib.contextmanager
+def _libraries_left() -> Iterator[None]:
+    """What multiplies is chosen for the whole process; the run chooses for itself."""
+    before = matmul.libraries()
+    try:
+        yield
+    finally:
+        matmul.use_libraries(before)
 
 
 def most_probed(blueprint: Blueprint) -> int:

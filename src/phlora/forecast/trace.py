@@ -211,9 +211,13 @@ class LiveBytes(TorchDispatchMode):
         self._watched: list[list[int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # The seed of a mask: any will do.
-            return 0
+        if args and isinstance(args[0], FakeTensor):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                # The seed of a mask: any will do.
+                return 0
+            if func is torch.ops.aten.nonzero.default:
+                # What is looked for in numbers are rare cases; there is none among no numbers.
+                return args[0].new_empty(0, args[0].dim(), dtype=torch.long)
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
