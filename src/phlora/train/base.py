@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from phlora.config import ModelConfig
+from phlora.display import Display
 from phlora.errors import ConfigError, ModelError
-from phlora.models.device import Choice, choose_device
+from phlora.models.device import DTYPES, Choice, choose_device
 from phlora.models.fingerprint import fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.locate import ModelSource, resolve_source
 from phlora.models.operands import is_quantized
+from phlora.models.storage import STORAGES
 from phlora.models.stored_layers import compute_dtype
 from phlora.models.tokenizer import LoadedTokenizer, load_tokenizer, prepare_tokenizer
 from phlora.train.request import IN_MEMORY, Objects
@@ -58,8 +61,27 @@ def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
     return replace(prepared, files=own.files)
 
 
+def as_before(model: ModelConfig, facts: Mapping[str, Any]) -> ModelConfig:
+    """The settings with which a run is continued: what `auto` chose then is not chosen again.
+
+    What is timed, or depends on the memory that is free, may fall otherwise in another process.
+    """
+    then = facts.get("model", {})
+    if model.dtype == "auto" and then.get("dtype") in DTYPES:
+        model = replace(model, dtype=then["dtype"])
+    stored = then.get("storage")
+    if model.storage_dtype == "auto" and model.quantization is None and stored in STORAGES:
+        model = replace(model, storage_dtype=stored)
+    return model
+
+
 def model_of(
-    model: ModelConfig, objects: Objects, tokenizer: LoadedTokenizer, *, device: torch.device
+    model: ModelConfig,
+    objects: Objects,
+    tokenizer: LoadedTokenizer,
+    *,
+    device: torch.device,
+    display: Display,
 ) -> LoadedModel:
     """The model that was handed over, or the one that the configuration names.
 
@@ -67,7 +89,7 @@ def model_of(
         ModelError: the object is no causal language model of transformers, or carries an adapter already.
     """
     if objects.model is None:
-        return load_model(replace(model, device=str(device)), tokenizer=tokenizer)
+        return load_model(replace(model, device=str(device)), tokenizer=tokenizer, display=display)
     given = require_plain_model(objects.model)
     if any(is_quantized(module) for module in given.modules()):
         # Imported here: an optional package, without which there would be no such layer.

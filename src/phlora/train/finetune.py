@@ -34,7 +34,7 @@ from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
 from phlora.train import record
 from phlora.train.arguments import Arguments, training_arguments
 from phlora.train.backends import needed_by_trackers
-from phlora.train.base import device_of, model_of, require_no_adapted_head, tokenizer_of
+from phlora.train.base import as_before, device_of, model_of, require_no_adapted_head, tokenizer_of
 from phlora.train.handed_over import handed_over
 from phlora.train.lookahead import Planned, fitted_before, plan_ahead
 from phlora.train.loop import Training, fit
@@ -141,6 +141,9 @@ def finetune(
     if fit_memory and resume and folder.has_facts:
         config = fitted_before(config, folder.facts())
         request = replace(request, config=config)
+    if resume and folder.has_facts:
+        config = replace(config, model=as_before(config.model, folder.facts()))
+        request = replace(request, config=config)
     device = device_of(config.model, objects)
     arguments, lora = _settings(config, folder, device=device.type)
 
@@ -159,7 +162,7 @@ def finetune(
         if not (overcommit or dry_run):
             planned.require_memory()
         display.stage(f"Loading {config.model.name}")
-        loaded = model_of(config.model, objects, words, device=device)
+        loaded = model_of(config.model, objects, words, device=device, display=display)
         # The adapter's first weights are drawn here, before the trainer seeds itself.
         set_seed(arguments.args.seed)
         attached = attach(loaded.model, lora)
