@@ -48,6 +48,7 @@ from phlora.models.tokenizer import (
     read_tokenizer,
 )
 
+_MEGABYTE = 1_000_000
 # Megabytes from which reading takes long enough to be shown.
 _WORTH_SHOWING = 1_000
 
@@ -163,7 +164,7 @@ class _Loading:
         return model, Choice(value=str(storage.value), reason=storage.reason), notes
 
     def _streamed(self, bones: Skeleton, storage: Storage) -> tuple[PreTrainedModel, tuple[str, ...]]:
-        megabytes = bones.num_bytes // 1_000_000
+        megabytes = bones.num_bytes // _MEGABYTE
         shown = megabytes if megabytes >= _WORTH_SHOWING else 0
         with (
             reading(self.files.location, "The weights"),
@@ -206,8 +207,8 @@ class _Loading:
             use_operands(model)
         storage = Choice(value=str(self.dtype).removeprefix("torch."), reason="what is computed with")
         if getattr(model, "is_quantized", False):
-            method = str(model.config.quantization_config.quant_method)
-            storage = Choice(value=method.rpartition(".")[2].lower(), reason="as it is in the files")
+            method = model.config.quantization_config.quant_method
+            storage = Choice(value=str(getattr(method, "value", method)), reason="as it is in the files")
         with self._needing_room(model):
             if self.wanted.quantization:
                 notes += (str(quantize(model, self.wanted.quantization, device=self.device)),)
@@ -275,7 +276,7 @@ class _Megabytes:
     left: int = 0
 
     def add(self, num_bytes: int) -> None:
-        done, self.left = divmod(self.left + num_bytes, 1_000_000)
+        done, self.left = divmod(self.left + num_bytes, _MEGABYTE)
         self.advance(done)
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
 
-from phlora.errors import ModelError
+from phlora.errors import ConfigError, EnvironmentProblem, ModelError
+from phlora.extras import is_installed
 from phlora.models import load as loading
 from phlora.models.load import load_model
 from phlora.testing import tiny_folder, tiny_phi3
@@ -157,6 +158,50 @@ def test_missing_and_unused_tensors_are_told_as_ever(tmp_path: Path) -> None:
         load_model(folder)
 
 
+# ------------------------------------------------------------------------------------------- quantised already
+
+
+def test_a_base_that_bitsandbytes_quantised_loads_and_trains(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    from phlora.models.bnb import Linear4bit
+
+    dense = tiny_folder(tmp_path / "dense")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    folder = tiny_folder(tmp_path / "nf4")
+    quantized = AutoModelForCausalLM.from_pretrained(dense, quantization_config=settings, dtype=torch.float32)
+    quantized.save_pretrained(folder)
+    loaded = load_model(folder, device="cpu", dtype="float32")
+    assert loaded.storage.value == "bitsandbytes"
+    assert isinstance(loaded.model.model.layers[0].mlp.down_proj, Linear4bit)
+    ours = load_model(dense, device="cpu", dtype="float32", storage_dtype="nf4").model
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, ours(ids).logits)
+    for setting in ({"storage_dtype": "bfloat16"}, {"storage_dtype": "nf4"}, {"quantization": "int8"}):
+        with pytest.raises(ConfigError, match="quantised already"):
+            load_model(folder, device="cpu", dtype="float32", **setting)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "torchao"])
+def test_a_base_whose_package_is_missing_is_one_error(tmp_path: Path, method: str) -> None:
+    package = {"gptq": "gptqmodel", "awq": "gptqmodel", "torchao": "torchao"}[method]
+    if is_installed(package):
+        pytest.skip("it is installed")
+    folder = tiny_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "quant_type": "int4_weight_only"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EnvironmentProblem, match=r"(?i)cannot be read .*(gptq|torchao|awq)"):
+        load_model(folder, device="cpu", dtype="float32")
+
+
 # --------------------------------------------------------------------------------------------- memory, progress
 
 PEAK = """
@@ -247,4 +292,6 @@ def test_progress_is_shown_for_what_takes_long(tmp_path: Path, monkeypatch, caps
     load_model(folder, display=Display())
     assert "Reading" not in capsys.readouterr().err
     monkeypatch.setattr(loading, "_WORTH_SHOWING", 0)
+    monkeypatch.setattr(loading, "_MEGABYTE", 1_000)
     load_model(folder, display=Display())
+    assert "Reading the weights: " in capsys.readouterr().err
