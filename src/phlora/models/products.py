@@ -114,7 +114,8 @@ def time_libraries(shapes: Shapes) -> dict[str, str]:
 
 def _race(kind: Kind, product: Callable[[], Tensor], layers: int) -> dict[Library, float]:
     """Seconds of a product by each library: the best of some turns, and a layer's share of what the first took more."""
-    before, seconds = matmul.libraries(), {library: [] for library in Library}  # type: dict[str, str], Any
+    before = matmul.libraries()
+    seconds: dict[Library, list[float]] = {library: [] for library in Library}
     try:
         for _ in range(_REPEATS):
             for library in Library:
@@ -131,7 +132,10 @@ def _race(kind: Kind, product: Callable[[], Tensor], layers: int) -> dict[Librar
 
 def _products(shapes: Shapes) -> Iterator[tuple[Kind, list[Callable[[], Tensor]]]]:
     """Each kind with its products; the numbers do not matter, so they are all ones."""
-    forward, backward, onto, gradients = [], [], [], []
+    forward: list[Callable[[], Tensor]] = []
+    backward: list[Callable[[], Tensor]] = []
+    onto: list[Callable[[], Tensor]] = []
+    gradients: list[Callable[[], Tensor]] = []
     for inputs, outputs in shapes.linears:
         rows = _ROWS_OF_LARGE if inputs * outputs > _LARGE_WEIGHT else _ROWS
         x, dy, weight = torch.ones(rows, inputs), torch.ones(rows, outputs), torch.ones(outputs, inputs)
