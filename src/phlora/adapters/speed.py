@@ -52,6 +52,8 @@ def at_speed(model: nn.Module, speed: Speed, *, libraries: Mapping[str, str] | N
     back to the system then.
 
     Args:
+        model: with its adapters in place.
+        speed: the run's setting.
         libraries: which library multiplies each kind of product, as `matmul.libraries` gave it to a run that is
             continued: so that it goes on with the same bits. None: those that are faster here.
 
