@@ -23,7 +23,7 @@ Legend: `T` tokens, `N` out, `K` in, `R` rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,6 +35,9 @@ from phlora.lora.autograd import is_recorded_backward, only_first, recorded_grad
 from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.operands import DenseWeight, FrozenWeight
 from phlora.lora.recompute import Recompute, recompute_of
+
+# Numbers of fp32 that a core of today's CPUs has in its cache: 2 MiB.
+_CACHED = 1 << 19
 
 
 def lora_blocks(
@@ -119,7 +122,7 @@ class _LoraBlocks(torch.autograd.Function):
             keep = _share_kept(dropout)
             dropped = flat_x if seed is None else _draw_mask(flat_x.shape, dropout, seed, like=x).mul_(flat_x)
             wide = x.dtype if autocast else torch.promote_types(x.dtype, lora_A.dtype)
-            u = matmul.linear(dropped.to(wide), lora_A.to(wide))
+            u = _onto_rank(dropped, lora_A.to(wide))
             for block, columns, B in zip(blocks, rank_slices(blocks), lora_B, strict=True):
                 _addmm_(y[:, block.rows], u[:, columns], B.to(wide).t(), alpha=block.scaling / keep)
 
@@ -155,11 +158,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dA = None
     with _without_autocast(dy.device.type):
         leading, dy = dy.shape[:-1], _flat(dy).contiguous()
-        wide_dy = dy.to(wide)
         if need_A or need_weight:
             x = _flat(ctx.recompute_x(*kept) if ctx.recompute_x else kept[0])
+        g, dB = _rank_and_up_gradients(
+            dy, u, lora_B, blocks, keep, wide=wide, need_g=need_x or need_A, need_B=need_B
+        )
         if need_x or need_A:
-            g = _rank_gradient(wide_dy, lora_B, blocks, keep)
             shape = len(dy), lora_A.shape[1]
             mask = None if seed is None else _draw_mask(shape, ctx.dropout, seed, like=dy)
         if need_x:
@@ -167,8 +171,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dx = _add_masked_(operand.matmul_t(dy), g, lora_A.to(wide), mask).view(*leading, shape[1])
         if need_A:
             dropped = x if mask is None else mask.mul_(x)
-            dA = matmul.matmul(g.t(), dropped.to(wide)).to(lora_A.dtype)
-        dB = _up_gradients(wide_dy, u, lora_B, blocks, keep, need_B)
+            dA = _down_gradient(g, dropped).to(lora_A.dtype)
         dW = matmul.matmul(dy.t(), x).to(weight.dtype) if need_weight else None
         dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
     return dx, dW, dbias, dA, None, None, None, None, None, *dB
@@ -227,6 +230,61 @@ class _FrozenLinear(torch.autograd.Function):
         return dx, dbias, None
 
 
+def _onto_rank(x: Tensor, lora_A: Tensor) -> Tensor:
+    """`u (T, ΣR_i) = x Aᵀ`, in the dtype of A."""
+    if x.dtype == lora_A.dtype:
+        return matmul.linear(x, lora_A)
+    parts = [matmul.linear(x[rows].to(lora_A.dtype), lora_A) for rows in _widened(x)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _down_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """`dA (ΣR_i, K) = gᵀ x`, in the dtype of g."""
+    if x.dtype == g.dtype:
+        return matmul.matmul(g.t(), x)
+    dA = g.new_zeros(g.shape[1], x.shape[1])
+    for rows in _widened(x):
+        dA.addmm_(g[rows].t(), x[rows].to(g.dtype))
+    return dA
+
+
+def _rank_and_up_gradients(
+    dy: Tensor,
+    u: Tensor | None,
+    lora_B: Sequence[Tensor],
+    blocks: Sequence[RowBlock],
+    keep: float,
+    *,
+    wide: torch.dtype,
+    need_g: bool,
+    need_B: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """`g` (see `_rank_gradient`; no columns where it is not needed) and the dB_i (see `_up_gradients`), from one pass
+    over a narrower dy."""
+    if dy.dtype == wide:
+        g = _rank_gradient(dy, lora_B, blocks, keep) if need_g else dy.new_empty(len(dy), 0)
+        return g, _up_gradients(dy, u, lora_B, blocks, keep, need_B)
+    lora_B, dtypes = [B.to(wide) for B in lora_B], [B.dtype for B in lora_B]
+    g_parts: list[Tensor] = []
+    sums: list[Tensor | None] = [
+        None if u is None or not needed else B.new_zeros(B.shape[1], B.shape[0])
+        for B, needed in zip(lora_B, need_B, strict=True)
+    ]
+    for rows in _widened(dy):
+        part = dy[rows].to(wide)
+        if need_g:
+            g_parts.append(_rank_gradient(part, lora_B, blocks, keep))
+        for block, columns, total in zip(blocks, rank_slices(blocks), sums, strict=True):
+            if u is not None and total is not None:
+                total.addmm_(u[rows, columns].t(), part[:, block.rows], alpha=block.scaling / keep)
+    g = torch.cat(g_parts) if g_parts else dy.new_empty(len(dy), 0, dtype=wide)
+    dB = [
+        None if total is None else total.t().contiguous().to(dtype)
+        for total, dtype in zip(sums, dtypes, strict=True)
+    ]
+    return g, dB
+
+
 def _rank_gradient(dy: Tensor, lora_B: Sequence[Tensor], blocks: Sequence[RowBlock], keep: float) -> Tensor:
     """`g (T, ΣR_i)`: `scaling_i / keep · dy[:, rows_i] B_i`, side by side."""
     parts = [
@@ -249,7 +307,16 @@ def _addmm_(y: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1.0) -> Te
     """`y += alpha · left right` in place; in the dtype of the factors and rounded once where `y` is narrower."""
     if y.dtype == left.dtype:
         return y.addmm_(left, right, alpha=alpha)
-    return y.copy_(y.to(left.dtype).addmm_(left, right, alpha=alpha))
+    for rows in _widened(y):
+        part = y[rows]
+        part.copy_(part.to(left.dtype).addmm_(left[rows], right, alpha=alpha))
+    return y
+
+
+def _widened(x: Tensor) -> Iterator[slice]:
+    """Rows of x (T, N), as many at once as stay in a core's cache while they are in a wider dtype; on a GPU all."""
+    rows = max(1, len(x) if x.device.type != "cpu" else _CACHED // max(1, x.shape[1]))
+    return (slice(start, start + rows) for start in range(0, max(1, len(x)), rows))
 
 
 def _up_gradients(

@@ -45,6 +45,9 @@ _WIDEST_BLOCK = 2
 _ALONE = 32
 # Queries of a long row that meet their keys in one call of the CPU's kernel: a sixth of the row, within these bounds.
 _NARROWEST_STRETCH, _WIDEST_STRETCH = 64, 256
+# Up to this many queries times keys the CPU's kernel computes the gradients of 16 bits slower than those of float32, up
+# to five times where there are 45 of each.
+_FEW_PAIRS = 1 << 15
 # K and V of all heads against all that a layer keeps of a position: a twelfth in Phi-3-mini's plain layers, twice that
 # in lean ones.
 _COPY_COST = 1 / 6
@@ -256,7 +259,7 @@ class _MergedAttention(torch.autograd.Function):
             spans = (behind, shared, shared)
             q, k, v = (x[:, :, span] for x, span in zip(saved[:3], spans, strict=True))
             out, lse, above = (x[:, :, behind] for x in (*saved[3:], grad))
-            theirs = _flash_backward(above, q, k, v, out, lse, 0.0, False, scale=ctx.scaling)
+            theirs = _flash_gradients([above, q, k, v, out], lse, None, ctx.scaling, causal=False)
             for whole, span, x in zip(grads, spans, theirs, strict=True):
                 whole[:, :, span] += x
         return *grads, None, None
@@ -286,23 +289,33 @@ def _causal_backward(grad: Tensor, saved: Sequence[Tensor], scaling: float) -> S
     query, key, value, output, norm = saved
     grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     for span, stop, mask in _stretches(query):
-        ours: Sequence[Tensor] = _flash_backward(
+        met = [
             grad[:, :, span],
             query[:, :, span],
             key[:, :, :stop],
             value[:, :, :stop],
             output[:, :, span],
-            norm[:, :, span],
-            0.0,
-            mask is None,
-            **_extra(mask, scaling),
-        )
+        ]
+        ours = _flash_gradients(met, norm[:, :, span], mask, scaling, causal=mask is None)
         if mask is None:
             return ours
         grads[0][:, :, span] = ours[0]
         grads[1][:, :, :stop] += ours[1]
         grads[2][:, :, :stop] += ours[2]
     return grads
+
+
+def _flash_gradients(
+    tensors: Sequence[Tensor], norm: Tensor, mask: Tensor | None, scaling: float, *, causal: bool
+) -> Sequence[Tensor]:
+    """Gradients of q, k and v from dy, q, k, v and y; of few pairs in 16 bits in float32, rounded once."""
+    dtype, pairs = tensors[0].dtype, tensors[1].shape[2] * tensors[2].shape[2]
+    in_float32 = dtype.itemsize == 2 and pairs <= _FEW_PAIRS
+    if in_float32:
+        tensors = [x.float() for x in tensors]
+        mask = None if mask is None else mask.float()
+    gradients: Sequence[Tensor] = _flash_backward(*tensors, norm, 0.0, causal, **_extra(mask, scaling))
+    return [x.to(dtype) for x in gradients] if in_float32 else gradients
 
 
 def _extra(mask: Tensor | None, scaling: float) -> dict[str, Any]:

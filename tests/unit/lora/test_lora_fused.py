@@ -92,6 +92,29 @@ def test_gradcheck(dropout, need_x):
     assert torch.autograd.gradcheck(function, (problem.x, bias, problem.A, *problem.B))
 
 
+@pytest.mark.parametrize("cached", [1, 100, 300, 1 << 19], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_wider_adapter_computed_a_few_rows_at_a_time_is_the_same(cached, dropout, monkeypatch):
+    def results():
+        torch.manual_seed(3)
+        options = {"sizes": {"q": 24, "v": 16}, "enabled": ["q", "v"], "r": 4, "leading": (5, 7)}
+        problem = make(**options, dtype=torch.bfloat16, lora_dtype=torch.float32)
+        return problem.gradients(fused, dropout=dropout)
+
+    whole = results()
+    monkeypatch.setattr(fused, "_CACHED", cached)
+    for part, all_at_once in zip(results(), whole, strict=True):
+        if all_at_once is not None:
+            tight = all_at_once.dtype == torch.float32
+            torch.testing.assert_close(part, all_at_once, rtol=1e-5 if tight else 1e-2, atol=1e-5)
+
+
+def test_no_rows_at_all_in_16_bits():
+    problem = make(leading=(0,), dtype=torch.bfloat16, lora_dtype=torch.float32)
+    results = problem.gradients(fused)
+    assert results[0].shape[0] == 0 and not problem.A.grad.any()
+
+
 @pytest.mark.parametrize("lora_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_bf16_is_no_further_from_fp64_than_the_reference(lora_dtype):
     def errors(module):

@@ -85,6 +85,27 @@ def test_merging_keeps_its_digits_in_lower_precision(name, dtype) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_few_pairs_in_16_bits_have_the_gradients_of_float32(name, monkeypatch) -> None:
+    """They are those of the 16-bit kernel, and no further from the truth, whichever calls are few."""
+    segments = layout(name)
+    exact = projections(segments, 2)
+    truth = output_and_gradients(prefix_attention.attend_densely, exact, segments)[1:]
+    rounded = [x.detach().to(torch.bfloat16).requires_grad_() for x in exact]
+
+    def errors(pairs: int) -> list[float]:
+        monkeypatch.setattr(prefix_attention, "_FEW_PAIRS", pairs)
+        found = output_and_gradients(prefix_attention.attend_merged, rounded, segments)[1:]
+        assert all(x.dtype == torch.bfloat16 for x in found)
+        return [
+            float((x.double() - y).norm() / y.norm().clamp(min=1e-9))
+            for x, y in zip(found, truth, strict=True)
+        ]
+
+    for wide, narrow in zip(errors(1 << 30), errors(0), strict=True):
+        assert wide <= 1.05 * narrow + 1e-6
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("window", [1, 7, 31])
 def test_a_sliding_window_counts_positions_of_the_row(name, window) -> None:
     segments = layout(name)
