@@ -143,7 +143,7 @@ def evaluate_run(
     rows = _rows_of(found, data, config, format=format, columns=columns)
 
     display.stage(f"Loading {found.base_name} and {found.adapter}")
-    pair = load_pair(found)
+    pair = load_pair(found, display=display)
     for said in pair.notes:
         display.note(said)
     tokenized = tokenize_rows(

@@ -197,7 +197,8 @@ def merge_run(
 
     display.stage(f"Loading {found.base_name} in float32, and its adapter")
     tokenizer = load_tokenizer_of(found)
-    loaded = load_base(found, tokenizer=tokenizer, device=device)
+    stored = _storage(found, saved_dtype)
+    loaded = load_base(found, tokenizer=tokenizer, device=device, storage_dtype=stored, display=display)
     _tell(loaded, display)
     require_room_for(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
     compared = _tokenize(chosen, found, tokenizer, loaded.model)
@@ -325,6 +326,16 @@ def _choose(base: MergeBase, losses: Mapping[str, float]) -> tuple[str, str]:
 def _tell(loaded: LoadedModel, display: Display) -> None:
     for note in loaded.notes:
         display.note(note)
+
+
+def _storage(found: ResolvedAdapter, saved_dtype: str) -> str:
+    """What the base is stored as while the adapter is merged, computed with in float32.
+
+    Its own 16 bits where they are saved too: each sum is formed in float32 and rounded once to them either way.
+    """
+    own = str(find_files(found.base).config.dtype).removeprefix("torch.")
+    narrow = own == saved_dtype and DTYPES[saved_dtype].itemsize == 2
+    return saved_dtype if narrow and not found.storage else "float32"
 
 
 def _saved_dtype(base: ModelConfig, requested: str) -> str:

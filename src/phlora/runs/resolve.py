@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from phlora.adapters.load import load_adapter
 from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.config import TRUST_VARIABLE, ModelConfig, QuantizationConfig, RunConfig, TrainOn, build_config
+from phlora.display import Display
 from phlora.errors import EnvironmentProblem, ModelError, RunError
 from phlora.files import read_json
 from phlora.models.device import choose_device
@@ -214,18 +215,21 @@ class LoadedPair:
     notes: tuple[str, ...] = ()
 
 
-def load_pair(found: Resolved, *, use_cache: bool | None = None) -> LoadedPair:
+def load_pair(
+    found: Resolved, *, use_cache: bool | None = None, display: Display | None = None
+) -> LoadedPair:
     """The base as the run asked for it, the adapter on it, and the tokenizer of both.
 
     Args:
         use_cache: in the place of the run's own setting.
+        display: where the progress of reading a large model goes; nowhere by default.
 
     Raises:
         ModelError: one of them cannot be read, or the adapter is of another base.
     """
     tokenizer = load_tokenizer_of(found)
     base = found.base if use_cache is None else replace(found.base, use_cache=use_cache)
-    loaded = load_model(base, tokenizer=tokenizer)
+    loaded = load_model(base, tokenizer=tokenizer, display=display)
     if found.adapter is None:
         return LoadedPair(model=loaded.model, tokenizer=tokenizer, notes=loaded.notes)
     adapted = load_adapter(loaded.model, found.adapter)
@@ -238,14 +242,17 @@ def load_base(
     tokenizer: LoadedTokenizer | None = None,
     device: str,
     dtype: str = "float32",
+    storage_dtype: str | None = None,
     quantization: QuantizationConfig | None = None,
+    display: Display | None = None,
 ) -> LoadedModel:
     """The base of an adapter; by default in fp32, stored so, and not quantised."""
     return load_model(
         found.base,
         tokenizer=tokenizer,
         dtype=dtype,
-        storage_dtype=dtype,
+        storage_dtype=storage_dtype or dtype,
+        display=display,
         quantization=quantization,
         attn_implementation="auto",
         # It stands in the configuration that is saved, and chatting wants it.

@@ -255,7 +255,7 @@ def open_chat(
     display = display or Display()
     found = resolve(source)
     display.stage(f"Loading {found.base_name}" + (f" with {found.adapter}" if found.adapter else ""))
-    pair = load_pair(found, use_cache=True)
+    pair = load_pair(found, use_cache=True, display=display)
     for note in pair.notes:
         display.note(note)
     trained_system = _trained_system(found, display, is_wanted=system is None)
