@@ -184,7 +184,7 @@ def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> st
     }
     if arguments.z_loss:
         values["training_config"]["z_loss"] = arguments.z_loss
-    _tell_activation_memory(values["training_config"], config, arguments)
+    _tell_activation_memory(values["training_config"], origins, config, arguments)
     for name, origin in arguments.origins.items():
         if origin == "phlora":
             origins[f"training_config.{name}"] = "Phlora's default"
@@ -206,12 +206,17 @@ def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> st
     return "\n".join(lines) + "\n"
 
 
-def _tell_activation_memory(values: dict[str, Any], config: RunConfig, arguments: Arguments) -> None:
+def _tell_activation_memory(
+    values: dict[str, Any], origins: dict[str, str], config: RunConfig, arguments: Arguments
+) -> None:
     """In one word what was asked for; `auto` is decided anew on the machine where the file is run."""
-    asked = config.training_config.get(ACTIVATION_MEMORY)
-    named = [name for name in CHECKPOINTING if values.pop(name, None) is not None]
-    named = [name for name in named if name in config.training_config]
-    values[ACTIVATION_MEMORY] = asked or (arguments.activation_memory if named else "auto")
+    given = config.training_config
+    named = [name for name in CHECKPOINTING if values.pop(name, None) is not None and name in given]
+    if given.get(ACTIVATION_MEMORY):
+        values[ACTIVATION_MEMORY] = given[ACTIVATION_MEMORY]
+        return
+    values[ACTIVATION_MEMORY] = arguments.activation_memory if named else "auto"
+    origins[f"training_config.{ACTIVATION_MEMORY}"] = named[0] if named else "Phlora's default"
 
 
 def plain_lora(lora: LoraConfig) -> dict[str, Any]:
