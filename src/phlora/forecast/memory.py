@@ -16,9 +16,10 @@ from phlora.models.storage import Storage
 # Measured, with benchmarks/plan.py: what the process takes once, over what it holds when a plan is made, for code that
 # is loaded and prepared with the first step (the trainer, kernels, threads and their arenas).
 LATER_LIBRARIES = 150 << 20
-# Measured, with benchmarks/plan.py: what glibc's heap takes of a step over what is alive in it, for gaps between
-# tensors of many sizes.
-HEAP_GAPS = 0.08
+# Measured, with benchmarks/plan.py: what glibc's heap takes of a step over what is alive in it. Tensors of many sizes
+# leave gaps, a share of all that lives; and to passes of other lengths what was freed has the wrong sizes, a few layers
+# of it, up to what the C library keeps (`models.allocator`).
+HEAP_GAPS, HEAP_LAYERS, MOST_KEPT = 0.08, 3, 512 << 20
 # A CUDA context with its kernels, which torch does not count as allocated; the caching allocator's rounding.
 CUDA_CONTEXT, CUDA_GAPS = 500 << 20, 0.05
 # Numbers of a weight that are widened at a time (`lora.operands`).
@@ -102,7 +103,10 @@ def forecast_memory(setup: Setup) -> Memory:
         training = {"gradients": step.gradients, "keys and values of answers": setup.cache_bytes}
     on_cpu = setup.device.type == "cpu"
     moving = sum(size for name, size in training.items())
-    gaps = int((HEAP_GAPS if on_cpu else CUDA_GAPS) * moving)
+    gaps = int(CUDA_GAPS * moving)
+    if on_cpu:
+        layer = step.kept // max(1, setup.blueprint.num_layers)
+        gaps = max(int(HEAP_GAPS * moving), min(MOST_KEPT, HEAP_LAYERS * layer))
     libraries = {"libraries": setup.resident + LATER_LIBRARIES}
     parts = {**fixed, **training, "allocator": gaps}
     parts |= libraries if on_cpu else {"libraries": CUDA_CONTEXT}
