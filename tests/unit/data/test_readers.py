@@ -500,6 +500,44 @@ def test_an_archive_of_splits_gives_the_training_rows_only_as_a_folder_does(tmp_
         assert any("heldout.jsonl" in problem.message for problem in loaded.problems)
 
 
+def _splits_as_folders(tmp_path):
+    folder = tmp_path / "data"
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in ("train", "test", "validation"):
+            (folder / name).mkdir(parents=True)
+            _write(folder / name / "a.jsonl", [{"text": name}])
+            archive.write(folder / name / "a.jsonl", f"data/{name}/a.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("source", ["data", "data.zip", "data/*/a.jsonl", "data/**/*.jsonl"])
+def test_splits_that_are_folders_give_the_training_rows_only(tmp_path, source):
+    _splits_as_folders(tmp_path)
+    loaded = load_rows(str(tmp_path / source))
+    assert [row.text for row in loaded.rows] == ["train"]
+    (note,) = [problem for problem in loaded.problems if problem.kind == "split"]
+    assert "test/a.jsonl" in note.message and "validation/a.jsonl" in note.message
+    asked = DataFile(path=str(tmp_path / source), split="test")
+    assert [row.text for row in load_rows(asked).rows] == ["test"]
+
+
+def test_what_a_pattern_spells_out_is_read(tmp_path):
+    folder = _splits_as_folders(tmp_path)
+    assert [row.text for row in load_rows(str(folder / "test" / "*.jsonl")).rows] == ["test"]
+    assert [row.text for row in load_rows(folder / "test").rows] == ["test"]
+
+
+def test_a_held_out_file_beside_others_of_an_archive_is_left_out(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("chats", "test"):
+            archive.writestr(f"{name}.jsonl", json.dumps({"text": name}))
+        archive.writestr("README.txt", "about the data")
+    loaded = load_rows(tmp_path / "x.zip")
+    assert [row.text for row in loaded.rows] == ["chats"]
+    assert {problem.kind for problem in loaded.problems} == {"split", "left_out_files"}
+    assert any("README.txt" in problem.message for problem in loaded.problems)
+
+
 @pytest.mark.parametrize("encoding", ["cp850", "mac_roman"])
 def test_the_right_reading_of_an_old_table_is_among_those_offered(tmp_path, encoding):
     path = tmp_path / "old.csv"

@@ -15,7 +15,7 @@ pass over a file finds all of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from phlora.data.readers.files import (
     is_pattern,
     matching,
     missing_file,
-    other_splits,
     require_file,
     shown_names,
 )
@@ -39,6 +38,7 @@ from phlora.data.readers.records import read_json, read_texts
 from phlora.data.readers.tables import frame_records, read_arrow, read_csv, read_workbook
 from phlora.data.readers.text import text_lines
 from phlora.data.rows import Problem, Record
+from phlora.data.split_names import other_splits
 
 __all__ = ["Opened", "frame_records", "open_path", "pick_split"]
 
@@ -81,8 +81,13 @@ def open_path(source: str, *, split: str | None = None, encoding: str | None = N
     if name and _exists(Path(name).expanduser()):
         yield from _open_existing(Path(name).expanduser(), name, split or part, encoding)
     elif is_pattern(source):
-        for file in matching(source):
-            yield from _open_existing(file, str(file), split, encoding)
+        kept, others = matching(source, split)
+        told = _told(source, [], list(map(str, others)), split)
+        for file in kept:
+            for opened in _open_existing(file, str(file), split, encoding):
+                opened.problems.extend(told)
+                told = []
+                yield opened
     elif _looks_local(source):
         raise missing_file(path)
     else:
@@ -106,28 +111,35 @@ def _open_existing(path: Path, name: str, split: str | None, encoding: str | Non
     if path.is_dir():
         kept, others = files_in_folder(path, split)
         beside = [str(file.relative_to(path)) for file in files_about(path)]
-        for index, file in enumerate(kept):
+        told = _told(name, beside, [str(other.relative_to(path)) for other in others], split)
+        for file in kept:
             for opened in _open_existing(file, str(file), None, encoding):
-                if beside and index == 0:
-                    message = f"{name}: {shown_names(beside)} left out, since such files hold no rows"
-                    opened.problems.append(Problem("left_out_files", "note", message))
-                if others and index == 0:
-                    left_out = shown_names([str(other.relative_to(path)) for other in others])
-                    message = f"{name}: only files of the split `{split or 'train'}` are read, not {left_out}"
-                    opened.problems.append(Problem("split", "note", message))
+                opened.problems.extend(told)
+                told = []
                 yield opened
         return
-    files = files_of(path, name)
-    elsewhere = other_splits([file.name[len(name) :] for file in files], split) if len(files) > 1 else set()
-    kept_files = [file for file in files if file.name[len(name) :] not in elsewhere]
-    for index, stored in enumerate(kept_files):
-        problems: list[Problem] = []
-        if elsewhere and index == 0:
-            left_out = shown_names(sorted(other.lstrip("/") for other in elsewhere))
-            message = f"{name}: only files of the split `{split or 'train'}` are read, not {left_out}"
-            problems.append(Problem("split", "note", message))
+    files, about = files_of(path, name)
+    names = {file.name: file.name[len(name) + 1 :] for file in files}
+    elsewhere = other_splits(list(names.values()), split) if len(files) > 1 else set()
+    told = _told(name, about, sorted(elsewhere), split)
+    for stored in files:
+        if names[stored.name] in elsewhere:
+            continue
+        problems, told = told, []
         records = _guarded(stored.name, lambda s=stored, p=problems: _records(s, split, encoding, p))  # type: ignore[misc]
         yield Opened(stored.name, records, problems, is_sound=stored.kind in _JSON)
+
+
+def _told(name: str, about: Sequence[str], others: Sequence[str], split: str | None) -> list[Problem]:
+    """The notes about files of a source that are not read."""
+    told = []
+    if about:
+        message = f"{name}: {shown_names(about)} left out, since such files hold no rows"
+        told.append(Problem("left_out_files", "note", message))
+    if others:
+        message = f"{name}: only files of the split `{split or 'train'}` are read, not {shown_names(others)}"
+        told.append(Problem("split", "note", message))
+    return told
 
 
 def _guarded(name: str, read: Callable[[], Iterator[Record]]) -> Iterator[Record]:

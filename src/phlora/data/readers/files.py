@@ -9,6 +9,7 @@ import bz2
 import glob
 import gzip
 import io
+import itertools
 import lzma
 import re
 import zipfile
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from phlora.data.split_names import TRAIN, other_splits, same_split, split_of_path
 from phlora.errors import DataError, did_you_mean, nearest
 
 TEXT_KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
@@ -29,16 +31,12 @@ MAX_RATIO = 400
 MAX_UNPACKED_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
 _IS_PATTERN = re.compile(r"[*?\[]")
-_SPLIT_WORD = re.compile(
-    r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval|held[-_]?out|hold[-_]?out)(?=[-_.]|$)"
-)
 _ABOUT_AS_TEXT = frozenset("readme license licence notice requirements changelog".split())
 _BESIDE_CHATS = (
     *("user", "users", "user_settings", "shared_conversations", "message_feedback", "model_comparisons"),
     *("group_chats", "shopping", "projects", "memories", "export_manifest"),
 )
 _ABOUT_AS_JSON = frozenset("dataset_info dataset_infos dataset-metadata package".split())
-_SAME_SPLIT = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}
 
 
 @dataclass(frozen=True)
@@ -117,8 +115,8 @@ def is_data_name(name: str) -> bool:
     return bool(kind_and_compression(name)[0]) or name.lower().endswith(".zip")
 
 
-def files_of(path: Path, name: str) -> list[StoredFile]:
-    """The data file at a path, or those in a zip archive.
+def files_of(path: Path, name: str) -> tuple[list[StoredFile], list[str]]:
+    """The data file at a path, or those in a zip archive; and the names of those in it that only speak of data.
 
     Raises:
         DataError: no known kind of file, or an archive without data files.
@@ -134,7 +132,7 @@ def files_of(path: Path, name: str) -> list[StoredFile]:
             f"also with {', '.join(COMPRESSIONS)}",
         )
     as_it_is = None if compression else path
-    return [StoredFile(name, kind, path.stat().st_size, lambda: _unpacking(path, compression), as_it_is)]
+    return [StoredFile(name, kind, path.stat().st_size, lambda: _unpacking(path, compression), as_it_is)], []
 
 
 def _unpacking(path: Path, compression: str) -> IO[bytes]:
@@ -148,15 +146,15 @@ def _unpacking(path: Path, compression: str) -> IO[bytes]:
     return opened
 
 
-def _members(path: Path, name: str) -> list[StoredFile]:
+def _members(path: Path, name: str) -> tuple[list[StoredFile], list[str]]:
     with guarded(name), zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
     names = {Path(info.filename).name for info in infos}
-    known = [
-        info
-        for info in infos
-        if kind_and_compression(info.filename)[0] and not is_about_data(Path(info.filename).name, names)
-    ]
+    readable = sorted(
+        (info for info in infos if kind_and_compression(info.filename)[0]), key=lambda info: info.filename
+    )
+    about = [info.filename for info in readable if is_about_data(Path(info.filename).name, names)]
+    known = [info for info in readable if info.filename not in about]
     if not known:
         raise DataError(
             "The archive holds no data file",
@@ -164,7 +162,7 @@ def _members(path: Path, name: str) -> list[StoredFile]:
             expected=f"files such as {', '.join(TEXT_KINDS)}",
             fix=f"it holds {', '.join(info.filename for info in infos[:8])}" if infos else "check the file",
         )
-    return [_member(path, name, info) for info in sorted(known, key=lambda info: info.filename)]
+    return [_member(path, name, info) for info in known], about
 
 
 def _member(path: Path, name: str, info: zipfile.ZipInfo) -> StoredFile:
@@ -220,8 +218,8 @@ def is_pattern(source: str) -> bool:
     return bool(_IS_PATTERN.search(source)) and not Path(source).exists()
 
 
-def matching(pattern: str) -> list[Path]:
-    """The data files that a pattern matches, by name.
+def matching(pattern: str, split: str | None = None) -> tuple[list[Path], list[Path]]:
+    """The data files that a pattern matches, by name, and those left out because they belong to another split.
 
     Raises:
         DataError: none does.
@@ -235,13 +233,18 @@ def matching(pattern: str) -> list[Path]:
             where=pattern,
             fix=f"it matches {others}, which is no known kind" if found else "check the path",
         )
-    return files
+    # What the pattern spells out was asked for.
+    above = Path(*itertools.takewhile(lambda part: not _IS_PATTERN.search(part), Path(pattern).expanduser().parts))
+    names = {path: str(path.relative_to(above)) for path in files}
+    elsewhere = other_splits(list(names.values()), split)
+    kept = [path for path in files if names[path] not in elsewhere]
+    return kept, [path for path in files if names[path] in elsewhere]
 
 
 def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]]:
     """The data files in a folder and below, and those left out because they belong to another split.
 
-    A name such as `train-00000.parquet` or `data/test.jsonl` says its split; files without one always count.
+    A name such as `train-00000.parquet` or `test/part.jsonl` says its split; files without one always count.
 
     Raises:
         DataError: there are none, or none of the split.
@@ -254,9 +257,9 @@ def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[P
             where=str(folder),
             expected="data files, or a folder written by `save_to_disk` of the `datasets` library",
         )
-    splits = {path: _split_of(str(path.relative_to(folder))) for path in found}
+    splits = {path: split_of_path(str(path.relative_to(folder))) for path in found}
     names = {name for name in splits.values() if name}
-    wanted = _SAME_SPLIT.get(split, split) if split else "train"
+    wanted = same_split(split) if split else TRAIN
     if split and wanted not in names:
         raise DataError(f"No split `{split}`", where=str(folder), fix=did_you_mean(split, names))
     if wanted not in names:
@@ -264,7 +267,7 @@ def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[P
             raise DataError(
                 f"The folder holds files of {', '.join(sorted(names))}, and none to train on",
                 where=str(folder),
-                fix=f"name one: {', '.join(f'{folder}:{name}' for name in sorted(names))}",
+                fix=f"name one: {', '.join(f'{folder}:{name}' for name in sorted(names))}, or name the files",
             )
         return found, []
     kept = [path for path in found if splits[path] == wanted or (splits[path] is None and not split)]
@@ -284,22 +287,6 @@ def files_about(folder: Path) -> list[Path]:
     found = _data_files(folder)
     names = {path.name for path in found}
     return [path for path in found if is_about_data(path.name, names)]
-
-
-def _split_of(name: str) -> str | None:
-    words = _SPLIT_WORD.findall(name.lower())
-    if not words:
-        return None
-    return "test" if words[-1].endswith("out") else _SAME_SPLIT.get(words[-1], words[-1])
-
-
-def other_splits(names: Sequence[str], split: str | None = None) -> set[str]:
-    """Those of an archive's files that their names keep out of training; none where no name says `train`."""
-    splits = {name: _split_of(name) for name in names}
-    wanted = _SAME_SPLIT.get(split, split) if split else "train"
-    if wanted not in splits.values():
-        return set()
-    return {name for name, found in splits.items() if found not in (wanted, None)}
 
 
 def missing_file(path: Path) -> DataError:
