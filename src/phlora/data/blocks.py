@@ -11,6 +11,8 @@ from typing import Any
 
 from phlora.data.rows import BadRow, Message, kind_of
 
+# What every reader says of what it cannot turn into text.
+TEXT_ONLY = "text only: images, sounds and files of other kinds cannot be trained"
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 
@@ -38,7 +40,7 @@ def text_of_parts(
             raise BadRow(
                 "wrong_type",
                 f"turn {turn} has a part of the kind `{kind}` in `{key}`",
-                "text only: images, sounds and parts of other kinds cannot be trained",
+                TEXT_ONLY,
             )
         read(part, message, results, turn)
     _take_part_flags(flags, message, turn)

@@ -16,6 +16,7 @@ from phlora.data.dataset import read_all
 from phlora.data.dialects import Export
 from phlora.data.exports import DEFAULT_GAP_HOURS, Chat, chats_of, export_of, slack_names
 from phlora.data.inspection import oddities
+from phlora.data.known_keys import IS_HELD_OUT, IS_TRAINED, SPLITS
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.readers import Opened, open_path
 from phlora.data.readers.files import BINARY_KINDS, COMPRESSIONS, TEXT_KINDS
@@ -28,9 +29,10 @@ NUM_RECORDS_LOOKED_AT = 64
 SLACK_USERS = Export("Slack's list of people", needs_assistant=False)
 SLACK_CHANNELS = Export("Slack's list of channels", needs_assistant=False)
 _NAMES_A_GROUP = re.compile(
-    r"id|source|group|((chat|conversation|dialog|dialogue|thread|session|user|customer|document|group|prompt)(_?id)?)",
+    r"id|source|group|((chat|conversation|dialog|dialogue|thread|session|user|customer|document|group)(_?id)?|prompt_?id)",
     re.IGNORECASE,
 )
+_SIDES = frozenset((*SPLITS, *IS_HELD_OUT, *IS_TRAINED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,13 +218,15 @@ def _chats(
 
 
 def _names_beside(record: Any) -> dict[str, Any]:
-    """What a split could group by: columns that name a chat, a person or a source."""
+    """What a split could go by: columns that name a chat, a person, a source or a side of the split."""
     if not isinstance(record, Mapping):
         return {}
     return {
         name: value
         for name, value in record.items()
-        if _NAMES_A_GROUP.fullmatch(name) and isinstance(value, str | int | float) and value != ""
+        if (_NAMES_A_GROUP.fullmatch(name) or name in _SIDES)
+        and isinstance(value, str | int | float)
+        and value != ""
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from phlora.data.blocks import TEXT_ONLY
 from phlora.data.messages import messages_of, with_system
 from phlora.data.rows import BadRow, Message, kind_of
 
@@ -87,7 +88,7 @@ def _chatgpt_turn(message: Mapping[str, Any]) -> Message | None:
     if not isinstance(parts, list):
         return None
     if any(isinstance(part, Mapping) and "image" in str(part.get("content_type")) for part in parts):
-        raise BadRow("wrong_type", "the chat holds images", "text only: images and sounds cannot be trained")
+        raise BadRow("wrong_type", "the chat holds images", TEXT_ONLY)
     text = "".join(part for part in parts if isinstance(part, str))
     return {"role": role, "content": text} if text.strip() else None
 
@@ -107,9 +108,7 @@ def from_claude(record: Mapping[str, Any]) -> list[Message]:
         if not isinstance(text, str) or not text.strip():
             text = _claude_text(message.get("content"))
         if message.get("files"):
-            raise BadRow(
-                "wrong_type", f"turn {turn} holds files", "text only: images and sounds cannot be trained"
-            )
+            raise BadRow("wrong_type", f"turn {turn} holds files", TEXT_ONLY)
         attached = [
             str(item["extracted_content"])
             for item in map(_mapping, message.get("attachments") or [])

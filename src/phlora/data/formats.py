@@ -13,14 +13,16 @@ from typing import Any
 
 from phlora.data.advice import how_to_map, turned_by_hand
 from phlora.data.columns import CATEGORIES, category_of, required_value
+from phlora.data.contexts import says_more
 from phlora.data.dialects import from_chatgpt, from_claude, from_gemini, from_xlam
 from phlora.data.exports import export_of
 from phlora.data.heeding import Findings, heed
-from phlora.data.known_keys import LABELS
+from phlora.data.known_keys import LABELS, TEXTS
 from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system, without_none
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
 from phlora.data.reasoning import KEYS, has_reasoning, with_reasoning_as_text
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of
+from phlora.data.spelling import is_empty
 from phlora.errors import ConfigError, DataError, did_you_mean
 
 NUM_ROWS_FOR_DETECTION = 64
@@ -190,6 +192,7 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
     if unused := [
         key for key in record if key not in used and key not in heeded.known and key not in schema.optional
     ]:
+        unused = _tell_lost(unused, record, parts, messages, shape, origin)
         # The split goes by these.
         shape.ignored.update(set(unused).difference(CATEGORIES, (shape.group_by, shape.stratify_by)))
     return Row(
@@ -203,6 +206,33 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         group=None if shape.group_by is None else required_value(record, shape.group_by, "data.group_by"),
         category=category_of(record, shape.stratify_by),
     )
+
+
+def _tell_lost(
+    unused: Sequence[str],
+    record: Mapping[str, Any],
+    parts: _Parts,
+    messages: Sequence[Message] | None,
+    shape: Shape,
+    origin: Origin,
+) -> list[str]:
+    """Warn of texts that are used elsewhere, have no place in this row and do not stand in it; the other columns."""
+    if TEXTS.isdisjoint(unused):
+        return list(unused)
+    if messages is None:
+        said = [text for text in (parts.prompt, parts.completion, parts.text) if text]
+        fix = "for a chat name its two sides: `--columns question=prompt,answer=completion`"
+    else:
+        said = [message["content"] for message in messages]
+        said += [text for message in messages for key in KEYS if isinstance(text := message.get(key), str)]
+        fix = "name what is used with `--columns`, or leave the column out"
+    lost = [name for name in unused if name in TEXTS and says_more(record[name], said, name=name)]
+    for name in lost:
+        message = (
+            f"`{name}` is not used: {shape.schema.columns} has no place for it beside what is used; {fix}"
+        )
+        shape.findings.add("unused_column", "warning", message, origin)
+    return [name for name in unused if name not in lost]
 
 
 def _other_schema(record: Mapping[str, Any], shape: Shape) -> BadRow:
@@ -270,12 +300,17 @@ def _from_alpaca(record: Mapping[str, Any], columns: Sequence[str]) -> _Parts:
 
 
 def _answered(record: Mapping[str, Any], question: str, answer: str) -> list[Message]:
-    """A question and its answer, with what a column says was thought before it."""
+    """A question and its answer, with what a column says was thought before it.
+
+    Raises:
+        BadRow: that is no text, or two columns differ about it.
+    """
     asked, answered = exchange(question, answer)
-    thought = next(
-        (record[key] for key in KEYS if isinstance(record.get(key), str) and record[key].strip()), ""
-    )
-    return [asked, {**answered, "reasoning_content": thought} if thought else answered]
+    names = [key for key in KEYS if not is_empty(record.get(key))]
+    thoughts = {key: text for key in names if (text := text_of(record, key)).strip()}
+    if len(set(thoughts.values())) > 1:
+        raise BadRow("two_columns", f"the row has {names_of(thoughts)}, which differ", "one of them")
+    return [asked, {**answered, "reasoning_content": next(iter(thoughts.values()))} if thoughts else answered]
 
 
 def _history(value: Any) -> list[Message]:

@@ -14,23 +14,31 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from phlora.data.contexts import context_of
 from phlora.data.known_keys import (
     ANSWERS_TO_TEXT,
     COLUMNS,
     CONTEXTS,
-    HELD_OUT_SPLITS,
+    IS_HELD_OUT,
+    IS_TRAINED,
     LABELS,
     MEDIA,
     MESSAGE_KEYS,
+    QUIET,
+    ROW_TRAINED,
     ROW_WEIGHTS,
     SPLITS,
+    SYSTEMS,
     TRAINED,
     UNTRAINED,
     WEIGHTS,
     Treatment,
 )
+from phlora.data.messages import pair_of, same_tools
 from phlora.data.preferences import kto_mark
 from phlora.data.rows import BadRow, Origin, Problem, Severity, kind_of
+from phlora.data.spelling import is_empty, with_known_message_keys
+from phlora.data.split_names import is_held_out
 
 MAX_NAMED_ORIGINS = 1000
 _COLUMN = {name: known for known in COLUMNS for name in known.names}
@@ -40,9 +48,14 @@ _PLAIN = frozenset(
     ("role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id")
 )
 _PLAIN |= {"reasoning_content", "reasoning", "thinking", "id"}
+_FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _SPEAKER = frozenset(("role", "from"))
-_CHATS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "chat", "turns")
-_QUIET = frozenset(("id", "conversation_id", "prompt_id", "source", "meta", "metadata"))
+_CHATS = (
+    *("messages", "conversations", "conversation", "prompt", "completion", "chosen", "chat", "turns"),
+    *("dialog", "dialogue", "contents"),
+)
+_CONTEXTS = frozenset(CONTEXTS)
+_ALSO_CALLED = {**dict.fromkeys(SYSTEMS, "system"), "functions": "tools"}
 
 
 @dataclass
@@ -104,27 +117,47 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
             if turns is not None:
                 changed = {**(changed or record), name: turns}
             continue
-        if value is None or (isinstance(value, str | list | dict) and not value):
+        if is_empty(value):
             known.add(name)
             continue
         if name in ROW_WEIGHTS and not isinstance(value, bool):
             weight *= _weight(value, f"`{name}`")
-        elif name in ("train", "trainable", "loss"):
+        elif name in ROW_TRAINED:
             weight *= _flag(value, f"`{name}`")
-        elif name in ("system_prompt", "system_message", "functions"):
-            wanted = "tools" if name == "functions" else "system"
-            changed = dict(changed or record)
-            if not changed.get(wanted):
-                changed[wanted] = changed.pop(name)
+        elif name in UNTRAINED:
+            weight *= not _flag(value, f"`{name}`")
+        elif name in _ALSO_CALLED:
+            changed = _under_one_name(name, changed or record, record)
         elif not _say(name, value, schema, record, findings, origin):
             continue
         known.add(name)
     if choices:
         known |= _choices(choices, schema, findings, origin)
     heeded: Mapping[str, Any] = changed or record
-    if schema == "qa":
-        heeded = _with_context(heeded, known) or heeded
+    if schema in ("qa", "alpaca"):
+        heeded = _with_context(heeded, schema, known) or heeded
     return Heeded(heeded, weight, known)
+
+
+def _under_one_name(name: str, record: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with a column under the name that Phlora has for it.
+
+    Raises:
+        BadRow: another column of the same meaning says something else.
+    """
+    wanted = _ALSO_CALLED[name]
+    rest = {key: value for key, value in record.items() if key != name}
+    mine, there = record[name], record.get(wanted)
+    if is_empty(there):
+        return {**rest, wanted: mine}
+    if mine != there and not (wanted == "tools" and same_tools(mine, there)):
+        other = (
+            wanted
+            if not is_empty(original.get(wanted))
+            else next(key for key in original if _ALSO_CALLED.get(key) == wanted and key != name)
+        )
+        raise BadRow("two_columns", f"the row has `{other}` and `{name}`, which differ", "one of them")
+    return rest
 
 
 @lru_cache(maxsize=1024)
@@ -134,18 +167,8 @@ def _looked_at(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _noticed(names: tuple[str, ...]) -> tuple[str, ...]:
-    asked = {
-        *MEDIA,
-        *LABELS,
-        *ROW_WEIGHTS,
-        *_CHATS,
-        "train",
-        "trainable",
-        "loss",
-        "system_prompt",
-        "system_message",
-    }
-    asked |= {"functions", *_names_of("warned"), *_names_of("refused")} - _QUIET
+    asked = {*MEDIA, *LABELS, *ROW_WEIGHTS, *_CHATS, *ROW_TRAINED, *UNTRAINED, *_ALSO_CALLED}
+    asked |= (_names_of("warned") | _names_of("refused")) - QUIET
     return tuple(name for name in names if name in asked)
 
 
@@ -192,8 +215,8 @@ def _say(
         return False
     if schema in ("preference_chosen", "classification"):
         return False  # what was asked for reads them itself
-    if name in SPLITS:
-        if str(value).strip().lower() not in HELD_OUT_SPLITS:
+    if name in (*SPLITS, *IS_HELD_OUT, *IS_TRAINED):
+        if not _keeps_out(name, value):
             return True
         findings.add(
             "held_out_split",
@@ -214,6 +237,10 @@ def _say(
             f"the row is a text with a label (`{name}`), and training on the text would drop it",
             "`--format classification` to answer with the label, or `text` alone",
         )
+    if name == "mask":
+        if _as_flag(value) is None and not isinstance(value, list):
+            return False  # a text with a gap, or the like
+        raise BadRow("ambiguous", f"the row has `mask: {value}`: {known.what}", known.fix)
     if name in ANSWERS_TO_TEXT:
         if schema != "text":
             return False
@@ -238,19 +265,26 @@ def _say(
     return True
 
 
-def _with_context(record: Mapping[str, Any], known: set[str]) -> Mapping[str, Any] | None:
-    """A question with the passage that it asks about."""
-    names = {str(key).lower(): key for key in record}
-    question = next(
-        (names[key] for key in ("question", "query", "prompt", "input", "q") if key in names), None
-    )
-    context = next(
-        (key for key in CONTEXTS if isinstance(record.get(key), str) and record[key].strip()), None
-    )
-    if question is None or context is None or not isinstance(record[question], str):
+def _keeps_out(name: str, value: Any) -> bool:
+    """Whether a column says that its row is none to train on."""
+    if name in SPLITS:
+        return is_held_out(value)
+    return _as_flag(value) is (name in IS_HELD_OUT)
+
+
+def _with_context(record: Mapping[str, Any], schema: str, known: set[str]) -> Mapping[str, Any] | None:
+    """The passage that a question asks about, as text before it; of an instruction as its `context`."""
+    if _CONTEXTS.isdisjoint(record) or (found := context_of(record)) is None:
         return None
-    known.add(context)
-    return {**record, question: f"{record[context]}\n\n{record[question]}"}
+    column, text = found
+    known.add(column)
+    if schema == "alpaca":
+        return {**{key: value for key, value in record.items() if key != column}, "context": text}
+    pair = pair_of(record)
+    question = pair[0] if pair else None
+    if question is None or not isinstance(record[question], str):
+        return None
+    return {**record, question: f"{text}\n\n{record[question]}"}
 
 
 # ------------------------------------------------------------------------------------------------ messages
@@ -275,6 +309,7 @@ def _turn(turn: Mapping[str, Any], number: int, findings: Findings) -> dict[str,
     trained: list[bool] = []
     weight, has_weight = 1.0, False
     rest: dict[str, Any] = {}
+    turn = with_known_message_keys(turn, f"turn {number}")
     for key, value in turn.items():
         where = f"turn {number} has `{key}`"
         if key in ("content", "value") and isinstance(value, list):
@@ -307,6 +342,8 @@ def _turn(turn: Mapping[str, Any], number: int, findings: Findings) -> dict[str,
 def _part(part: Any, where: str) -> Any:
     """A part of a content with its flags as `train`; whether parts agree is asked where they are joined."""
     names = {*TRAINED, *UNTRAINED, *WEIGHTS}
+    if isinstance(part, Mapping):
+        part = with_known_message_keys(part, where)
     if not isinstance(part, Mapping) or not names.intersection(part):
         return part
     flags = []
@@ -330,18 +367,29 @@ def _whole_turn(value: Any, where: str) -> bool:
     return flag
 
 
-def _flag(value: Any, where: str) -> bool:
+def _as_flag(value: Any) -> bool | None:
+    """True or false, also as a number or a text; None for anything else."""
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
         return bool(value)
-    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
-        return value.strip().lower() in ("true", "1")
-    raise BadRow("wrong_type", f"{where}: {kind_of(value)[:60]}", "true or false")
+    return _FLAGS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _flag(value: Any, where: str) -> bool:
+    flag = _as_flag(value)
+    if flag is not None:
+        return flag
+    expected = (
+        "true or false; for turns one by one, `train` in each message"
+        if isinstance(value, list)
+        else "true or false"
+    )
+    raise BadRow("wrong_type", f"{where}: {kind_of(value)[:60]}", expected)
 
 
 def _weight(value: Any, where: str) -> float:
     if isinstance(value, str):
         try:
-            value = float(value)
+            value = float(value.replace("_", "?"))  # Python's own mark between digits is nobody else's
         except ValueError:
             raise BadRow("wrong_type", f"{where}: a text that is no number", "a number, at least 0") from None
     try:

@@ -35,6 +35,7 @@ class Known:
 TRAINED = ("train", "trainable", "training", "train_on_turn", "loss", "loss_mask")
 UNTRAINED = ("masked",)
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
+ROW_TRAINED = ("train", "trainable", "loss", "training", "train_on_turn", "loss_mask")
 ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale")
 CONTEXTS = ("context", "passage", "article", "document", "paragraph")
 LABELS = ("label", "labels", "label_text", "label_name", "class", "sentiment", "target")
@@ -44,8 +45,18 @@ ANSWERS_TO_TEXT = (
     *("intent", "emotion", "emotions", "polarity", "stance", "toxicity", "toxic", "sarcasm", "entities"),
 )
 SPLITS = ("split", "set", "partition")
-HELD_OUT_SPLITS = frozenset(
-    ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout")
+IS_HELD_OUT = ("is_test", "is_eval", "is_validation", "is_val", "is_dev", "is_held_out")
+IS_TRAINED = ("is_train", "is_training", "in_train")
+SYSTEMS = ("system_prompt", "system_message")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# What names a row, and is done nothing with.
+QUIET = frozenset(("id", "conversation_id", "prompt_id", "source", "meta", "metadata"))
+# What is lost where a schema has no place for it.
+TEXTS = frozenset(
+    (
+        *("messages", "conversations", "prompt", "completion", "instruction", "output", "input", "response"),
+        *("question", "answer", "query", "text", "system", "tools", "history", *CONTEXTS, *THOUGHTS),
+    )
 )
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "objects")
 
@@ -66,19 +77,19 @@ COLUMNS = (
     Known(("text",), "TRL, plain corpora", "used", "all of it is trained"),
     Known(("tools", "functions"), "OpenAI, TRL, swift, xLAM", "used", "the tools that the chat may call"),
     Known(
-        ("system", "system_prompt", "system_message"),
+        ("system", *SYSTEMS),
         "LLaMA-Factory, OpenOrca, swift",
         "used",
         "the system message",
     ),
     Known(
         CONTEXTS,
-        "Dolly, SQuAD",
+        "Dolly, SQuAD, HotpotQA, PubMedQA",
         "converted",
-        "stands before the question of an instruction or a question/answer pair",
+        "stands before the question of an instruction or a question/answer pair; lists are joined",
     ),
     Known(
-        ("reasoning", "reasoning_content", "thinking"),
+        THOUGHTS,
         "OpenR1, distilled sets",
         "used",
         "beside a question and its answer: what was thought before the answer, as in a message",
@@ -88,9 +99,21 @@ COLUMNS = (
         ROW_WEIGHTS,
         "scikit-learn, swift, Axolotl",
         "converted",
-        "multiplies the loss weight of the row; 0 leaves it out",
+        "multiplies the loss weight of the row, as do several; 0 leaves it out",
     ),
-    Known(("train", "trainable", "loss"), "swift, Axolotl", "converted", "false leaves the row out"),
+    Known(
+        (*ROW_TRAINED, *UNTRAINED),
+        "swift, Axolotl, torchtune",
+        "converted",
+        "false leaves the row out, of several any; `masked` the other way round",
+    ),
+    Known(
+        ("mask",),
+        "several, with opposite meanings",
+        "refused",
+        "true or false, 1 or 0: trained to some and left out to others",
+        "say `train: true` or `train: false`",
+    ),
     Known(
         ("category", "task", "topic", "domain", "language"),
         "Dolly, FLAN",
@@ -104,7 +127,7 @@ COLUMNS = (
         "only as `data.group_by` and `data.stratify_by`",
     ),
     Known(
-        SPLITS,
+        (*SPLITS, *IS_HELD_OUT, *IS_TRAINED),
         "merged data sets",
         "warned",
         "a row that says it is a test row is trained on all the same",

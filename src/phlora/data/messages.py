@@ -333,6 +333,16 @@ def tools_of(value: Any) -> list[Any] | None:
     return list(value)
 
 
+def same_tools(one: Any, other: Any) -> bool:
+    """Whether two columns describe the same tools, each as it likes.
+
+    Raises:
+        BadRow: one of them cannot be read.
+    """
+    first, second = ([tool.get("function", tool) for tool in tools_of(value) or []] for value in (one, other))
+    return first == second
+
+
 def without_none(value: Any) -> Any:
     """Arrow fills every key that any row of the column has."""
     if isinstance(value, Mapping):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from phlora.data.known_keys import THOUGHTS
 from phlora.data.rows import Message
 
-KEYS = ("reasoning_content", "reasoning", "thinking")
+KEYS = THOUGHTS
 
 
 def has_reasoning(messages: Sequence[Message]) -> bool:

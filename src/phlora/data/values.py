@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 from phlora.data.rows import BadRow, Record, kind_of, names_of
+from phlora.data.spelling import with_known_columns
 from phlora.errors import did_you_mean
 
 MAX_DEPTH = 64
@@ -151,7 +152,7 @@ def as_sound(value: Any) -> Any:
 def checked(
     records: Iterator[Record], columns: Mapping[str, str], *, is_sound: bool = False
 ) -> Iterator[Record]:
-    """Sound records with renamed columns; a `BadRow` in place of each that is not sound.
+    """Sound records with renamed columns, known ones in their one spelling; a `BadRow` in place of each other.
 
     Args:
         is_sound: whether the reader has seen to that.
@@ -166,7 +167,9 @@ def checked(
                 found = {"messages": found}  # a chat that is a bare list of its turns
             elif isinstance(found, dict) and "row" in found and found.keys() <= _VIEWER:
                 found = _row_of_the_viewer(found)
-            yield line, renamed(found, columns) if columns and isinstance(found, dict) else found
+            if isinstance(found, dict):
+                found = with_known_columns(renamed(found, columns) if columns else found)
+            yield line, found
         except BadRow as bad:
             yield line, bad
 

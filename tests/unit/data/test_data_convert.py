@@ -257,3 +257,14 @@ def test_whose_messages_are_learned_is_never_ignored(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(DataError, match="not recognised as a log"):
             convert([str(tmp_path / name)], tmp_path / "out.jsonl", assistant="Ana")
+
+
+def test_a_prompt_is_not_carried_and_a_split_is(tmp_path):
+    rows = [{"prompt": "p", "response": "a", "prompt_id": "7", "split": "test"}]
+    rows += [{"prompt": "p2", "response": "b", "prompt_id": "8", "split": "train"}]
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    convert([str(source)], out)
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [sorted(row) for row in written] == [["messages", "prompt_id", "split"]] * 2
+    assert any(problem.kind == "held_out_split" for problem in load_rows(out).problems)

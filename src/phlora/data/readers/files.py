@@ -234,7 +234,9 @@ def matching(pattern: str, split: str | None = None) -> tuple[list[Path], list[P
             fix=f"it matches {others}, which is no known kind" if found else "check the path",
         )
     # What the pattern spells out was asked for.
-    above = Path(*itertools.takewhile(lambda part: not _IS_PATTERN.search(part), Path(pattern).expanduser().parts))
+    above = Path(
+        *itertools.takewhile(lambda part: not _IS_PATTERN.search(part), Path(pattern).expanduser().parts)
+    )
     names = {path: str(path.relative_to(above)) for path in files}
     elsewhere = other_splits(list(names.values()), split)
     kept = [path for path in files if names[path] not in elsewhere]
