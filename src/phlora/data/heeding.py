@@ -378,12 +378,8 @@ def _flag(value: Any, where: str) -> bool:
     flag = _as_flag(value)
     if flag is not None:
         return flag
-    expected = (
-        "true or false; for turns one by one, `train` in each message"
-        if isinstance(value, list)
-        else "true or false"
-    )
-    raise BadRow("wrong_type", f"{where}: {kind_of(value)[:60]}", expected)
+    by_turn = "; for turns one by one, `train` in each message" if isinstance(value, list) else ""
+    raise BadRow("wrong_type", f"{where}: {kind_of(value)[:60]}", f"true or false{by_turn}")
 
 
 def _weight(value: Any, where: str) -> float:
