@@ -73,14 +73,23 @@ class Contest:
         folder: the base model for Unsloth, which loads models itself.
         unsloth_python: interpreter in which Unsloth is installed, or None.
         every_side: the slow candidates too, which step once.
+        only: of all these the ones that are wanted; Phlora's stream and one peer to compare it with always are.
     """
 
     def __init__(
-        self, size: str, *, device: str, folder: Path, unsloth_python: str | None, every_side: bool
+        self,
+        size: str,
+        *,
+        device: str,
+        folder: Path,
+        unsloth_python: str | None,
+        every_side: bool,
+        only: Sequence[str] = (),
     ) -> None:
         self.size, self.device, self.folder, self.unsloth_python = size, device, folder, unsloth_python
         sides = available_sides(device, unsloth_python)
-        self.sides = [side for side in sides if every_side or side in EVERY_ROUND]
+        wanted = {*(only or sides), "phlora-shared", "trl-best"}
+        self.sides = [side for side in sides if side in wanted and (every_side or side in EVERY_ROUND)]
         # New processes for each set, so that no peak holds what an earlier set left behind.
         self.workers = {side: self.start(side) for side in self.sides if side in EVERY_ROUND}
 
@@ -332,6 +341,7 @@ def run_size(size: str, names: list[str], options: argparse.Namespace) -> dict[s
                 folder=Path(folder) / "base",
                 unsloth_python=options.unsloth_python,
                 every_side=name not in SWEEP,
+                only=options.side or (),
             )
             worker = contest.workers["phlora-shared"]
             rows = worker.call("rows", name, scale=scale, long_row=options.long_row)
@@ -381,6 +391,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", choices=sorted(SETS), help="may be given several times")
     parser.add_argument("--size", action="append", choices=sorted(SIZES), help="may be given several times")
     parser.add_argument("--steps", type=int, default=3, help="rounds")
+    parser.add_argument(
+        "--side",
+        action="append",
+        help="only this candidate beside `phlora-shared` and `trl-best`; repeatable",
+    )
     parser.add_argument("--sweep", action="store_true", help="also rows of 64 to 2,048 tokens")
     parser.add_argument("--long-row", type=int, default=2048, help="tokens of the row of `long_row`")
     parser.add_argument("--quick", action="store_true", help="a fifth of each length, 8 rows, one round")
@@ -397,7 +412,10 @@ def main() -> None:
         parser.error("phi3-mini needs a GPU")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; medians of {options.steps} rounds")
     device = "cuda" if on_gpu and sizes == ["phi3-mini"] else "cpu"
-    for side, text in available_sides(device, options.unsloth_python).items():
+    known = available_sides(device, options.unsloth_python)
+    if unknown := set(options.side or ()) - set(known):
+        parser.error(f"--side {', '.join(sorted(unknown))}: known here are {', '.join(known)}")
+    for side, text in known.items():
         print(f"{side:<16} {text}")
     swept = list(SWEEP) if options.sweep else []
     results = {
