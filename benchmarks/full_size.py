@@ -256,7 +256,7 @@ class Bench:
         rows = self._rows(each * steps)
         batches = [rows[each * n : each * (n + 1)] for n in range(steps)]
         fields = STORAGES[storage].fields
-        worker = Worker("full_size_sides", "Steps", str(self.folder), fields, start=True)
+        worker = Worker("full_size_sides", "Steps", str(self.folder), fields, True)
         own = worker.call("train", batches, "shared", rate=self.options.rate)
         worker.close()
         peer = self._start_peer("peft", storage, start=True)

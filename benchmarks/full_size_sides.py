@@ -35,7 +35,7 @@ class Steps:
         start: B is zero, as training begins.
     """
 
-    def __init__(self, folder: str, fields: dict[str, Any], *, start: bool = False) -> None:
+    def __init__(self, folder: str, fields: dict[str, Any], start: bool = False) -> None:
         import trl
         from datasets import Dataset
         from peft import LoraConfig
