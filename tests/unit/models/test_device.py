@@ -1,18 +1,20 @@
 import pytest
 import torch
+from transformers import LlamaConfig, Phi3Config
 
 from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError
 from phlora.models import device as choices
 from phlora.models.device import choose_attention, choose_device, choose_dtype
+from phlora.models.families import widest_product
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_on_a_cpu_takes_bfloat16_only_when_it_is_far_faster(monkeypatch):
-    monkeypatch.setattr(choices, "_cpu_seconds", lambda dtype, product: (0.010, 0.004))
+    monkeypatch.setattr(choices, "_cpu_seconds", lambda dtype, product: (0.010, 0.003))
     fast = choose_dtype("auto", device=CPU)
     assert fast.value == torch.bfloat16
-    assert "2.5 times as fast" in fast.reason
+    assert "3.3 times as fast" in fast.reason
     monkeypatch.setattr(choices, "_cpu_seconds", lambda dtype, product: (0.010, 0.160))
     slow = choose_dtype("auto", device=CPU)
     assert slow.value == torch.float32
@@ -23,7 +25,18 @@ def test_auto_on_this_cpu_is_not_the_slow_one():
     full, half = choices._cpu_seconds(torch.bfloat16, choices._TYPICAL_PRODUCT)
     chosen = choose_dtype("auto", device=CPU).value
     assert full > 0 and half > 0
-    assert chosen == (torch.bfloat16 if full >= 2 * half else torch.float32)
+    assert chosen == (torch.bfloat16 if full >= 3 * half else torch.float32)
+
+
+def test_what_is_timed_is_the_models_own_widest_product(monkeypatch):
+    asked = []
+    monkeypatch.setattr(choices, "_cpu_seconds", lambda dtype, product: asked.append(product) or (1.0, 1.0))
+    phi3 = Phi3Config(hidden_size=3072, intermediate_size=8192, pad_token_id=0)
+    llama = LlamaConfig(hidden_size=576, intermediate_size=1536)
+    for config in (phi3, llama):
+        choice = choose_dtype("auto", device=CPU, product=widest_product(config))
+    assert asked == [(16384, 3072), (1536, 576)]
+    assert "1536 x 576" in choice.reason
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
