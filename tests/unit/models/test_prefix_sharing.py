@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 
 from phlora.adapters.attach import attach
 from phlora.data.rows import Origin
@@ -32,11 +33,15 @@ def decide(
     speed: str = "auto",
     lora: dict[str, Any] | None = None,
     longrope: bool = False,
+    batch_size: int = 8,
+    device: Any = None,
     **training: Any,
 ) -> Any:
     model = attach(tiny_phi3(longrope=longrope)[0], {"r": 2, **(lora or {})}).model
     settings = training_arguments(training, output_dir="unused")
-    return decide_sharing(model, sequences, speed=speed, batch_size=8, args=settings.args)
+    return decide_sharing(
+        model, sequences, speed=speed, batch_size=batch_size, args=settings.args, device=device
+    )
 
 
 def test_rows_with_a_common_start_share_it() -> None:
@@ -61,6 +66,15 @@ def test_rows_of_one_length_without_a_common_start_stay_as_they_are() -> None:
 
 def test_rows_of_uneven_length_are_worth_a_stream_without_padding() -> None:
     assert decide(UNEVEN).on
+
+
+def test_short_rows_one_by_one_are_merged_into_passes_no_longer_than_the_longest() -> None:
+    one_by_one = {"batch_size": 1, "gradient_accumulation_steps": 16}
+    decision = decide(UNEVEN, **one_by_one)
+    assert decision.on and decision.reason.endswith("16 micro-batches as 11")
+    assert not decide(UNLIKE, **one_by_one).on
+    # Merging is measured on CPUs.
+    assert not decide(UNEVEN, **one_by_one, device=torch.device("cuda")).on
 
 
 def test_packs_always_lie_in_a_stream() -> None:
