@@ -261,6 +261,8 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
     return {
         "memory": {device: dict(parts) for device, parts in memory.by_device().items()},
         "activations": dict(memory.detail),
+        "compute_dtype": memory.computed,
+        "storage": memory.stored,
         "peak_bytes": memory.peak,
         "needed_bytes": forecast.needed,
         "free_bytes": forecast.free.num_bytes,

@@ -62,13 +62,16 @@ class Memory:
         device: where it computes.
         parts: what holds it there, at the moment of the peak; in the order in which they are shown.
         host: the same on the machine, where the device is another one.
-        detail: shares of `activations kept`.
+        detail: shares of `activations`.
+        computed, stored: the dtype of the computation, and what the frozen weights are stored as.
     """
 
     device: str
     parts: Mapping[str, int]
     host: Mapping[str, int]
     detail: Mapping[str, int]
+    computed: str
+    stored: str
 
     @property
     def peak(self) -> int:
@@ -116,6 +119,8 @@ def forecast_memory(setup: Setup) -> Memory:
         parts={name: size for name, size in parts.items() if size},
         host={} if on_cpu else libraries,
         detail={name: size for name, size in detail.items() if size},
+        computed=str(setup.blueprint.dtype).removeprefix("torch."),
+        stored=str(setup.storage),
     )
 
 

@@ -13,8 +13,9 @@ _LEAST_SHARE = 0.01
 
 def render(forecast: Forecast) -> str:
     """Memory by part and device, activation memory with its reason, seconds."""
-    lines = []
-    for device, parts in forecast.memory.by_device().items():
+    memory = forecast.memory
+    lines = [f"  computed in {memory.computed}, frozen weights stored in {memory.stored}"]
+    for device, parts in memory.by_device().items():
         total = sum(parts.values())
         lines.append(f"  memory on {device}: {gigabytes(total)} at most = {_parts(parts, total)}")
     free = forecast.free

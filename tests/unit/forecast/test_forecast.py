@@ -79,5 +79,12 @@ def test_both_readers_learn_the_same(about: About) -> None:
     assert document["fits"] and document["activation_memory"]["level"] == "keep"
     assert sum(document["memory"]["cpu"].values()) == document["peak_bytes"] == found.memory.peak
     text = render(found)
-    for word in ("memory on cpu", "libraries", "fits", "activation_memory keep", "a step"):
+    for word in (
+        "stored in float32",
+        "memory on cpu",
+        "libraries",
+        "fits",
+        "activation_memory keep",
+        "a step",
+    ):
         assert word in text
