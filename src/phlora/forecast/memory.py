@@ -108,7 +108,8 @@ def forecast_memory(setup: Setup) -> Memory:
     moving = sum(size for name, size in training.items())
     gaps = int(CUDA_GAPS * moving)
     if on_cpu:
-        layer = step.kept // max(1, setup.blueprint.num_layers)
+        # The last layer keeps little.
+        layer = step.kept // max(1, setup.blueprint.num_layers - 1)
         gaps = max(int(HEAP_GAPS * moving), min(MOST_KEPT, HEAP_LAYERS * layer))
     libraries = {"libraries": setup.resident + LATER_LIBRARIES}
     parts = {**fixed, **training, "allocator": gaps}
