@@ -26,10 +26,17 @@ _log = logging.getLogger(__name__)
 
 
 class Counting(Protocol):
-    """What pieces know of a trainer: it counts what passes do, and says how far the last one came."""
+    """What pieces know of a trainer: it counts what passes do, and says how far the last one came.
+
+    Attributes:
+        draws: whether its passes draw random numbers, which smaller ones draw anew.
+    """
 
     model: nn.Module
     is_in_backward: bool
+
+    @property
+    def draws(self) -> bool: ...
 
     def counts(self) -> Any: ...
 
@@ -107,10 +114,11 @@ class Pieces:
         if too_large:
             _log.warning(
                 "Out of memory %s with %s positions in one pass: it is done in passes of %s at most, and so is "
-                "all that follows; the result is the same.",
+                "all that follows; the result is the same%s.",
                 when,
                 f"{too_large:,}",
                 f"{self.most_positions:,}",
+                " but for dropout and noise, which are drawn anew" if trainer.draws else "",
             )
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 

@@ -61,6 +61,8 @@ from phlora.train.worn import Worn
 _log = logging.getLogger(__name__)
 
 _LOSS_WEIGHTS = "loss_weights"
+# In a checkpoint's trainer_state.json: how large passes may be, where larger ones did not fit into memory.
+_MOST_POSITIONS = "MostPositions"
 # What batches may hold that only this trainer's own loss can read, in the words of a message.
 _OWN_INPUTS = {"segments": "share their first tokens", _LOSS_WEIGHTS: "carry loss weights"}
 # In the place of a micro-batch whose rows stand in another one of its step.
@@ -265,6 +267,27 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         steps_in_backward = str(getattr(self.args.optim, "value", self.args.optim)) in ("lomo", "adalomo")
         own_loss = not self._needs_logits and self._why_trls_loss is None
         return alone and own_loss and not self.is_fsdp_enabled and not steps_in_backward
+
+    @property
+    def draws(self) -> bool:
+        """Whether passes draw random numbers: dropout, or NEFTune's noise."""
+        if not self.model.training:
+            return False
+        drop = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.model.modules())
+        return drop or bool(self.args.neftune_noise_alpha)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        sizes = {"training": self._pieces.most_positions, "evaluation": self._held_out_pieces.most_positions}
+        if any(sizes.values()):
+            self.state.stateful_callbacks[_MOST_POSITIONS] = {"args": {}, "attributes": sizes}
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _load_callback_state(self) -> None:
+        """Cut passes as before the checkpoint: sums in another order have other last bits."""
+        kept = self.state.stateful_callbacks.pop(_MOST_POSITIONS, {}).get("attributes", {})
+        self._pieces.most_positions = kept.get("training")
+        self._held_out_pieces.most_positions = kept.get("evaluation")
+        super()._load_callback_state()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Where rows come from is nothing to compute with."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 from transformers.models.phi3.modeling_phi3 import Phi3Model
 
 from phlora.display import Display
@@ -178,6 +179,35 @@ def test_the_smaller_size_is_kept_and_said_once(
     said = [record.getMessage() for record in caplog.records if "Out of memory" in record.getMessage()]
     assert 1 <= len(said) <= 3 and all("at step 1 " in line or "at step 2 " in line for line in said)
     assert "all that follows" in said[0] and "the result is the same" in said[0]
+
+
+def test_noise_is_said_to_be_drawn_anew(
+    model_folder: Path, tmp_path: Path, memory: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory(100)
+    train(model_folder, tmp_path / "run", training_config={"neftune_noise_alpha": 5.0, "max_steps": 1})
+    assert "the result is the same but for dropout and noise, which are drawn anew" in caplog.text
+
+
+def test_a_continued_run_does_not_forget_what_did_not_fit(
+    model_folder: Path, tmp_path: Path, memory: Any
+) -> None:
+    """The memory is larger after the interruption; the passes are as they were, and so is every bit."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "num_train_epochs": 2}
+    memory(100)
+    whole = train(model_folder, tmp_path / "whole", training_config=settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(model_folder, tmp_path / "cut", training_config=settings, callbacks=[Stop()])
+    fitting = memory(10**9)
+    resumed = train(model_folder, tmp_path / "cut", training_config=settings, resume=True)
+    assert max(fitting) <= 100
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_a_row_that_does_not_fit_alone_is_named(model_folder: Path, tmp_path: Path, memory: Any) -> None:
