@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from phlora.adapters.attach import AdapterSummary
+from phlora.runs.facts import DataFacts, Packs
 from phlora.train.arguments import training_arguments
 from phlora.train.plan import Plan, make_plan
 from phlora.train.request import Objects
@@ -19,13 +21,21 @@ from phlora.train.request import Objects
 ADAPTER = AdapterSummary(
     modules={"o_proj": (2, 1024)}, num_trainable=1024, num_total=4096, adapter_bytes=4_000_000
 )
-FACTS = {"train_rows": 23, "held_out_rows": 2, "tokens": 1000, "trained_tokens": 250}
+FACTS = DataFacts(
+    files=(),
+    formats={},
+    contents={},
+    split="conversations",
+    train_rows=23,
+    held_out_rows=2,
+    sequences=23,
+    tokens=1000,
+    trained_tokens=250,
+)
 
 
-def plan_of(rows: int, *, compute_metrics: Any = None, facts: Any = FACTS, **settings: Any) -> Plan:
-    arguments = training_arguments(
-        {"bf16": False, **settings}, output_dir="x", peft_config={"loraplus_lr_ratio": 16}
-    )
+def plan_of(rows: int, *, compute_metrics: Any = None, facts: DataFacts = FACTS, **settings: Any) -> Plan:
+    arguments = training_arguments({"bf16": False, **settings}, output_dir="x", loraplus_lr_ratio=16)
     data: Any = SimpleNamespace(train=list(range(rows)), held_out=None, facts=facts, speed="reference")
     return make_plan(data, ADAPTER, arguments, None, Objects(compute_metrics=compute_metrics))
 
@@ -86,9 +96,14 @@ def test_programs_and_people_read_the_same_numbers() -> None:
 
 
 def test_packs_are_told() -> None:
-    text = plan_of(5, facts={**FACTS, "packs": {"count": 5, "filled": 0.987}}).render()
+    text = plan_of(5, facts=replace(FACTS, packs=Packs(count=5, filled=0.987))).render()
     assert "23 training rows in 5 packs (99% full)" in text and "packs\n" in text
 
 
 def test_a_run_without_tokens_is_rendered_too() -> None:
-    assert "(0%)" in plan_of(0, facts=dict.fromkeys(FACTS, 0)).render()
+    assert (
+        "(0%)"
+        in plan_of(
+            0, facts=replace(FACTS, train_rows=0, held_out_rows=0, tokens=0, trained_tokens=0)
+        ).render()
+    )
