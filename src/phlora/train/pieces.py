@@ -26,17 +26,10 @@ _log = logging.getLogger(__name__)
 
 
 class Counting(Protocol):
-    """What pieces know of a trainer: it counts what passes do, and says how far the last one came.
-
-    Attributes:
-        draws: whether its passes draw random numbers, which smaller ones draw anew.
-    """
+    """What pieces know of a trainer: it counts what passes do, and says how far the last one came."""
 
     model: nn.Module
     is_in_backward: bool
-
-    @property
-    def draws(self) -> bool: ...
 
     def counts(self) -> Any: ...
 
@@ -45,10 +38,15 @@ class Counting(Protocol):
 
 @dataclass(frozen=True)
 class Passes:
-    """The forward and backward passes of a trainer: `one_pass` takes a batch and returns its loss."""
+    """The forward and backward passes of a trainer: `one_pass` takes a batch and returns its loss.
+
+    Attributes:
+        draw: whether they draw random numbers, as dropout does, which smaller ones draw anew.
+    """
 
     trainer: Counting
     one_pass: Callable[[Batch], torch.Tensor]
+    draw: bool = False
 
     def tried(self, piece: Batch) -> torch.Tensor | None:
         """The loss of a pass; None where the memory ran out."""
@@ -118,7 +116,7 @@ class Pieces:
                 when,
                 f"{too_large:,}",
                 f"{self.most_positions:,}",
-                " but for dropout and noise, which are drawn anew" if trainer.draws else "",
+                " but for dropout and noise, which are drawn anew" if passes.draw else "",
             )
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 

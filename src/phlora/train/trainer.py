@@ -246,7 +246,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         if num_items_in_batch is None or not self._may_be_cut:
             return super().training_step(model, inputs, num_items_in_batch)
         one_pass = functools.partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
-        return self._pieces.run(inputs, Passes(self, one_pass), when=f"at step {self.state.global_step + 1}")
+        passes = Passes(self, one_pass, self._draws)
+        return self._pieces.run(inputs, passes, when=f"at step {self.state.global_step + 1}")
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -268,11 +269,9 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         own_loss = not self._needs_logits and self._why_trls_loss is None
         return alone and own_loss and not self.is_fsdp_enabled and not steps_in_backward
 
-    @property
-    def draws(self) -> bool:
+    @functools.cached_property
+    def _draws(self) -> bool:
         """Whether passes draw random numbers: dropout, or NEFTune's noise."""
-        if not self.model.training:
-            return False
         drop = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.model.modules())
         return drop or bool(self.args.neftune_noise_alpha)
 
