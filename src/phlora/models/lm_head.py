@@ -353,8 +353,9 @@ def _losses_and_exponentials_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, hits and `log Σ exp z`, (S,) each; `logits` (S, V) become `exp(z - log Σ exp z)`, the softmax."""
     of_target, most = logits.gather(-1, target), logits.amax(-1, keepdim=True)
-    # Nothing waits for a GPU, where searching is fast too.
-    best = None if logits.device.type == "cpu" else logits.argmax(-1, keepdim=True)
+    # Nothing waits for a GPU, where searching is fast too, and a forecast's tensors have no numbers to look at.
+    has_numbers = logits.device.type == "cpu" and type(logits) is Tensor
+    best = None if has_numbers else logits.argmax(-1, keepdim=True)
     means = logits.mean(-1, keepdim=True) if terms.label_smoothing else torch.zeros_like(most)
     sums = logits.sub_(most).exp_().sum(-1, keepdim=True)
     correct = (

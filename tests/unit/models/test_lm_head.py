@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phlora.errors import ModelError
@@ -277,3 +278,12 @@ def test_of_equally_likely_tokens_the_first_counts_as_with_argmax(most: int) -> 
     expected[0] = False
     _, correct, _ = _losses_and_exponentials_(logits.clone(), targets, LossTerms())
     assert torch.equal(correct, expected) and correct.any()
+
+
+def test_the_loss_of_tensors_without_numbers_has_its_shape() -> None:
+    """A forecast asks for no more."""
+    with FakeTensorMode():
+        losses, correct, log_sums = _losses_and_exponentials_(
+            torch.empty(5, 23), torch.empty(5, 1, dtype=torch.long), LossTerms()
+        )
+    assert losses.shape == correct.shape == (5,) and log_sums.shape == (5, 1)
