@@ -83,12 +83,15 @@ def choose_libraries(model: nn.Module) -> None:
     """Let each kind of product be multiplied by the library that is faster for this model on this machine.
 
     Timed where no process has done so before, in half a second for the 135M model, about one for 4 billion parameters.
-    For the whole process; models off the CPU, and small ones, change nothing.
+    For the whole process; models off the CPU change nothing, small ones
+    are multiplied by oneDNN.
     """
     if not matmul.can_choose(next(model.parameters()).device):
         return
     shapes = Shapes.of(model)
     if not shapes.linears or shapes.linears[0][0] * shapes.linears[0][1] < _SMALLEST_WEIGHT:
+        # Not what a larger model before it in this process was best with: a run gives the same bits wherever it runs.
+        matmul.use_libraries(dict.fromkeys(Kind, Library.ONEDNN))
         return
     file, key = cache_root() / CHOICES_FILE, _key(shapes)
     found = _kept(file).get(key)

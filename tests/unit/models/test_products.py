@@ -137,10 +137,15 @@ def test_a_cache_that_cannot_be_written_is_none(
     assert matmul.libraries() == ALL_BLAS
 
 
-def test_a_small_model_and_one_off_the_cpu_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_model_and_one_off_the_cpu_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "time_libraries", lambda shapes: pytest.fail("timed"))
-    choose_libraries(tiny_phi3()[0])
+    before = matmul.libraries()
+    matmul.use_libraries(ALL_BLAS)
     choose_libraries(nn.Linear(4096, 4096, device="meta"))
+    assert matmul.libraries() == ALL_BLAS
+    # What a larger model left behind would change its bits.
+    choose_libraries(tiny_phi3()[0])
+    assert matmul.libraries() == before
 
 
 def test_a_run_that_goes_on_multiplies_as_it_began(large: Any, monkeypatch: pytest.MonkeyPatch) -> None:
