@@ -55,7 +55,7 @@ _MOST_NUMBERS = 1 << 26
 # Up to so many tokens a product takes less time than reading its weight. Widened in pieces that stay in the processor's
 # cache, the weight is read once, in 16 bits.
 _FEW_TOKENS = 8
-_CACHED_NUMBERS = 1 << 18
+_CACHED_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True)

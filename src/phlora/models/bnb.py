@@ -110,6 +110,26 @@ def use_operands(model: nn.Module) -> None:
         module.__class__ = kinds.get(type(module), type(module))
 
 
+# Numbers that are quantised at a time: bitsandbytes needs several copies of them. A multiple of every block size.
+_PIECE = 1 << 20
+
+
+def _quantize_nf4(weight: Tensor, *, double_quant: bool, device: torch.device) -> tuple[Tensor, Any]:
+    """The codes `(N K / 2, 1)` and the scales of a weight, as `functional.quantize_4bit` gives them for all of it."""
+    functional: Any = bitsandbytes.functional
+    parts = [
+        functional.quantize_4bit(part.to(device), compress_statistics=False, quant_type="nf4")
+        for part in weight.reshape(-1).split(_PIECE)
+    ]
+    codes, state = torch.cat([codes for codes, _ in parts]), parts[0][1]
+    state.absmax, state.shape = torch.cat([own.absmax for _, own in parts]), weight.shape
+    if double_quant:
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=256)
+        state.nested = True
+    return codes, state
+
+
 def linear_nf4(
     linear: nn.Linear, *, double_quant: bool, compute_dtype: torch.dtype | None, device: torch.device
 ) -> Linear4bit:
@@ -119,10 +139,17 @@ def linear_nf4(
         layer: Linear4bit = kind(
             linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype
         )
+    codes, state = _quantize_nf4(linear.weight.detach(), double_quant=double_quant, device=device)
     weight: Any = bitsandbytes.nn.Params4bit(
-        linear.weight.detach(), requires_grad=False, compress_statistics=double_quant, quant_type="nf4"
+        codes,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        bnb_quantized=True,
     )
-    layer.weight, layer.bias = weight.to(device), linear.bias
+    layer.weight, layer.bias = weight, linear.bias
     return layer.train(linear.training)
 
 
@@ -130,11 +157,15 @@ def linear_int8(linear: nn.Linear, *, compute_dtype: torch.dtype | None, device:
     """An int8 copy of a dense layer on `device`; the bias is shared and stays as it is."""
     with torch.device("meta"):
         layer = Linear8bit(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
-    on_cpu: Any = bitsandbytes.nn.Int8Params(linear.weight.detach().cpu(), requires_grad=False)
-    weight = on_cpu.to(device)
+    rows = max(1, _PIECE // linear.in_features)
+    parts = [
+        bitsandbytes.functional.int8_vectorwise_quant(part.to(device, torch.float16))[:2]
+        for part in linear.weight.detach().split(rows)
+    ]
+    codes, scales = (torch.cat(kind) for kind in zip(*parts, strict=True))
+    # No `CB`: the codes twice would be twice the bytes after a move to another device.
+    weight: Any = bitsandbytes.nn.Int8Params(codes, requires_grad=False, SCB=scales)
     layer.weight, layer.bias = weight, linear.bias
-    # The codes twice would be twice the bytes after a move to another device.
-    weight.CB = None
     layer.compute_dtype, layer.dense_dtype = compute_dtype, linear.weight.dtype
     return layer.train(linear.training)
 

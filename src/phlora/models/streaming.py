@@ -33,7 +33,7 @@ from phlora.models.stored_layers import as_stored, is_storable
 from phlora.models.tokenizer import ModelFiles, generation_config_of
 
 # Between weights that stay, what was freed leaves holes into which the next matrix does not fit.
-_GIVEN_BACK_AFTER = 64 << 20
+_GIVEN_BACK_AFTER = 16 << 20
 # Called with the bytes of each tensor once it is in its place.
 Advance = Callable[[int], None]
 

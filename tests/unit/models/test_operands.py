@@ -207,3 +207,22 @@ def test_dense_operands_do_without_the_package() -> None:
         "frozen_weight(nn.Linear(2, 2))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_quantising_in_pieces_gives_the_bits_of_quantising_at_once(shape, double_quant, monkeypatch) -> None:
+    monkeypatch.setattr(layers, "_PIECE", 256)
+    linear = dense_linear(shape)
+    ours = quantized(linear, "nf4", double_quant=double_quant).weight
+    codes, state = bnb.functional.quantize_4bit(
+        linear.weight.detach(), compress_statistics=double_quant, quant_type="nf4"
+    )
+    assert torch.equal(ours.data, codes)
+    theirs = state.as_dict(packed=True)
+    assert ours.quant_state.as_dict(packed=True).keys() == theirs.keys()
+    for name, value in ours.quant_state.as_dict(packed=True).items():
+        assert torch.equal(value, theirs[name]), name
+    rounded = quantized(linear, "int8")
+    expected, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().half())
+    assert torch.equal(rounded.weight.data, expected) and torch.equal(rounded.weight.SCB, scales)
