@@ -152,7 +152,9 @@ def _compare_base(model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
     if same:
         return () if trained_storage == base.storage else (_other_storage(trained_storage, base.storage),)
     if same is None:
-        return ("Whether the adapter was trained on these weights cannot be told across float16",)
+        return (
+            "Whether the adapter was trained on exactly these weights cannot be told: one side was rounded to 16 bits",
+        )
     raise ModelError(
         "The adapter was trained on other weights than these",
         where=str(folder / ADAPTER_FACTS),

@@ -1,4 +1,4 @@
-"""Digests of whole checkpoints, kept in the cache folder beside the size, the time and the number of each file.
+"""Digests of whole checkpoints, kept in the cache folder beside the size, the times and the number of each file.
 
 Reading gigabytes costs seconds, counting every byte of them another one or two: files that did not change since are not
 counted again. Where the cache cannot be read or written they are; nothing depends on it.
@@ -15,26 +15,26 @@ from pathlib import Path
 from phlora.files import cache_root, write_json
 
 # Raised when digests are made otherwise.
-_VERSION = 1
+_VERSION = 2
 # A file that was written to a moment ago may change once more without another time.
 _SETTLED_SECONDS = 2.0
 
 
-def recall(files: Sequence[Path]) -> dict[str, str] | None:
-    """What `remember` was told of these files, if they are as they were then."""
+def recall(state: str) -> dict[str, str] | None:
+    """What `remember` was told of files in this `state_of`."""
     try:
-        known = json.loads(_place(_state(files)).read_text(encoding="utf-8"))["whole"]
+        known = json.loads(_place(state).read_text(encoding="utf-8"))["whole"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     sound = isinstance(known, dict) and known and all(isinstance(text, str) for text in known.values())
     return known if sound else None
 
 
-def remember(files: Sequence[Path], whole: Mapping[str, str], *, state: str) -> None:
-    """Keep the digests of files that were in this state when reading them began, unless they changed meanwhile."""
+def remember(files: Sequence[Path], names: Sequence[str], whole: Mapping[str, str], *, state: str) -> None:
+    """Keep the digests of tensors in files that were in this state when reading began, unless they changed."""
     try:
-        newest = max(path.stat().st_mtime for path in files)
-        if state != _state(files) or abs(time.time() - newest) < _SETTLED_SECONDS:
+        newest = max(path.stat().st_ctime for path in files)
+        if not state or state != state_of(files, names) or abs(time.time() - newest) < _SETTLED_SECONDS:
             return
         place = _place(state)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -43,20 +43,20 @@ def remember(files: Sequence[Path], whole: Mapping[str, str], *, state: str) -> 
         return
 
 
-def state_of(files: Sequence[Path]) -> str:
-    """What tells whether files changed: path, size, time of the last change and number of each; empty: unknown."""
+def state_of(files: Sequence[Path], names: Sequence[str]) -> str:
+    """What tells whether these tensors of these files changed: path, size, times and number of each; empty: unknown.
+
+    The time of the last change in the file system is among them, since the other one can be set back.
+    """
+    facts = []
     try:
-        return _state(files)
+        for path in files:
+            found = path.stat()
+            times = found.st_mtime_ns, found.st_ctime_ns
+            facts.append([str(path.resolve()), found.st_size, *times, found.st_ino])
     except OSError:
         return ""
-
-
-def _state(files: Sequence[Path]) -> str:
-    facts = []
-    for path in files:
-        found = path.stat()
-        facts.append([str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ino])
-    return json.dumps([_VERSION, *facts])
+    return json.dumps([_VERSION, sorted(names), facts])
 
 
 def _place(state: str) -> Path:

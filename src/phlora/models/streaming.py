@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from phlora.errors import ModelError
 from phlora.models.allocator import return_freed_memory
-from phlora.models.checkpoint import Checkpoint
+from phlora.models.checkpoint import Checkpoint, StoredTensor
 from phlora.models.families import block_linears, has_plain_layout
 from phlora.models.fingerprint import IdentityMaker, WeightsIdentity
 from phlora.models.known_digests import recall, remember, state_of
@@ -102,6 +103,8 @@ def skeleton(model: PreTrainedModel, checkpoint: Checkpoint | None, location: Lo
         return None
     if any(name not in have or tuple(places[name].shape) != have[name].shape for name in wanted):
         return None
+    if getattr(model.config, "quantization_config", None) is None:
+        _require_numbers(have, {name: places[name] for name in wanted}, where=location.source.location)
     unused = _without_expected(model, [name for name in have if name not in wanted])
     return Skeleton(
         model=model,
@@ -121,8 +124,8 @@ def fill(
         The model, what its tensors are in the files, and notes.
     """
     files = empty.checkpoint.files
-    state = state_of(files)
-    model, maker = empty.model, IdentityMaker(recall(files))
+    state = state_of(files, empty.names)
+    model, maker = empty.model, IdentityMaker(recall(state))
     quantized = None
     if storage.quantization is not None:
         quantized = QuantizedLayers(model, storage.quantization, device=device)
@@ -155,8 +158,24 @@ def fill(
         model.generation_config = generation
     notes = () if quantized is None else (str(quantized.report()),)
     identity = maker.result()
-    remember(files, identity.whole, state=state)
+    remember(files, empty.names, identity.whole, state=state)
     return model.eval(), identity, notes
+
+
+def _require_numbers(have: Mapping[str, StoredTensor], places: Mapping[str, Tensor], *, where: str) -> None:
+    """
+    Raises:
+        ModelError: a weight lies there in whole numbers, as quantised ones do, and nothing says how to read them.
+    """
+    for name, place in places.items():
+        found = have[name].dtype
+        if place.is_floating_point() and not found.is_floating_point:
+            raise ModelError(
+                f"The tensor {name} is stored in {str(found).removeprefix('torch.')}",
+                where=where,
+                expected="floating-point numbers, or a quantization_config in config.json that says how to read others",
+                fix="save the model again, with its quantization_config or unquantised",
+            )
 
 
 def _places(model: nn.Module) -> dict[str, Tensor]:

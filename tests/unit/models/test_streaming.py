@@ -161,6 +161,16 @@ def test_missing_and_unused_tensors_are_told_as_ever(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- quantised already
 
 
+def test_whole_numbers_that_nothing_explains_are_no_weights(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].mul(100).to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} is stored in int8(?s:.*)quantization_config"):
+        load_model(folder, device="cpu", dtype="float32")
+
+
 def test_a_base_that_bitsandbytes_quantised_loads_and_trains(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
