@@ -372,6 +372,8 @@ class _Block:
 
     def batch(self, x: Tensor, *, padding: float | None = None) -> Tensor:
         """(1, H, T, ...) -> (num_rows, H, width, ...); with `padding`, that value where padding is."""
+        if self.num_rows == 1:
+            return x[:, :, self.span]
         flat = x[0, :, self.span] if self.padded is None else x[0].index_select(1, self.padded)
         taken: Tensor = flat.unflatten(1, (self.num_rows, self.width)).transpose(0, 1)
         if padding is None or self.is_real is None:
@@ -386,6 +388,8 @@ class _Block:
 
     def stream(self, x: Tensor) -> Tensor:
         """(num_rows, H, width, ...) -> (1, H, span, ...)."""
+        if self.num_rows == 1:
+            return x
         flat = x.transpose(0, 1).flatten(1, 2)
         return (flat if self.real is None else flat.index_select(1, self.real)).unsqueeze(0)
 
