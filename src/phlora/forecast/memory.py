@@ -15,7 +15,7 @@ from phlora.models.storage import Storage
 
 # Measured, with benchmarks/plan.py: what the process takes once, over what it holds when a plan is made, for code that
 # is loaded and prepared with the first step (the trainer, kernels, threads and their arenas).
-LATER_LIBRARIES = 150 << 20
+LATER_LIBRARIES = 80 << 20
 # Measured, with benchmarks/plan.py: what glibc's heap takes of a step over what is alive in it. Tensors of many sizes
 # leave gaps, a share of all that lives; and to passes of other lengths what was freed has the wrong sizes, a few layers
 # of it, up to what the C library keeps (`models.allocator`).
