@@ -167,6 +167,8 @@ def training_arguments(
     check_checkpointing(values)
     if values.get("use_liger_kernel"):
         _require_liger(device)
+    elif values.get("liger_kernel_config"):
+        notes.append(f"{WHERE}.liger_kernel_config changes nothing without use_liger_kernel")
     _fit_device(values, device, notes)
     origins = dict.fromkeys(values, "user")
     for key, (default, _) in DEFAULTS.items():

@@ -33,6 +33,8 @@ _CANNOT_MAKE = (
     *(ValueError, TypeError, LookupError, AttributeError),
     *(ArithmeticError, RuntimeError, ImportError),
 )
+# Optimizers that project gradients, and look at the model for it.
+_PROJECT_GRADIENTS = ("galore", "apollo")
 _GIVEN_TO_SCHEDULES = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs")
 
 
@@ -93,14 +95,18 @@ def check_optimizer(args: TrainingArguments) -> tuple[str, ...]:
     """
     optimizer = _named(lambda: _optimizer(args), args, kind="optim", settings="optim_args")
     _named(lambda: _schedule(args, optimizer), args, kind="lr_scheduler_type", settings="lr_scheduler_kwargs")
-    # Some optimizers read none of them, and say nothing.
-    if (
-        args.optim_args
-        and not args.optim_target_modules
-        and _kind_and_keywords(args) == _kind_and_keywords(_without(args, "optim_args"))
-    ):
-        return (f"{WHERE}.optim_args changes nothing with optim: {_word(args.optim)}",)
-    return ()
+    unread = [name for name in ("optim_args", "optim_target_modules") if _is_unread(name, args)]
+    return tuple(f"{WHERE}.{name} changes nothing with optim: {_word(args.optim)}" for name in unread)
+
+
+def _is_unread(name: str, args: TrainingArguments) -> bool:
+    """Whether a setting was given that the optimizer does nothing with; transformers says nothing about it."""
+    if not getattr(args, name) or _word(args.optim).startswith(_PROJECT_GRADIENTS):
+        return False
+    plain = _without(args, "optim_target_modules")
+    return name == "optim_target_modules" or _kind_and_keywords(plain) == _kind_and_keywords(
+        _without(plain, name)
+    )
 
 
 def _named(make: Callable[[], Any], args: TrainingArguments, *, kind: str, settings: str) -> Any:
@@ -132,8 +138,8 @@ def _can(make: Callable[[], Any]) -> bool:
 
 
 def _optimizer(args: TrainingArguments) -> Optimizer:
-    # Those that project gradients look at a model.
-    kind, keywords = (SGD, {}) if args.optim_target_modules else _kind_and_keywords(args)
+    projects = _word(args.optim).startswith(_PROJECT_GRADIENTS) and args.optim_target_modules
+    kind, keywords = (SGD, {}) if projects else _kind_and_keywords(args)
     made: Optimizer = kind([nn.Parameter(torch.zeros(1))], **keywords)
     return made
 

@@ -222,5 +222,7 @@ def test_a_setting_that_cannot_be_used_is_blamed_itself(
 
 
 def test_settings_that_an_optimizer_does_not_read_are_told(tmp_path: Path) -> None:
-    notes = training_arguments({"optim_args": "momentum=0.9"}, output_dir=tmp_path).notes
-    assert any("optim_args changes nothing with optim: adamw_torch" in note for note in notes)
+    settings = {"optim_args": "momentum=0.9", "optim_target_modules": ["q_proj"]}
+    notes = training_arguments(settings, output_dir=tmp_path).notes
+    for name in settings:
+        assert any(f"{name} changes nothing with optim: adamw_torch" in note for note in notes)
