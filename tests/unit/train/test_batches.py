@@ -48,15 +48,19 @@ def assert_same_batch(found: Any, expected: Any) -> None:
 def test_numbers_stand_for_training_sequences_and_after_them_for_held_out_rows() -> None:
     collate = collator()
     train, held_out = table(LENGTHS), table([4, 6], first=100)
-    assert_same_batch(collate([{"sequence": 6}, {"sequence": 0}]), Collator(0)([train[6], train[0]]))
-    assert_same_batch(collate([{"sequence": 8}, {"sequence": 9}]), Collator(0)([held_out[0], held_out[1]]))
+    for numbers, rows in (((6, 0), (train[6], train[0])), ((8, 9), (held_out[0], held_out[1]))):
+        found = collate([{"sequence": number} for number in numbers])
+        assert found.pop("origins") == tuple(row.origin for row in rows)
+        assert_same_batch(found, Collator(0)(rows))
 
 
 def test_packs_lie_end_to_end_and_common_starts_are_shared() -> None:
     packed = collator(max_length=12)
     rows = packed.train[1]
     assert len(rows) > 1
-    assert_same_batch(packed([{"sequence": 1}]), PackedCollator()(rows))
+    found = packed([{"sequence": 1}])
+    assert found.pop("origins") == tuple(row.origin for row in rows)
+    assert_same_batch(found, PackedCollator()(rows))
     shared = collator(shared=True, rope_limit=64)
     found = shared([{"sequence": 2}, {"sequence": 3}])
     expected = SharedPrefixCollator(64)([table(LENGTHS)[2], table(LENGTHS)[3]])
