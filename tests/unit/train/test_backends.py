@@ -14,6 +14,7 @@ from phlora.display import Display
 from phlora.errors import ConfigError, MissingExtraError
 from phlora.extras import PACKAGES
 from phlora.testing import chat_rows, tiny_folder
+from phlora.train.arguments import training_arguments
 from phlora.train.backends import (
     _CHECKPOINTING,
     TRACKERS,
@@ -112,3 +113,14 @@ def test_what_checkpointing_takes_is_what_torch_takes() -> None:
     check_checkpointing({"gradient_checkpointing_kwargs": {"use_reentrant": False, "early_stop": True}})
     with pytest.raises(ConfigError, match="did you mean `use_reentrant`"):
         check_checkpointing({"activation_checkpointing_kwargs": {"use_reentrent": False}})
+
+
+def test_liger_without_its_package_is_refused_on_a_gpu_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phlora.extras.is_installed", lambda module: module != "liger_kernel")
+    with pytest.raises(MissingExtraError, match="(?s)use_liger_kernel.*liger-kernel"):
+        training_arguments({"use_liger_kernel": True}, output_dir=tmp_path, device="cuda")
+    for device in ("cpu", "mps"):
+        with pytest.raises(ConfigError, match=f"need CUDA, and this run is on the {device}"):
+            training_arguments({"use_liger_kernel": True}, output_dir=tmp_path, device=device)

@@ -18,18 +18,31 @@ from phlora.display import Display
 from phlora.errors import RunError
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.prefix_sharing import Sharing
+from phlora.runs.facts import DataFacts, RunFacts
 from phlora.runs.folder import RunFolder
 from phlora.runs.trained_rows import TrainedKeys
 from phlora.testing import chat_rows
 from phlora.train.arguments import Arguments, training_arguments
+from phlora.train.optimizer import take_loraplus
 from phlora.train.plan import Plan
 from phlora.train.record import config_text, open_run, plain_lora, run_facts
 from phlora.train.request import IN_MEMORY, Objects
 
 QUIET = Display(quiet=True)
+FACTS = DataFacts(
+    files=("rows.jsonl",),
+    formats={},
+    contents={},
+    split="conversations",
+    train_rows=4,
+    held_out_rows=0,
+    sequences=4,
+    tokens=40,
+    trained_tokens=20,
+)
 PLAN = Plan(
     adapter=AdapterSummary({"o_proj": (2, 1024)}, 1024, 4096, 4096),
-    data={},
+    data=FACTS,
     sequences_per_step=2,
     num_optimizer_steps=5,
     disk_bytes=1,
@@ -52,13 +65,14 @@ def parts(
         {"model": "m", "data": "rows.jsonl", "training_config": training, "peft_config": peft, **values},
         {"training_config.max_steps": "run.yaml"},
     )
-    arguments = training_arguments(training, output_dir="runs/x", peft_config=peft)
-    return config, arguments, lora_settings({k: v for k, v in peft.items() if k != "loraplus_lr_ratio"})
+    adapter, ratio = take_loraplus(peft)
+    arguments = training_arguments(training, output_dir="runs/x", loraplus_lr_ratio=ratio)
+    return config, arguments, lora_settings(adapter)
 
 
-def facts_of(loaded: LoadedModel, *, data_print: str = "d" * 64, **settings: Any) -> dict[str, Any]:
+def facts_of(loaded: LoadedModel, *, data_print: str = "d" * 64, **settings: Any) -> RunFacts:
     config, arguments, lora = parts(**settings)
-    data: Any = SimpleNamespace(fingerprint=data_print, facts={"train_rows": 4}, system_prompts=None)
+    data: Any = SimpleNamespace(fingerprint=data_print, facts=FACTS, system_prompts=None)
     return run_facts(config, data, loaded, arguments, lora, PLAN)
 
 
@@ -73,13 +87,11 @@ def test_the_written_configuration_is_the_same_run_again() -> None:
         "training_config": 0,
         "peft_config": 0,
     }
-    repeated = training_arguments(
-        again.training_config, output_dir="runs/x", peft_config=dict(again.peft_config)
-    )
+    adapter, ratio = take_loraplus(again.peft_config)
+    repeated = training_arguments(again.training_config, output_dir="runs/x", loraplus_lr_ratio=ratio)
     assert repeated.args.to_dict() == arguments.args.to_dict()
     assert (repeated.z_loss, repeated.loraplus_lr_ratio) == (1e-4, 8)
-    peft = {k: v for k, v in again.peft_config.items() if k != "loraplus_lr_ratio"}
-    assert lora_settings(peft).to_dict() == lora.to_dict()
+    assert lora_settings(adapter).to_dict() == lora.to_dict()
 
 
 def test_each_line_says_where_its_value_came_from() -> None:
@@ -128,7 +140,7 @@ def test_the_adapter_is_written_with_values_that_yaml_has() -> None:
     ],
 )
 def test_what_changes_the_result_is_another_run(loaded: LoadedModel, changes: dict[str, Any]) -> None:
-    assert facts_of(loaded, **changes)["identity"] != facts_of(loaded)["identity"]
+    assert facts_of(loaded, **changes).identity != facts_of(loaded).identity
 
 
 @pytest.mark.parametrize(
@@ -144,17 +156,17 @@ def test_what_changes_the_result_is_another_run(loaded: LoadedModel, changes: di
 def test_what_changes_nothing_about_the_result_is_the_same_run(
     loaded: LoadedModel, training: dict[str, Any]
 ) -> None:
-    given, other = facts_of(loaded)["identity"], facts_of(loaded, training=training)["identity"]
+    given, other = facts_of(loaded).identity, facts_of(loaded, training=training).identity
     assert other == given
 
 
 def test_another_template_or_base_is_another_run(loaded: LoadedModel) -> None:
     base = facts_of(loaded)
-    assert facts_of(dataclasses.replace(loaded, fingerprint="bfloat16:other"))["identity"] != base["identity"]
+    assert facts_of(dataclasses.replace(loaded, fingerprint="bfloat16:other")).identity != base.identity
     tokenizer = loaded.tokenizer.tokenizer
     template, tokenizer.chat_template = tokenizer.chat_template, "{{ messages }}"
     try:
-        assert facts_of(loaded)["identity"] != base["identity"]
+        assert facts_of(loaded).identity != base.identity
     finally:
         tokenizer.chat_template = template
 
@@ -164,10 +176,13 @@ def test_a_base_that_was_named_from_the_working_folder_is_found_from_another(
 ) -> None:
     monkeypatch.chdir(model_folder.parent)
     near = dataclasses.replace(loaded.source, name=model_folder.name, location=model_folder.name)
-    named = facts_of(dataclasses.replace(loaded, source=near))["model"]
-    assert str(model_folder) in named.values() and str(model_folder) not in facts_of(loaded)["model"].values()
+    named = facts_of(dataclasses.replace(loaded, source=near)).to_json()["model"]
+    assert (
+        str(model_folder) in named.values()
+        and str(model_folder) not in facts_of(loaded).to_json()["model"].values()
+    )
     # It is JSON as it stands.
-    assert json.loads(json.dumps(facts_of(loaded)))["model"]["fingerprint"] == loaded.fingerprint
+    assert json.loads(json.dumps(facts_of(loaded).to_json()))["model"]["fingerprint"] == loaded.fingerprint
 
 
 def prepared(rows: list[Any]) -> Any:
@@ -181,7 +196,7 @@ def test_a_run_is_opened_once_and_continued_only_as_what_it_is(loaded: LoadedMod
     assert (folder.path / "config.yaml").read_text("utf-8") == "a: 1\n"
     written = [json.loads(line) for line in (folder.path / "rows.jsonl").read_text("utf-8").splitlines()]
     assert written == rows
-    assert folder.facts()["identity"] == facts["identity"]
+    assert folder.facts()["identity"] == facts.identity
     assert open_run(folder, facts, "b: 2\n", prepared([]), objects, resume=True, display=QUIET) is None
     assert (folder.path / "config.yaml").read_text("utf-8") == "a: 1\n"
     other = facts_of(loaded, training={"learning_rate": 2e-3})
