@@ -29,7 +29,7 @@ _SAMPLES = 256
 # A tensor is looked at in pieces, so that no second one of its size is needed.
 _PIECE = 1 << 24
 # From the narrowest; a tensor counts as what is the first to hold it.
-_EXACT = (torch.bfloat16, torch.float16, torch.float32)
+_EXACT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,8 @@ class IdentityMaker:
             return
         exact = self._exact[name] = _described(f"{name} {shape}", flat)
         for narrow, digests in self._rounded.items():
-            rounds = exact[0] == torch.float32 or (exact[0] == torch.float16 and narrow == torch.bfloat16)
+            wide = exact[0] in (torch.float32, torch.float64)
+            rounds = wide or (exact[0] == torch.float16 and narrow == torch.bfloat16)
             digests[name] = _described(f"{name} {shape}", flat.to(narrow)) if rounds else exact
 
     def result(self) -> WeightsIdentity:
@@ -100,7 +101,7 @@ class IdentityMaker:
         digests = {_name(widest): _digest_of_all(self._exact)}
         if widest != torch.bfloat16:
             digests["bfloat16"] = _digest_of_all(self._rounded[torch.bfloat16])
-        if widest == torch.float32:
+        if widest in (torch.float32, torch.float64):
             digests["float16"] = _digest_of_all(self._rounded[torch.float16])
         return WeightsIdentity(whole=digests, samples=self._samples)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from phlora.models.fingerprint import same_fingerprints
+from phlora.models.fingerprint import same_fingerprints, split_fingerprint
 
 _TRAINING = "training_config."
 
@@ -111,6 +111,12 @@ def _base(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = (facts.get("config", {}).get("model", {}).get("quantization") for facts in (before, now))
     if old != new:
         return [f"model.quantization: {old or 'none'} -> {new or 'none'}"]
+    weights, others = (
+        split_fingerprint(str(facts.get("identity", {}).get("base model"))) for facts in (before, now)
+    )
+    if weights[0] == others[0]:
+        old, new = (facts.get("model", {}).get("storage") for facts in (before, now))
+        return [f"model.storage_dtype: {old or 'unknown'} -> {new}"]
     return [f"model: the weights of {now.get('config', {}).get('model', {}).get('name')} are others now"]
 
 

@@ -175,6 +175,16 @@ def test_a_model_that_is_stored_otherwise_keeps_that_of_its_weights() -> None:
     assert split_fingerprint(known) == (known, "")
 
 
+def test_doubles_count_in_full() -> None:
+    base, other = (tiny_phi3()[0].double() for _ in range(2))
+    assert fingerprint(base) == fingerprint(tiny_phi3()[0])
+    for model, change in ((base, 1e-12), (other, 2e-12)):
+        model.get_parameter(PLACE).data.view(-1)[7] += change
+    assert fingerprint(base).split("/")[1].startswith("float64:")
+    assert fingerprint(base) != fingerprint(other)
+    assert are_same(fingerprint(base), identity_of(tiny_phi3()[0])) is True
+
+
 # ------------------------------------------------------------------------------------------------- kept digests
 
 

@@ -63,3 +63,25 @@ def test_what_is_written_down_holds_no_token(name: str) -> None:
     )
     assert resolved(config)["training_config"] == {"seed": 1}
     assert config.training_config[name] == "hf_secret"
+
+
+def stored_run(fingerprint: str, storage: str) -> dict:
+    return {
+        "config": {"model": {"name": "m", "quantization": None}},
+        "identity": {"base model": fingerprint},
+        "model": {"storage": storage},
+    }
+
+
+def test_another_storage_of_the_same_weights_is_called_that() -> None:
+    before = stored_run("bfloat16:0/bfloat16:1+nf4", "nf4")
+    assert changes(before, stored_run("bfloat16:0/bfloat16:1", "bfloat16")) == [
+        "model.storage_dtype: nf4 -> bfloat16"
+    ]
+    (told,) = changes(before, stored_run("bfloat16:0/bfloat16:2", "bfloat16"))
+    assert "the weights of m are others now" in told
+
+
+def test_the_fingerprint_of_an_earlier_version_is_no_change() -> None:
+    before, now = stored_run("bfloat16:0", "bfloat16"), stored_run("bfloat16:0/bfloat16:1", "bfloat16")
+    assert changes(before, now) == []
