@@ -47,6 +47,7 @@ class RowIndex:
         keys: `row_key` of each row, as bytes; without digests `key_mark`.
         near, prompts, openings: the digests of `similarity.RowKeys`, one row after the other.
         exchanges, exchange_ends: its exchanges, one row after the other, and where those of each row end.
+        heads, tails: of `similarity.RowKeys`, of each row.
         is_trained: a byte for each row, 0 where its weight is 0.
         groups: what each row belongs to, where a column says so.
         categories: the category of each row, where a column says so.
@@ -72,6 +73,8 @@ class RowIndex:
     openings: bytearray = field(default_factory=bytearray)
     exchanges: array[int] = field(default_factory=lambda: array("q"))
     exchange_ends: array[int] = field(default_factory=lambda: array("q"))
+    heads: array[int] = field(default_factory=lambda: array("q"))
+    tails: array[int] = field(default_factory=lambda: array("q"))
     is_trained: bytearray = field(default_factory=bytearray)
     groups: list[bytes] | None = None
     categories: list[str | None] = field(default_factory=list)
@@ -237,6 +240,8 @@ def index_rows(
         survey.openings.extend(keys.openings)
         survey.exchanges.extend(keys.exchanges)
         survey.exchange_ends.append(len(survey.exchanges))
+        survey.heads.append(keys.head)
+        survey.tails.append(keys.tail)
         survey.is_trained.append(item.weight != 0)
         # Categories are few, so that each is kept once.
         survey.categories.append(None if item.category is None else sys.intern(item.category))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from phlora.data.blocks import TEXT_ONLY
+from phlora.data.json_text import inner_json
 from phlora.data.messages import messages_of, with_system
 from phlora.data.rows import BadRow, Message, kind_of
 
@@ -28,10 +28,7 @@ def from_xlam(record: Mapping[str, Any]) -> list[Message]:
     """A query and the calls that answer it, as in Salesforce's xLAM sets; `answers` is a list, or one as JSON."""
     calls = record["answers"]
     if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except (ValueError, RecursionError):
-            raise BadRow("broken_json", "`answers` is no JSON", "a list of calls") from None
+        calls = inner_json(calls, "`answers` is no JSON", "a list of calls")
     if not isinstance(record["query"], str) or not isinstance(calls, list) or not calls:
         raise BadRow("wrong_type", f"`answers` is {kind_of(calls)}", "a list of calls")
     turns = [

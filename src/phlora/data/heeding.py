@@ -5,7 +5,6 @@ A key that says what may be trained is never dropped in silence. Empty values (n
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from phlora.data.contexts import context_of
+from phlora.data.json_text import parse_json
 from phlora.data.known_keys import (
     ANSWERS_TO_TEXT,
     COLUMNS,
@@ -25,6 +25,7 @@ from phlora.data.known_keys import (
     MEDIA,
     MESSAGE_KEYS,
     QUIET,
+    RATINGS,
     ROW_TRAINED,
     ROW_WEIGHTS,
     SPLITS,
@@ -113,7 +114,7 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
         if isinstance(value, str) and name in ("messages", "conversations"):
             value = _parsed(value)
         if isinstance(value, list) and name in _CHATS:
-            turns = _turns(value, findings)
+            turns = _turns(value, findings, origin)
             if turns is not None:
                 changed = {**(changed or record), name: turns}
             continue
@@ -200,10 +201,8 @@ def _names_of(treatment: Treatment) -> set[str]:
 
 def _parsed(text: str) -> Any:
     """A list that a table holds as JSON; what is wrong with it is said where it is read."""
-    try:
-        return json.loads(text) if text.lstrip().startswith("[") else text
-    except (ValueError, RecursionError):
-        return text
+    found = parse_json(text) if text.lstrip().startswith("[") else text
+    return text if isinstance(found, BadRow) else found
 
 
 def _say(
@@ -290,7 +289,7 @@ def _with_context(record: Mapping[str, Any], schema: str, known: set[str]) -> Ma
 # ------------------------------------------------------------------------------------------------ messages
 
 
-def _turns(turns: Sequence[Any], findings: Findings) -> list[Any] | None:
+def _turns(turns: Sequence[Any], findings: Findings, origin: Origin) -> list[Any] | None:
     """Messages whose keys are in Phlora's terms; None where they are already."""
     for turn in turns:
         if not (type(turn) is dict or isinstance(turn, Mapping)):
@@ -300,12 +299,12 @@ def _turns(turns: Sequence[Any], findings: Findings) -> list[Any] | None:
     else:
         return None
     return [
-        _turn(turn, number, findings) if isinstance(turn, Mapping) else turn
+        _turn(turn, number, findings, origin) if isinstance(turn, Mapping) else turn
         for number, turn in enumerate(turns, 1)
     ]
 
 
-def _turn(turn: Mapping[str, Any], number: int, findings: Findings) -> dict[str, Any]:
+def _turn(turn: Mapping[str, Any], number: int, findings: Findings, origin: Origin) -> dict[str, Any]:
     trained: list[bool] = []
     weight, has_weight = 1.0, False
     rest: dict[str, Any] = {}
@@ -328,6 +327,15 @@ def _turn(turn: Mapping[str, Any], number: int, findings: Findings) -> dict[str,
             trained.append(_whole_turn(value, where))
         elif key in ("mask", "rejected"):
             raise BadRow("ambiguous", f"{where}: {_MESSAGE_KEY[key].what}", _MESSAGE_KEY[key].fix)
+        elif key in _MESSAGE_KEY and is_empty(value):
+            continue
+        elif key in _MESSAGE_KEY and _MESSAGE_KEY[key].treatment == "refused":
+            raise BadRow("media", f"{where}: {_MESSAGE_KEY[key].what}", _MESSAGE_KEY[key].fix)
+        elif key in RATINGS:
+            known = _MESSAGE_KEY[key]
+            message = f"`{key}` of messages is not used: {known.what}; {known.fix}"
+            findings.add("unused_key", "warning", message, origin)
+            rest[key] = value
         else:
             if key not in _MESSAGE_KEY and _SPEAKER.intersection(turn):
                 findings.unknown_keys.add(str(key)[:40])

@@ -58,6 +58,10 @@ TEXTS = frozenset(
         *("question", "answer", "query", "text", "system", "tools", "history", *CONTEXTS, *THOUGHTS),
     )
 )
+RATINGS = (
+    *("score", "rating", "reward", "quality", "stars", "is_correct", "correct", "is_good"),
+    *("thumbs", "thumbs_up", "feedback", "vote"),
+)
 MEDIA = ("image", "images", "audio", "audios", "video", "videos", "objects")
 
 COLUMNS = (
@@ -141,10 +145,7 @@ COLUMNS = (
         "write them into the question",
     ),
     Known(
-        (
-            *("score", "rating", "reward", "quality", "stars", "is_correct", "correct", "is_good"),
-            *("thumbs", "thumbs_up", "feedback", "vote"),
-        ),
+        RATINGS,
         "OpenAssistant, UltraFeedback, logs of feedback",
         "warned",
         "every row trains alike",
@@ -265,6 +266,20 @@ MESSAGE_KEYS = (
         "say `train: true` or `train: false`",
     ),
     Known(("rejected",), "swift", "refused", "preference pairs", "leave it out"),
+    Known(
+        (*MEDIA, "image_url"),
+        "Ollama, swift",
+        "refused",
+        "only text is trained; without them the answers would be guesses",
+        "leave these rows out",
+    ),
+    Known(
+        RATINGS,
+        "logs of feedback",
+        "warned",
+        "every turn trains alike",
+        "say `train: false` for the turns that are not to be learned",
+    ),
 )
 
 

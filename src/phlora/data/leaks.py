@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from phlora.data.dataset import RowSubset
@@ -18,8 +18,8 @@ _LEAKS = (
     ),
     (
         "leaked_answer",
-        "Answers of the held-out row, with their questions, also stand within longer or shorter chats of the "
-        "training data",
+        "Answers of the held-out row, with their questions or at the head of a chat, also stand within longer or "
+        "shorter chats of the training data",
     ),
     ("leaked_prompt", "The prompt of the held-out row also stands in the training data, with another answer"),
 )
@@ -36,15 +36,19 @@ def find_leaks(train: RowSubset, held_out: RowSubset) -> list[Problem]:
     found: dict[str, list[tuple[int, int]]] = {}
     same, near, prompts = (dict(zip(keys, train.numbers, strict=True)) for keys in _keys(train))
     exchanges, num_rows = {}, Counter[int]()
+    heads: dict[int, list[int]] = defaultdict(list)
     for number in train.numbers:
         said = set(train.survey.exchanges_of(number))
         exchanges.update(dict.fromkeys(said, number))
         num_rows.update(said)
+        if head := train.survey.heads[number]:
+            heads[head].append(number)
     for number, key, near_key, prompt in zip(held_out.numbers, *_keys(held_out), strict=True):
+        inside = _where_trained(held_out.survey.exchanges_of(number), exchanges, num_rows)
         others = (
             same.get(key),
             near.get(near_key),
-            _where_trained(held_out.survey.exchanges_of(number), exchanges, num_rows),
+            inside if inside is not None else _where_it_goes_on(held_out.survey.tails[number], heads),
             prompts.get(prompt),
         )
         for (kind, _), other in zip(_LEAKS, others, strict=True):
@@ -75,6 +79,12 @@ def _where_trained(
     said = [exchange for exchange in said if num_rows.get(exchange, 0) <= SMALL_TALK_ROWS]
     found = [trained[exchange] for exchange in said if exchange in trained]
     return found[-1] if found and len(found) >= _EXCHANGES_SHARE * len(said) else None
+
+
+def _where_it_goes_on(answer: int, heads: Mapping[int, Sequence[int]]) -> int | None:
+    """A training row that begins with the last answer of a row, unless many do."""
+    found = heads.get(answer, ()) if answer else ()
+    return found[0] if 0 < len(found) <= SMALL_TALK_ROWS else None
 
 
 def num_leaks(problems: Sequence[Problem]) -> dict[str, int]:

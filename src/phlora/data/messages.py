@@ -8,14 +8,15 @@ is an error.
 from __future__ import annotations
 
 import ast
-import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from phlora.data.blocks import part_text, text_of_parts
+from phlora.data.json_text import inner_json, parse_json
 from phlora.data.rows import BadRow, Message, kind_of, names_of
-from phlora.data.values import require_plain
+from phlora.data.values import as_sound, require_plain
 from phlora.errors import did_you_mean
 
 ROLES = {
@@ -52,6 +53,7 @@ PAIRS = (
 )
 _ROLE_KEYS = ("role", "from", "sender")
 _CONTENT_KEYS = ("content", "value", "parts", "text")
+_SPOKEN = re.compile(r"""["'](role|from)["']\s*:""")
 _MAX_LITERAL = 1 << 20
 _MAX_LAYERS = 5
 
@@ -98,17 +100,16 @@ def parsed_list(text: str, column: str) -> Any:
     """
     if not text.lstrip().startswith(("[", "{")):
         raise BadRow("wrong_type", f"`{column}` is a text, not a list", "a list of messages, or one as JSON")
+    found = parse_json(text)
+    if not isinstance(found, BadRow):
+        return found
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        broken = error
-    try:
-        if len(text) > _MAX_LITERAL:
+        if len(text) > _MAX_LITERAL or found.kind != "broken_json":
             raise ValueError
-        return ast.literal_eval(text.strip())
+        literal = ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        reason = getattr(broken, "msg", "it cannot be read")
-        raise BadRow("broken_json", f"`{column}` holds broken JSON: {reason}", "a list of messages") from None
+        raise BadRow(found.kind, f"`{column}` holds {found.message}", "a list of messages") from None
+    return as_sound(literal)
 
 
 def with_system(messages: list[Message], system: Any, column: str = "system") -> list[Message]:
@@ -246,12 +247,7 @@ def _content(value: Any, key: str, turn: int, message: Message) -> str:
 def _calls_in_text(value: Any, turn: int) -> list[Any]:
     """The calls that a turn of the role `function_call` or `tool_call` spells out in JSON."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadRow(
-                "broken_json", f"turn {turn} has a call that is no JSON", "name and arguments"
-            ) from None
+        value = inner_json(value, f"turn {turn} has a call that is no JSON", "name and arguments")
     calls = value if isinstance(value, list) else [value]
     if not calls:
         raise BadRow("wrong_type", f"turn {turn} has no call", "name and arguments")
@@ -289,10 +285,7 @@ def _arguments(value: Any, turn: int) -> Any:
             break
         if not value.strip():
             return {}
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise BadRow("broken_json", f"turn {turn} has tool call arguments that are no JSON") from None
+        value = inner_json(value, f"turn {turn} has tool call arguments that are no JSON")
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -313,11 +306,7 @@ def tools_of(value: Any) -> list[Any] | None:
         BadRow: they are no such list, or one has no name.
     """
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "it cannot be read")
-            raise BadRow("broken_json", f"`tools` is broken JSON: {reason}") from None
+        value = inner_json(value, "`tools` is no JSON")
     if not value or value == "":
         return None
     if isinstance(value, Mapping):
@@ -367,7 +356,24 @@ def text_of(record: Mapping[str, Any], column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise BadRow("wrong_type", f"`{column}` is {kind_of(value)}", "text")
+    if column in ("prompt", "completion") and _spells_turns(value):
+        raise BadRow(
+            "wrong_type",
+            f"`{column}` is a text that spells out a list of messages",
+            "the list itself, as JSONL or Parquet hold it, or all of the chat as `messages`",
+        )
     return value
+
+
+def _spells_turns(text: str) -> bool:
+    """Whether a text is a list of messages as JSON, or as Python writes it."""
+    if not text.lstrip().startswith("[") or not _SPOKEN.search(text):
+        return False
+    try:
+        turns = parsed_list(text, "")
+    except BadRow:
+        return False
+    return isinstance(turns, list) and all(isinstance(t, Mapping) and _role_name(t) in ROLES for t in turns)
 
 
 def pair_of(record: Mapping[str, Any], pairs: Iterable[tuple[str, str]] = PAIRS) -> tuple[str, str] | None:

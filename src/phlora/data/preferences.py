@@ -6,6 +6,7 @@ Supervised training learns every answer that it is shown, so rejected answers ma
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from phlora.data.rows import BadRow, kind_of
 FIX = "`--format preference_chosen` (or `format: preference_chosen`) trains on the chosen side"
 LEFT_OUT = "rejected_answer"
 _HH = re.compile(r"\n\n(Human|Assistant):")
+_FULL_MARKS = 10.0
+# Further apart than this, an overall score and twice the mean rating do not speak of the same answer.
+_FAR = 4.0
 _ANSWERS = ("completion", "response", "output", "answer")
 _MARKS = {"true": True, "good": True, "false": False, "bad": False}
 # What only a table or TRL's own names make a mark: elsewhere they may be a class.
@@ -109,7 +113,11 @@ def chosen_side(record: Mapping[str, Any]) -> list[Any]:
         return _after(record, _best(record["completions"]))
     if "ranked" in kind:
         return _ranked(record)
-    return _after(record, record["chosen"])
+    chosen = record["chosen"]
+    shared = _common_turns(chosen, record.get("rejected"))
+    if shared:
+        chosen = [*map(_not_trained, chosen[:shared]), *chosen[shared:]]
+    return _after(record, chosen)
 
 
 def _after(record: Mapping[str, Any], answer: Any) -> list[Any]:
@@ -140,7 +148,22 @@ def _joined(asked: list[Any], answer: Any) -> list[Any]:
         raise BadRow(
             "wrong_type", f"the chosen answer is {kind_of(answer)}", "a text, a message or a list of messages"
         )
-    return [*asked, *answer]
+    return [*map(_not_trained, asked), *answer]
+
+
+def _not_trained(turn: Any) -> Any:
+    """A turn of what was asked: an answer in it is context, as in a prompt of messages."""
+    if isinstance(turn, Mapping) and _role(turn) == "assistant":
+        return {**turn, "train": False}
+    return turn
+
+
+def _common_turns(chosen: Any, rejected: Any) -> int:
+    """With how many equal turns two sides begin: their prompt."""
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        return 0
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected, strict=False))
+    return sum(1 for _ in equal)
 
 
 def _messages(value: Any) -> list[Any]:
@@ -168,23 +191,57 @@ def _dialogue(text: str) -> list[Any]:
 
 def _best(completions: Sequence[Any]) -> str:
     """The best rated of several answers."""
-
-    def score(item: Mapping[str, Any]) -> float:
-        for name in ("overall_score", "fine-grained_score", "score", "rating"):
-            try:
-                return float(item[name])  # a text in what came from a table
-            except (KeyError, TypeError, ValueError):
-                continue
-        return -1.0
-
     rated = [
         item for item in completions if isinstance(item, Mapping) and isinstance(item.get("response"), str)
     ]
-    if not rated or max(map(score, rated)) < 0:
+    scores = list(map(_score, rated))
+    if not rated or max(scores) < 0:
         raise BadRow(
             "wrong_type", "`completions` holds no rated `response`", "responses with `overall_score`"
         )
-    return str(max(rated, key=score)["response"])
+    # Of ten, unless all are of more: UltraFeedback has some 8.5 as 85.
+    of_ten = any("overall_score" in item for item in rated)
+    lowest = min(score for score in scores if score >= 0)
+    if of_ten and max(scores) > _FULL_MARKS >= lowest:
+        raise BadRow(
+            "preference",
+            f"an `overall_score` of {max(scores):g} stands beside one of {lowest:g}, and no ratings say which is meant",
+            "scores of one scale",
+        )
+    return str(rated[scores.index(max(scores))]["response"])
+
+
+def _score(item: Mapping[str, Any]) -> float:
+    """The overall score, or the mean of the fine-grained ratings (of 1 to 5) where that tells otherwise."""
+    scores = {
+        name: _number(item.get(name)) for name in ("overall_score", "fine-grained_score", "score", "rating")
+    }
+    overall, fine = scores["overall_score"], scores["fine-grained_score"]
+    fine = _mean_rating(item.get("annotations")) if fine is None else fine
+    if (
+        overall is not None
+        and fine is not None
+        and 0 <= fine <= _FULL_MARKS / 2
+        and abs(overall - 2 * fine) > _FAR
+    ):
+        return 2 * fine
+    known = [overall, fine, scores["score"], scores["rating"]]
+    return next((score for score in known if score is not None), -1.0)
+
+
+def _mean_rating(annotations: Any) -> float | None:
+    """The mean of UltraFeedback's ratings; None where there are none."""
+    found = annotations.values() if isinstance(annotations, Mapping) else []
+    ratings = [_number(item.get("Rating")) for item in found if isinstance(item, Mapping)]
+    known = [rating for rating in ratings if rating is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)  # a text in what came from a table
+    except (TypeError, ValueError):
+        return None
 
 
 def _ranked(record: Mapping[str, Any]) -> list[Any]:

@@ -25,7 +25,13 @@ NUM_OPENINGS = 3
 # An exchange that stands in more rows is small talk, such as thanks: no sign that they are of one chat.
 SMALL_TALK_ROWS = 10
 _OPENING = "\"'`“‘«„(¿¡"
-_CLOSING = "\"'`”’»),.:;!?…。、，！？؟।"
+# What ends a clause in other scripts: commas, semicolons, full stops, question and exclamation marks.
+_MARKS = (
+    "\u055c\u055d\u055e\u0589\u060c\u061b\u06d4\u0700\u0701\u0702\u0703\u0704\u0705\u0706\u0707\u0708\u0709\u07f8\u07f9\u0965"
+    "\u1361\u1362\u1363\u1364\u1365\u1366\u1367\u166e\u1801\u1802\u1803\u1804\u1808\u1809\u1944\u1945\u2e32\u2e34\u2e35\u2e41"
+    "\u104a\u104b\u17d4\u17d5\ua4fe\ua4ff\ua60d\ua60e\ua60f\ua6f3\ua6f4\ua6f5\ua6f6\ua6f7\ua8ce\ua8cf\uaa5d\uaa5e\uaa5f"
+)
+_CLOSING = _MARKS + "\"'`”’»),.:;!?…。、，！？؟।"
 # A run of either at the beginning or the end of a word, found by a scan for its first character.
 _BEFORE_WORDS = re.compile(rf"[{re.escape(_OPENING)}](?<!\S.)[{re.escape(_OPENING)}]*+", re.DOTALL)
 _BEHIND_WORDS = re.compile(
@@ -49,6 +55,8 @@ def _one_form() -> tuple[dict[str, str], re.Pattern[str], re.Pattern[str]]:
             form[character] = str(unicodedata.digit(character))
     # A dot above stays behind of a folded İ.
     form |= {"\u0131": "i", "\u0307": ""}
+    form |= dict.fromkeys("\u2010\u2011\u2212", "-")
+    form |= dict.fromkeys(map(chr, range(0xFE00, 0xFE10)), "")  # how an emoji is drawn
     form |= {"\u064a": "\u06cc", "\u0649": "\u06cc", "\u0643": "\u06a9", "\u0640": ""}
     form |= dict.fromkeys(map(chr, range(0x64B, 0x653)), "")
     form |= dict.fromkeys("‘’‚‛ʼ", "'") | dict.fromkeys("“”„‟«»", '"')
@@ -67,12 +75,16 @@ class RowKeys:
             counts for those that are missing. Rows for each turn of one chat, or with other answers to the same
             question, have the same first opening.
         exchanges: of each question with its answer alone, in their order; comparable within one process only.
+        head, tail: of the answer that a row begins with before anything is asked, as a window of a chat does, and of
+            its last one; 0 where there is none. Comparable as `exchanges` are.
     """
 
     near: bytes
     prompt: bytes
     openings: bytes
     exchanges: Sequence[int] = ()
+    head: int = 0
+    tail: int = 0
 
 
 def row_keys(row: Row) -> RowKeys:
@@ -86,6 +98,7 @@ def row_keys(row: Row) -> RowKeys:
     exchanges: list[int] = []
     prompt, asked = b"", ""
     asks = False
+    head = tail = 0
     for number, message in enumerate(row.messages):
         if number == last and asks:
             prompt = digest.digest()
@@ -93,8 +106,12 @@ def row_keys(row: Row) -> RowKeys:
         digest.update(f"{message['role']}\0{text}\0".encode("utf-8", "surrogatepass"))
         if "tool_calls" in message:
             digest.update(json.dumps(message["tool_calls"], sort_keys=True, default=str).encode())
-        if message["role"] == "assistant" and asked and text:
-            exchanges.append(hash((asked, text)))
+        if message["role"] == "assistant" and text:
+            tail = hash(text)
+            if asked:
+                exchanges.append(hash((asked, text)))
+            elif not asks:
+                head = head or tail
         elif message["role"] == "user" and text:
             asks, asked = True, text
             if len(openings) < NUM_OPENINGS:
@@ -103,7 +120,7 @@ def row_keys(row: Row) -> RowKeys:
     # A chat that asks nothing is told apart by all that it says.
     openings = openings or [near]
     openings += openings[-1:] * (NUM_OPENINGS - len(openings))
-    return RowKeys(near, prompt or near, b"".join(openings), exchanges)
+    return RowKeys(near, prompt or near, b"".join(openings), exchanges, head, tail)
 
 
 def _plain_keys(row: Row) -> RowKeys:

@@ -2,9 +2,10 @@
 
 Rows that open with the same words (the system prompt and the first question), and rows of the same group where a
 column names groups, are one conversation and stay on one side. So do a row for each turn of a chat, rows with other
-answers to the same question, and rows that begin with an exchange out of the middle of another row, as where each
-turn stands with the last one before it. An opening that very many conversations share, such as a greeting, does not
-make them one: they are then told apart by the next question. Rows of weight 0 are never held out.
+answers to the same question, and rows that begin with an exchange out of the middle of another row, or with the answer
+that another one ends with, as where each turn stands with the last ones before it. An opening that very many
+conversations share, such as a greeting, does not make them one: they are then told apart by the next question. Rows of
+weight 0 are never held out.
 
 Whether a conversation is held out depends on its own hash and the seed, not on the others. Guaranteed is:
 
@@ -81,6 +82,8 @@ def _split_all(index: RowIndex, *, eval_size: float | int, seed: int, stratify_b
         categories=[str(name) for name in categories] if uses_categories else None,
         category_column=stratify_by or "category",
         exchanges=[index.exchanges_of(number) for number in range(len(index))],
+        heads=index.heads,
+        tails=index.tails,
     )
 
 
@@ -98,6 +101,8 @@ def _only(index: RowIndex, numbers: Sequence[int]) -> RowIndex:
         near=bytearray(b"".join(index.near[n * KEY_BYTES : (n + 1) * KEY_BYTES] for n in numbers)),
         exchanges=exchanges,
         exchange_ends=ends,
+        heads=array("q", (index.heads[n] for n in numbers)),
+        tails=array("q", (index.tails[n] for n in numbers)),
         groups=None if index.groups is None else [index.groups[n] for n in numbers],
         categories=[index.categories[n] for n in numbers],
     )
@@ -119,6 +124,8 @@ def split_conversations(
     categories: Sequence[str] | None = None,
     category_column: str = "",
     exchanges: Sequence[Sequence[int]] | None = None,
+    heads: Sequence[int] = (),
+    tails: Sequence[int] = (),
 ) -> Split:
     """Split rows into training and held-out ones; see the module for what is guaranteed.
 
@@ -127,14 +134,19 @@ def split_conversations(
         eval_size: a share of the rows when below 1, else a number of rows.
         groups: what is to stay together besides, per row.
         categories: hold out the same share of each, per row; `category_column` is their name.
-        exchanges: of `similarity.RowKeys`, per row.
+        exchanges, heads, tails: of `similarity.RowKeys`, per row.
 
     Raises:
         DataError: there are not enough different rows to leave some on both sides.
     """
     num_rows = len(near) // KEY_BYTES
     wanted = _num_eval_rows(num_rows, eval_size)
-    conversations = _conversations(openings, num_rows, seed, groups, exchanges)
+    keys = _opening_keys(openings, num_rows)
+    if exchanges is not None:
+        keys = _with_windows(keys, exchanges, heads)
+    if any(heads):
+        keys = _with_answers_before(keys, heads, tails)
+    conversations = _gather(keys if groups is None else _joined(keys, groups), seed)
     if not wanted:
         return Split(list(range(num_rows)), [], len(conversations))
     warnings, notes = [], []
@@ -182,19 +194,6 @@ def useful_categories(categories: Sequence[str | None]) -> bool:
     )
 
 
-def _conversations(
-    openings: bytes | bytearray,
-    num_rows: int,
-    seed: int,
-    groups: Sequence[bytes] | None,
-    exchanges: Sequence[Sequence[int]] | None,
-) -> list[_Conversation]:
-    keys = _opening_keys(openings, num_rows)
-    if exchanges is not None:
-        keys = _with_windows(keys, exchanges)
-    return _gather(keys if groups is None else _joined(keys, groups), seed)
-
-
 def _opening_keys(openings: bytes | bytearray, num_rows: int) -> list[bytes]:
     """What each row opens with: as many questions as tell conversations apart that share a greeting."""
     width = NUM_OPENINGS * KEY_BYTES
@@ -218,7 +217,9 @@ def _opening_keys(openings: bytes | bytearray, num_rows: int) -> list[bytes]:
     return keys
 
 
-def _with_windows(keys: list[bytes], exchanges: Sequence[Sequence[int]]) -> list[bytes]:
+def _with_windows(
+    keys: list[bytes], exchanges: Sequence[Sequence[int]], heads: Sequence[int] = ()
+) -> list[bytes]:
     """One key for rows that begin in the middle of each other, as where each turn stands with the few before it.
 
     An exchange that many rows begin with, or that stands amid many, is a greeting or thanks and ties nothing.
@@ -228,8 +229,9 @@ def _with_windows(keys: list[bytes], exchanges: Sequence[Sequence[int]]) -> list
     for key, said in zip(keys, exchanges, strict=True):
         if said:
             begun[said[0]].append(key)
-    for key, said in zip(keys, exchanges, strict=True):
-        for exchange in said[1:]:
+    for number, (key, said) in enumerate(zip(keys, exchanges, strict=True)):
+        # A row that begins with an answer is out of the middle of a chat, and so is its first exchange.
+        for exchange in said if heads and heads[number] else said[1:]:
             if exchange in begun:
                 amid[exchange].append(key)
     parents: dict[bytes, bytes] = {}
@@ -237,6 +239,29 @@ def _with_windows(keys: list[bytes], exchanges: Sequence[Sequence[int]]) -> list
         if max(len(others), len(begun[exchange])) > SMALL_TALK_ROWS:
             continue
         for key in (*others, *begun[exchange]):
+            one, two = _root(parents, key), _root(parents, others[0])
+            parents[max(one, two)] = min(one, two)
+    return [_root(parents, key) for key in keys] if parents else keys
+
+
+def _with_answers_before(keys: list[bytes], heads: Sequence[int], tails: Sequence[int]) -> list[bytes]:
+    """One key for a row that begins with an answer and the rows that end with it, as windows of odd length do.
+
+    An answer that many rows begin or end with is a greeting or thanks and ties nothing.
+    """
+    begin: dict[int, list[bytes]] = defaultdict(list)
+    end: dict[int, list[bytes]] = defaultdict(list)
+    for key, head in zip(keys, heads, strict=True):
+        if head:
+            begin[head].append(key)
+    for key, tail in zip(keys, tails, strict=True):
+        if tail in begin:
+            end[tail].append(key)
+    parents: dict[bytes, bytes] = {}
+    for answer, others in end.items():
+        if max(len(others), len(begin[answer])) > SMALL_TALK_ROWS:
+            continue
+        for key in (*others, *begin[answer]):
             one, two = _root(parents, key), _root(parents, others[0])
             parents[max(one, two)] = min(one, two)
     return [_root(parents, key) for key in keys] if parents else keys

@@ -334,3 +334,35 @@ def test_an_answer_beside_a_text_is_warned_of(name):
 def test_a_text_with_a_role_is_a_message_of_a_chat():
     with pytest.raises(DataError, match="single messages of a chat"):
         load_rows([{"role": "user", "text": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        ({"images": ["x.png"]}, {("media", "error")}),
+        ({"Audio": "x.wav"}, {("media", "error")}),
+        ({"images": []}, set()),
+        ({"rating": 1}, {("unused_key", "warning")}),
+        ({"feedback": None}, set()),
+    ],
+    ids=str,
+)
+def test_pictures_and_ratings_of_messages(keys, found):
+    for number in (0, 1):
+        turns = _chat()
+        turns[number] |= keys
+        assert _found([{"messages": turns}]) == found
+
+
+def test_turns_spelled_out_in_a_prompt_are_refused():
+    for text in (json.dumps(_chat()[:1]), str(_chat()[:1])):
+        for record in ({"prompt": text, "response": "x"}, {"prompt": text, "completion": "x"}):
+            assert _found([record]) == {("wrong_type", "error")}
+    assert not _found([{"prompt": "[1] and a role: x", "completion": "b"}])
+
+
+def test_a_list_of_flags_beside_a_chat_is_refused():
+    for name in ("loss_mask", "mask"):
+        kinds = {severity for _, severity in _found([{"messages": _chat(), name: [0, 1]}])}
+        assert kinds == {"error"}
+    assert _found([{"messages": _chat(), "weight": "1_0"}]) == {("wrong_type", "error")}

@@ -62,6 +62,32 @@ def test_windows_of_one_chat_stay_on_one_side():
         assert len(found.held_out) % 5 == 0
 
 
+@pytest.mark.parametrize(("width", "step"), [(3, 1), (4, 1), (5, 1), (5, 2)])
+def test_windows_that_begin_with_an_answer_stay_on_one_side(width, step):
+    rows = []
+    for n in range(40):
+        turns = chat(*[f"{'question' if k % 2 == 0 else 'answer'} {n} of {k}" for k in range(12)])["messages"]
+        windows = [turns[max(0, end - width) : end] for end in range(2, 13, 2 * step)]
+        rows += [{"messages": window} for window in windows]
+    found = inspect_data(rows)
+    assert found.num_conversations == 40
+    assert not [problem for problem in found.problems if problem.kind.startswith("leaked")]
+
+
+def test_an_answer_that_a_training_row_begins_with_is_a_leak():
+    window = {
+        "messages": [{"role": "assistant", "content": "answer 3"}, *chat("and then?", "that")["messages"]]
+    }
+    report = check([window, chat("a", "b")], eval_sources=[chat("question 3", "answer 3"), chat("c", "d")])
+    assert report.leaks["leaked_answer"] == 1
+
+
+def test_a_greeting_by_the_assistant_ties_no_chats_together():
+    hello = {"role": "assistant", "content": "Hello, how can I help?"}
+    rows = [{"messages": [hello, *chat(f"question {n}", f"answer {n}")["messages"]]} for n in range(100)]
+    assert inspect_data(rows).num_conversations == 100
+
+
 def test_small_talk_ties_no_chats_together():
     thanks = ("Thanks", "You are welcome")
     chats = [chat(f"question {n}", f"answer {n}", *thanks) for n in range(100)]

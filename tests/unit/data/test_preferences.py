@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from phlora.data.dataset import load_rows
 from phlora.data.preferences import chosen_side, kto_mark, preference_kind
 from phlora.data.rows import BadRow
+from phlora.errors import DataError
 
 ASKED = {"role": "user", "content": "Hi"}
 GOOD = {"role": "assistant", "content": "good"}
@@ -119,3 +121,59 @@ def test_what_has_no_chosen_side_is_refused(record: dict[str, Any], kind: str, m
 )
 def test_marks_of_single_answers(record: dict[str, Any], mark: bool | None) -> None:
     assert kto_mark(record) is mark
+
+
+def _ultra(**scores):
+    return {
+        "instruction": "Hi",
+        "completions": [
+            {"response": name, **(s if isinstance(s, dict) else {"overall_score": s})}
+            for name, s in scores.items()
+        ],
+    }
+
+
+def _chosen(record):
+    (row,) = load_rows([record], format="preference_chosen").rows
+    return row.messages[-1]["content"]
+
+
+def test_a_score_of_another_scale_does_not_win_over_the_ratings():
+    ratings = {"helpfulness": {"Rating": "2"}, "honesty": {"Rating": "1"}, "truthfulness": {"Rating": "N/A"}}
+    wild = {"overall_score": 85, "fine-grained_score": 1.5}
+    assert _chosen(_ultra(bad=wild, good={"overall_score": 8.0, "fine-grained_score": 4.5})) == "good"
+    rated = {"overall_score": 85, "annotations": ratings}
+    assert _chosen(_ultra(bad=rated, good={"overall_score": 8.0, "fine-grained_score": 4.0})) == "good"
+    assert _chosen(_ultra(good={"overall_score": 85, "fine-grained_score": 4.5}, bad=8.0)) == "good"
+    assert _chosen(_ultra(bad=70, good=85)) == "good"
+    with pytest.raises(DataError, match="85"):
+        load_rows([_ultra(a=85, b=8.0)], format="preference_chosen")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"completion": "B", "label": True},
+        {"chosen": "B", "rejected": "C"},
+        {
+            "chosen": [{"role": "assistant", "content": "B"}],
+            "rejected": [{"role": "assistant", "content": "C"}],
+        },
+    ],
+    ids=["KTO", "texts", "messages"],
+)
+@pytest.mark.parametrize("is_explicit", [True, False])
+def test_answers_of_the_prompt_are_not_trained(record, is_explicit):
+    asked = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "b"},
+    ]
+    if is_explicit:
+        record = {"prompt": asked, **record}
+    elif isinstance(record.get("chosen"), list):
+        record = {side: [*asked, *record[side]] for side in ("chosen", "rejected")}
+    else:
+        record = {"messages": asked, **record}
+    (row,) = load_rows([record], format="preference_chosen").rows
+    assert [m.get("train", True) for m in row.messages if m["role"] == "assistant"] == [False, True]

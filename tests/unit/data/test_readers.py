@@ -538,6 +538,20 @@ def test_a_held_out_file_beside_others_of_an_archive_is_left_out(tmp_path):
     assert any("README.txt" in problem.message for problem in loaded.problems)
 
 
+def test_what_an_archive_holds_besides_is_named(tmp_path):
+    inner = tmp_path / "in.zip"
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("b.jsonl", json.dumps({"text": "b"}))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.jsonl", json.dumps({"text": "a"}))
+        archive.writestr("../../up.jsonl", json.dumps({"text": "up"}))
+        archive.write(inner, "in.zip")
+    loaded = load_rows(tmp_path / "x.zip")
+    assert [row.text for row in loaded.rows] == ["up", "a"]
+    (note,) = [problem for problem in loaded.problems if problem.kind == "left_out_files"]
+    assert "in.zip" in note.message
+
+
 @pytest.mark.parametrize("encoding", ["cp850", "mac_roman"])
 def test_the_right_reading_of_an_old_table_is_among_those_offered(tmp_path, encoding):
     path = tmp_path / "old.csv"

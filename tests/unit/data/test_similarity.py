@@ -67,3 +67,19 @@ def test_every_character_with_another_form_is_found():
     for character in "يكﻱ٣𝟛\u200f\U000e0041ı“”":
         plain = unicodedata.normalize("NFKC", character).casefold()
         assert loose(f"a{character}b") == f"a{form.get(plain, plain)}b"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("سلام، خوب", "سلام خوب"),
+        ("سلام؛ خوب", "سلام, خوب"),
+        ("ٹھیک ہے۔", "ٹھیک ہے"),
+        ("Բարեւ։", "Բարեւ"),
+        ("መልካም።", "መልካም"),
+        ("I ❤\ufe0f you", "I ❤ you"),
+        ("e\u2011mail", "e-mail"),
+    ],
+)
+def test_marks_of_other_scripts_make_no_difference(one, other):
+    assert loose(one) == loose(other)

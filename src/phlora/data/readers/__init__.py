@@ -134,7 +134,7 @@ def _told(name: str, about: Sequence[str], others: Sequence[str], split: str | N
     """The notes about files of a source that are not read."""
     told = []
     if about:
-        message = f"{name}: {shown_names(about)} left out, since such files hold no rows"
+        message = f"{name}: {shown_names(about)} left out, since such files hold no rows, or are archives within one"
         told.append(Problem("left_out_files", "note", message))
     if others:
         message = f"{name}: only files of the split `{split or 'train'}` are read, not {shown_names(others)}"

@@ -154,6 +154,7 @@ def _members(path: Path, name: str) -> tuple[list[StoredFile], list[str]]:
         (info for info in infos if kind_and_compression(info.filename)[0]), key=lambda info: info.filename
     )
     about = [info.filename for info in readable if is_about_data(Path(info.filename).name, names)]
+    about += sorted(info.filename for info in infos if info.filename.lower().endswith(".zip"))
     known = [info for info in readable if info.filename not in about]
     if not known:
         raise DataError(
@@ -194,7 +195,7 @@ def is_about_data(name: str, siblings: Collection[str] = ()) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in Path(name).parts)
+    return any(part.startswith((".", "__MACOSX")) and part != ".." for part in Path(name).parts)
 
 
 @contextmanager

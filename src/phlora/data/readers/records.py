@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from phlora.data.json_text import LENIENT, MAX_DIGITS, STRICT, broken, parse_json
 from phlora.data.readers.files import StoredFile
 from phlora.data.readers.text import Line
 from phlora.data.rows import BadRow, Record, kind_of
-from phlora.data.values import MAX_DEPTH, MAX_NUMBER, as_sound
+from phlora.data.values import as_sound
 from phlora.errors import DataError
 
 NUM_LINES_LOOKED_AT = 20
-MAX_DIGITS = 4300  # of Python's own conversion
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[\s\x1e]*")
 _SEPARATORS = re.compile(r"[\s,\x1e]*")  # \x1e: JSON text sequences
 # Lists under these keys belong to a row; a list under another may be the rows themselves.
@@ -47,97 +45,11 @@ def read_json(file: StoredFile, lines: Iterator[Line]) -> Iterator[Record]:
             yield line, value if isinstance(value, BadRow) else _sound(value)
 
 
-def parse_json(text: str) -> Any:
-    """The sound value of a text, or a `BadRow` that says what is wrong with it."""
-    text = text.strip("\x1e\ufeff \t\r\n")
-    try:
-        # What the text shows need not be looked for in the value.
-        return _USUAL.decode(text) if _reads_sound(text) else as_sound(_DECODER.decode(text))
-    except _UnusualNumber:
-        pass
-    except (BadRow, ValueError, RecursionError) as error:
-        return _as_bad(error)
-    try:
-        return as_sound(_DECODER.decode(text))
-    except (BadRow, ValueError, RecursionError) as error:
-        return _as_bad(error)
-
-
 def _sound(value: Any) -> Any:
     try:
         return as_sound(value)
     except BadRow as bad:
         return bad
-
-
-def _as_bad(error: BadRow | ValueError | RecursionError) -> BadRow:
-    if isinstance(error, BadRow):
-        return error
-    if isinstance(error, json.JSONDecodeError):
-        return _broken(error)
-    if isinstance(error, RecursionError):
-        return BadRow("broken_json", "the JSON is nested too deeply")
-    return BadRow("number", f"a number has more than {MAX_DIGITS} digits", "a number that fits a float")
-
-
-def _reads_sound(text: str) -> bool:
-    """Whether a text can hold no half of a surrogate pair and nothing that is nested too deeply."""
-    if _SURROGATE.search(text) or text.count("{") + text.count("[") > MAX_DEPTH:
-        return False
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _broken(error: json.JSONDecodeError) -> BadRow:
-    hint = "one JSON object a line"
-    rest = error.doc[error.pos :].lstrip()[:1]
-    if rest == "'" or error.doc.lstrip()[:2] in ("{'", "['"):
-        hint = 'JSON, whose texts stand in double quotes; written with `json.dumps`, not `str`: {"text": "…"}'
-    return BadRow("broken_json", f"broken JSON at column {error.colno}: {error.msg}", hint)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen and seen[key] != value:
-            raise BadRow("duplicate_key", f"the key `{key}` stands twice in one object", "each key once")
-        seen[key] = value
-    return found
-
-
-def _no_number(name: str) -> Any:
-    raise BadRow("number", f"`{name}` is no JSON value", "null where a value is missing")
-
-
-class _UnusualNumber(ValueError):
-    """A number that `sound` has to look at."""
-
-
-def _usual_int(text: str) -> int:
-    value = int(text)
-    if -MAX_NUMBER < value < MAX_NUMBER:
-        return value
-    raise _UnusualNumber
-
-
-def _usual_float(text: str) -> float:
-    value = float(text)
-    if math.isfinite(value):
-        return value
-    raise _UnusualNumber
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
-_USUAL = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_no_number, parse_int=_usual_int, parse_float=_usual_float
-)
-# Finds the end of a value that the other one refuses.
-_LENIENT = json.JSONDecoder(parse_int=float)
 
 
 def _not_blank(lines: Iterable[Line]) -> Iterator[Line]:
@@ -241,7 +153,7 @@ class _Scanner:
 
     def _value(self, position: int) -> tuple[Any, int]:
         try:
-            return _DECODER.raw_decode(self.text, position)
+            return STRICT.raw_decode(self.text, position)
         except json.JSONDecodeError as error:
             raise self._error(error.pos, error.msg) from None
         except RecursionError:
@@ -253,7 +165,7 @@ class _Scanner:
 
     def _end_of(self, position: int) -> int:
         try:
-            return _LENIENT.raw_decode(self.text, position)[1]
+            return LENIENT.raw_decode(self.text, position)[1]
         except json.JSONDecodeError as error:
             raise self._error(error.pos, error.msg) from None
         except RecursionError:
@@ -267,7 +179,7 @@ class _Scanner:
             position = self._after_space(self._after_space(end) + 1)  # past the colon
             if name == key and self.text[position] == "[":
                 return position
-            _, end = _LENIENT.raw_decode(self.text, position)
+            _, end = LENIENT.raw_decode(self.text, position)
             position = self._after_space(self._after_space(end) + 1)  # past the comma
 
     def _after_space(self, position: int) -> int:
@@ -282,13 +194,11 @@ class _Scanner:
     def _error(self, position: int, message: str) -> DataError:
         line = self._line_of(min(position, len(self.text)))
         column = position - self.text.rfind("\n", 0, position)
-        broken = _broken(json.JSONDecodeError(message, self.text, min(position, len(self.text))))
+        bad = broken(json.JSONDecodeError(message, self.text, min(position, len(self.text))))
         return DataError(
             f"Broken JSON at column {column}: {message}",
             where=f"{self.file.name}:{line}",
-            expected=broken.expected
-            if "quotes" in broken.expected
-            else "a JSON list of rows, or a row a line",
+            expected=bad.expected if "quotes" in bad.expected else "a JSON list of rows, or a row a line",
             fix="correct the file, or name it .jsonl if it holds one object a line"
             if self.file.kind == ".json"
             else "correct the file",
