@@ -18,7 +18,16 @@ from phlora.data.dialects import from_chatgpt, from_claude, from_gemini, from_xl
 from phlora.data.exports import export_of
 from phlora.data.heeding import Findings, heed
 from phlora.data.known_keys import LABELS, TEXTS
-from phlora.data.messages import exchange, messages_of, pair_of, text_of, tools_of, with_system, without_none
+from phlora.data.messages import (
+    exchange,
+    messages_of,
+    pair_of,
+    parsed_list,
+    text_of,
+    tools_of,
+    with_system,
+    without_none,
+)
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
 from phlora.data.reasoning import KEYS, has_reasoning, with_reasoning_as_text
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of
@@ -314,15 +323,23 @@ def _answered(record: Mapping[str, Any], question: str, answer: str) -> list[Mes
 
 
 def _history(value: Any) -> list[Message]:
-    """LLaMA-Factory's earlier exchanges: [[question, answer], …]."""
+    """LLaMA-Factory's earlier exchanges: [[question, answer], …], also as JSON in a table; or as messages."""
     if not value:
         return []
+    if isinstance(value, str):
+        value = parsed_list(value, "history") or []
+    if isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value):
+        return messages_of(value, "history") if value else []
     pairs = value if isinstance(value, list) else []
     if not pairs or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
         for pair in pairs
     ):
-        raise BadRow("wrong_type", f"`history` is {kind_of(value)}", "a list of [question, answer] pairs")
+        raise BadRow(
+            "wrong_type",
+            f"`history` is {kind_of(value)}",
+            "a list of [question, answer] pairs, or of messages",
+        )
     return [message for question, answer in pairs for message in exchange(question, answer)]
 
 

@@ -219,3 +219,18 @@ def test_ratings_out_of_a_table_are_numbers():
     completions = [{"response": "good", "overall_score": "10"}, {"response": "bad", "overall_score": "3"}]
     loaded = load_rows([{"instruction": "a", "completions": completions}], format="preference_chosen")
     assert loaded.rows[0].messages[-1]["content"] == "good"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize(
+    "history",
+    [[["a", "b"]], [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]],
+    ids=["pairs", "messages"],
+)
+def test_earlier_exchanges_as_pairs_messages_and_json(history, as_text):
+    value = json.dumps(history) if as_text else history
+    for asked in ({"instruction": "c", "output": "d"}, {"question": "c", "answer": "d"}):
+        (row,) = load_rows([{**asked, "history": value}]).rows
+        assert [message["content"] for message in row.messages] == ["a", "b", "c", "d"]
+    (row,) = load_rows([{"instruction": "c", "output": "d", "history": "[]"}]).rows
+    assert len(row.messages) == 2
