@@ -176,6 +176,12 @@ def _turn(item: Any, turn: int) -> list[Message]:
     message.pop(role_key, None)
     content_key = _content_key(message, role_key)
     content = message.pop(content_key, None)
+    # The other name of the same thing would be dropped.
+    for key in ("content", "value"):
+        if isinstance(message.get(key), str) and message[key] and message[key] != content:
+            raise BadRow(
+                "two_columns", f"turn {turn} has `{content_key}` and `{key}`, which differ", "one of them"
+            )
     if name in CALL_ROLES:
         message["tool_calls"] = _calls_in_text(content, turn)
         content = ""

@@ -8,6 +8,7 @@ import pytest
 
 from phlora.data.dataset import load_rows
 from phlora.data.messages import CALL_ROLES, ROLES, messages_of
+from phlora.data.rows import BadRow
 from phlora.errors import DataError
 
 CHAT = [("user", "Hi"), ("assistant", "Hello")]
@@ -254,3 +255,11 @@ def test_plain_turns_become_what_others_with_the_same_keys_do(role, content):
         text = '{"name": "f"}' if name in CALL_ROLES else ""
         turn = {role: name, content: text}
         assert messages_of([turn], "messages") == messages_of([{**turn, "name": None}], "messages")
+
+
+@pytest.mark.parametrize("role", ["role", "from"])
+def test_two_contents_of_one_turn_are_refused_where_they_differ(role):
+    with pytest.raises(BadRow, match="`content`.*`value`|`value`.*`content`"):
+        messages_of([{role: "user", "content": "a", "value": "b"}], "messages")
+    (turn,) = messages_of([{role: "user", "content": "a", "value": "a"}], "messages")
+    assert turn["content"] == "a"
