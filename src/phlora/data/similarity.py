@@ -38,6 +38,12 @@ _BEHIND_WORDS = re.compile(
     rf"[{re.escape(_CLOSING)}](?<![{re.escape(_CLOSING)}].)[{re.escape(_CLOSING)}]*+(?!\S)"
 )
 
+_ASKS = frozenset(("user", "human", "customer", "question", "q"))
+# Who speaks in a chat that is written out.
+_SPEAKER = re.compile(
+    r"^(user|human|customer|question|q|assistant|bot|ai|gpt|agent|answer|a):", re.IGNORECASE | re.MULTILINE
+)
+
 
 @lru_cache(maxsize=1)
 def _one_form() -> tuple[dict[str, str], re.Pattern[str], re.Pattern[str]]:
@@ -113,7 +119,12 @@ def row_keys(row: Row) -> RowKeys:
             elif not asks:
                 head = head or tail
         elif message["role"] == "user" and text:
-            asks, asked = True, text
+            asked = text
+            if _SPEAKER.match(message["content"]):
+                told = _told(message["content"])
+                exchanges.extend(told.exchanges)
+                head, asked = head or (0 if asks else told.head), told.asked or text
+            asks = True
             if len(openings) < NUM_OPENINGS:
                 openings.append(digest.digest())
     near = digest.digest()
@@ -121,6 +132,33 @@ def row_keys(row: Row) -> RowKeys:
     openings = openings or [near]
     openings += openings[-1:] * (NUM_OPENINGS - len(openings))
     return RowKeys(near, prompt or near, b"".join(openings), exchanges, head, tail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A chat that stands as text in a question: its exchanges, what it begins with, and what it asks last.
+
+    Where it holds exchanges it is out of the middle of a chat, and `head` says so also where no answer comes first.
+    """
+
+    exchanges: list[int]
+    head: int
+    asked: str
+
+
+def _told(text: str) -> _Told:
+    parts = _SPEAKER.split(text)[1:]
+    exchanges: list[int] = []
+    head, asked = 0, ""
+    for speaker, said in zip(parts[::2], map(loose, parts[1::2]), strict=True):
+        if speaker.lower() in _ASKS:
+            asked = said
+        elif asked and said:
+            exchanges.append(hash((asked, said)))
+            asked = ""
+        elif said and not exchanges:
+            head = hash(said)
+    return _Told(exchanges, head or (hash(text) if exchanges else 0), asked)
 
 
 def _plain_keys(row: Row) -> RowKeys:

@@ -74,6 +74,23 @@ def test_windows_that_begin_with_an_answer_stay_on_one_side(width, step):
     assert not [problem for problem in found.problems if problem.kind.startswith("leaked")]
 
 
+@pytest.mark.parametrize("width", [2, 3, 4, 12])
+def test_windows_written_out_in_the_question_stay_on_one_side(width):
+    rows = []
+    for n in range(40):
+        said = [f"{'question' if k % 2 == 0 else 'answer'} {n} of {k}" for k in range(12)]
+        lines = [f"{'user' if k % 2 == 0 else 'assistant'}: {text}" for k, text in enumerate(said)]
+        for end in range(1, 12, 2):
+            rows.append({"question": "\n".join(lines[max(0, end - width) : end]), "answer": said[end]})
+    found = inspect_data(rows)
+    assert found.num_conversations == 40
+
+
+def test_a_question_that_names_a_speaker_is_a_question():
+    rows = [chat(f"Question: what is {n}?", f"answer {n}") for n in range(100)]
+    assert inspect_data(rows).num_conversations == 100
+
+
 def test_an_answer_that_a_training_row_begins_with_is_a_leak():
     window = {
         "messages": [{"role": "assistant", "content": "answer 3"}, *chat("and then?", "that")["messages"]]
