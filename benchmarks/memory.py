@@ -23,7 +23,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 import phlora
-from common import print_table, quiet
+from common import quiet
 from phlora.display import Display
 from phlora.models.tiny import tiny_phi3
 from resident import peak_bytes, resident_bytes
@@ -48,6 +48,9 @@ class Watch(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds.append(time.perf_counter() - self._started)
         self.resident.append(resident_bytes())
+        # At once, so that a run which is stopped has said something.
+        if len(self.resident) in SHOWN:
+            print(f"step {len(self.resident):>5}  {self.resident[-1] / 1e9:.3f} GB", flush=True)
 
 
 def chats(count: int, *, longest: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -117,20 +120,6 @@ def main() -> None:
         longest=options.longest,
         dtype=options.dtype,
         display=Display(quiet=True),
-    )
-    shown = [step for step in SHOWN if step <= len(watch.resident)]
-    print_table(
-        ("step", "resident GB", "against step 100"),
-        [
-            (
-                step,
-                f"{watch.resident[step - 1] / 1e9:.3f}",
-                f"{watch.resident[step - 1] / watch.resident[SETTLED - 1]:.3f}"
-                if len(watch.resident) >= SETTLED
-                else "",
-            )
-            for step in shown
-        ],
     )
     found = growth(watch.resident)
     print(
