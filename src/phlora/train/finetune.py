@@ -134,25 +134,18 @@ def finetune(
         callbacks=callbacks,
         compute_metrics=compute_metrics,
     )
-    config, objects = request.config, request.objects
-    require(_needed_by(config))
-    require_rows_outside(config, objects, overwrite=overwrite)
-    folder = claim_folder(config.output, resume=resume, overwrite=overwrite)
-    if fit_memory and resume and folder.has_facts:
-        config = fitted_before(config, folder.facts())
-        request = replace(request, config=config)
+    require(_needed_by(request.config))
+    require_rows_outside(request.config, request.objects, overwrite=overwrite)
+    folder = claim_folder(request.config.output, resume=resume, overwrite=overwrite)
     if resume and folder.has_facts:
-        config = replace(config, model=as_before(config.model, folder.facts()))
-        request = replace(request, config=config)
+        request = _as_it_began(request, folder, fit_memory=fit_memory)
+    config, objects = request.config, request.objects
     device = device_of(config.model, objects)
     arguments, lora = _settings(config, folder, device=device.type)
 
     with handed_over(objects.model) as given:
-        display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
-        words = tokenizer_of(config.model, objects)
-        data = prepare_data(
-            config, objects, words, arguments, display, split_by=_split_of(folder, resume=resume)
-        )
+        split_by = _split_of(folder, resume=resume)
+        words, data = _read(request, arguments, display, split_by=split_by)
         clock.lap("data")
 
         planned = plan_ahead(
@@ -210,10 +203,25 @@ def plan_run(config: RunConfig, *, fit_memory: bool = False, display: Display | 
     folder = RunFolder(Path(config.output))
     device = device_of(config.model, request.objects)
     arguments, lora = _settings(config, folder, device=device.type)
-    display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
-    words = tokenizer_of(config.model, request.objects)
-    data = prepare_data(config, request.objects, words, arguments, display)
+    words, data = _read(request, arguments, display, split_by="conversations")
     return plan_ahead(request, words, data, arguments, lora, display, device=device, fit_memory=fit_memory)
+
+
+def _as_it_began(request: Request, folder: RunFolder, *, fit_memory: bool) -> Request:
+    """A run that is continued with what this machine had chosen, or changed to fit, when it began."""
+    config, facts = request.config, folder.facts()
+    if fit_memory:
+        config = fitted_before(config, facts)
+    return replace(request, config=replace(config, model=as_before(config.model, facts)))
+
+
+def _read(
+    request: Request, arguments: Arguments, display: Display, *, split_by: SplitBy
+) -> tuple[LoadedTokenizer, PreparedData]:
+    config, objects = request.config, request.objects
+    display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
+    words = tokenizer_of(config.model, objects)
+    return words, prepare_data(config, objects, words, arguments, display, split_by=split_by)
 
 
 def _needed_by(config: RunConfig) -> dict[str, str]:
