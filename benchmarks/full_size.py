@@ -323,13 +323,17 @@ class Bench:
             process = subprocess.Popen(
                 [sys.executable, "-m", "phlora", *arguments], stdout=output, stderr=said
             )
-            end_first_when_memory_is_short(process.pid)
-            while process.poll() is None:
-                peak = max(peak, peak_of(process.pid))
-                if kill_when is not None and kill_when():
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                time.sleep(0.02)
+            try:
+                end_first_when_memory_is_short(process.pid)
+                while process.poll() is None:
+                    peak = max(peak, peak_of(process.pid))
+                    if kill_when is not None and kill_when():
+                        process.send_signal(signal.SIGKILL)
+                        process.wait()
+                    time.sleep(0.02)
+            finally:
+                # Nothing goes on computing when the benchmark itself is ended.
+                process.kill()
         text = errors.read_text(encoding="utf-8", errors="replace").strip()
         wanted = -signal.SIGKILL if kill_when else 0
         if process.returncode != wanted:
@@ -622,6 +626,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     quiet()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     work = options.work or cache_root() / "full_size"
     work.mkdir(parents=True, exist_ok=True)
     folder = options.model or model_folder(work, options.size, options.layers)
