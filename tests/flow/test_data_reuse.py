@@ -105,7 +105,7 @@ def test_a_second_start_takes_its_tokens_from_the_cache_unless_told_not_to(
         run_it(model_folder, tmp_path / "dry", out=out, data=data, dry_run=True)
         return out.getvalue()
 
-    assert "from cache" not in said(cache=False) and not (tmp_path / "cache").exists()
+    assert "from cache" not in said(cache=False) and not (tmp_path / "cache" / "tokens").exists()
     assert "from cache" not in said()
     with monkeypatch.context() as patched:
         patched.setattr(prepare, "tokenize_rows", None)  # not called

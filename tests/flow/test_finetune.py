@@ -13,7 +13,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from phlora import evaluate_run, finetune
 from phlora.adapters.attach import lora_settings
@@ -162,10 +162,17 @@ def test_a_resumed_run_multiplies_by_the_libraries_that_it_began_with(
         with pytest.raises(KeyboardInterrupt):
             run_it(model_folder, chat_file, output)
     other = dict.fromkeys(before, "torch's BLAS")
+    used: list[Any] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            used.append(matmul.libraries())
+
     checkpoints.RunFolder(output).update_facts(**{loop.LIBRARIES: other})
     try:
-        run_it(model_folder, chat_file, output, resume=True)
-        assert matmul.libraries() == other == checkpoints.RunFolder(output).facts()[loop.LIBRARIES]
+        run_it(model_folder, chat_file, output, resume=True, callbacks=[Watch()])
+        assert used and all(libraries == other for libraries in used)
+        assert other == checkpoints.RunFolder(output).facts()[loop.LIBRARIES]
     finally:
         matmul.use_libraries(before)
 

@@ -62,7 +62,10 @@ def test_convolutions_go_there_and_back_with_their_kernel_named(phlora: CommandL
         (["--to", "peft", "--lora-alpha", "8"], "no 2 equal blocks|several choices"),
         (["--to", "peft", "--lora-alpha", "8", "--blocks", "qkv_proj=64"], "--blocks"),
         (["--to", "peft", "--lora-alpha", "8", "--rows", "x.jsonl"], "--to merged"),
-        (["--to", "peft", "--lora-alpha", "8", "--base", "full"], "--base, --dtype and --rows are for"),
+        (
+            ["--to", "peft", "--lora-alpha", "8", "--base", "full"],
+            "--base, --dtype, --rows, --format and --columns are for",
+        ),
         (["--to", "merged", "--lora-alpha", "8"], "--model BASE"),
         (["--to", "gguf"], "gguf"),
     ],

@@ -182,7 +182,7 @@ def test_doubles_count_in_full() -> None:
         model.get_parameter(PLACE).data.view(-1)[7] += change
     assert fingerprint(base).split("/")[1].startswith("float64:")
     assert fingerprint(base) != fingerprint(other)
-    assert are_same(fingerprint(base), identity_of(tiny_phi3()[0])) is True
+    assert are_same(fingerprint(base), identity_of(tiny_phi3()[0])) is None
 
 
 # ------------------------------------------------------------------------------------------------- kept digests
