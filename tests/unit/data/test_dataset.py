@@ -10,13 +10,9 @@ from phlora.config import DataFile
 from phlora.data.dataset import RowSubset, index_rows, load_rows, read_rows
 from phlora.data.rows import fingerprint_of, row_digest, row_key
 from phlora.errors import ConfigError, DataError
+from phlora.testing import write_rows
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
-
-def _write(path, rows):
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
-    return path
 
 
 def _contents(row):
@@ -37,8 +33,8 @@ def test_datasets_objects_and_saved_folders(tmp_path):
 
 
 def test_weights_of_several_files(tmp_path):
-    one = _write(tmp_path / "a.jsonl", [{"text": "a"}])
-    two = _write(tmp_path / "b.jsonl", [{"question": "q", "answer": "a"}])
+    one = write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    two = write_rows(tmp_path / "b.jsonl", [{"question": "q", "answer": "a"}])
     rows = load_rows([DataFile(path=str(one)), DataFile(path=str(two), weight=0.25)]).rows
     assert [row.weight for row in rows] == [1.0, 0.25]
     with pytest.raises(ConfigError, match="positive"):
@@ -102,3 +98,8 @@ def test_rows_are_read_one_by_one_past_what_is_only_noted():
     found = list(read_rows(rows, format="preference_chosen"))
     assert [row.messages[-1]["content"] for row in found] == ["Hello", "So long"]
     assert [problem.severity for problem in load_rows(rows, format="preference_chosen").problems] == ["note"]
+
+
+def test_what_holds_no_rows_is_refused():
+    with pytest.raises(DataError, match="cannot be taken from a int"):
+        load_rows(3)

@@ -13,11 +13,6 @@ from phlora.errors import ConfigError, DataError
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
-def _write(path, rows):
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n", encoding="utf-8")
-    return path
-
-
 def _contents(row):
     return [(message["role"], message["content"]) for message in row.messages]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import errors
 
+from phlora.data.dataset import load_rows
 from phlora.data.readers.hub import pick_split, read_hub
 from phlora.errors import DataError, NetworkError, PhloraError
 
@@ -68,6 +70,15 @@ def test_what_goes_wrong_in_loading_is_one_message(
     online.setattr(datasets, "load_dataset", raising(error))
     with pytest.raises(kind, match=message):
         read_hub(NAME, None)
+
+
+def test_an_unreachable_hub_is_a_network_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", raising(OSError("no network here")))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(NetworkError, match="cannot be reached") as caught:
+        load_rows(NAME)
+    assert caught.value.exit_code == 3
 
 
 def test_offline_nothing_is_asked_and_what_to_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
