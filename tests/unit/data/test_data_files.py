@@ -35,6 +35,44 @@ def test_every_compression(tmp_path):
             load_rows(path)
 
 
+def _patched(path, *, at, value, size=2):
+    """An archive with a number in place of one of its directory's, where zip keeps what it says of a member."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\1\2") + at
+    content[start : start + size] = value.to_bytes(size, "little")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "fix"),
+    [
+        ({"at": 8, "value": 1}, "The archive is encrypted", "unpack it first"),
+        ({"at": 8, "value": 0x41}, "The archive is encrypted", "unpack it first"),
+        ({"at": 10, "value": 9}, "cannot be unpacked: That compression method", "unpack it first"),
+        ({"at": 6, "value": 99}, "cannot be unpacked: zip file version 9.9", "unpack it first"),
+        ({"at": 20, "value": 10**6 << 32 | 10**6, "size": 8}, "cannot be read: it ends too early", ""),
+    ],
+    ids=["password", "strong", "deflate64", "version", "cut"],
+)
+def test_an_archive_that_cannot_be_unpacked_says_why(tmp_path, field, message, fix):
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a"}\n')
+    _patched(path, **field)
+    with pytest.raises(DataError, match=message) as caught:
+        load_rows(path)
+    assert caught.value.fix == fix
+
+
+def test_a_name_in_an_archive_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "rows.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("é.jsonl", '{"text": "a"}\n')
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xfe"))
+    with pytest.raises(DataError, match="cannot be unpacked: 'utf-8' codec"):
+        load_rows(path)
+
+
 def test_a_decompression_bomb_is_refused_while_it_unpacks(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_UNPACKED_BYTES", 1 << 20)
     monkeypatch.setattr(files, "MAX_RATIO", 10)

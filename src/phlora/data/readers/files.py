@@ -30,6 +30,7 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 MAX_RATIO = 400
 MAX_UNPACKED_BYTES = 1 << 30
 _BUFFER_BYTES = 1 << 20
+_IS_ENCRYPTED = 0x1  # of a zip member's flags
 _IS_PATTERN = re.compile(r"[*?\[]")
 _ABOUT_AS_TEXT = frozenset("readme license licence notice requirements changelog".split())
 _BESIDE_CHATS = (
@@ -147,7 +148,7 @@ def _unpacking(path: Path, compression: str) -> IO[bytes]:
 
 
 def _members(path: Path, name: str) -> tuple[list[StoredFile], list[str]]:
-    with guarded(name), zipfile.ZipFile(path) as archive:
+    with guarded(name), _archive(path, name) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir() and not _is_hidden(info.filename)]
     names = {Path(info.filename).name for info in infos}
     readable = sorted(
@@ -167,18 +168,34 @@ def _members(path: Path, name: str) -> tuple[list[StoredFile], list[str]]:
 
 
 def _member(path: Path, name: str, info: zipfile.ZipInfo) -> StoredFile:
+    name = f"{name}/{info.filename}"
     kind, compression = kind_and_compression(info.filename)
     if compression:
-        raise DataError(
-            "An archive holds a compressed file", where=f"{name}/{info.filename}", fix="unpack the archive"
-        )
+        raise DataError("An archive holds a compressed file", where=name, fix="unpack the archive")
 
     def opened() -> IO[bytes]:
+        if info.flag_bits & _IS_ENCRYPTED:
+            raise DataError("The archive is encrypted", where=name, fix="unpack it first")
         # Closing the archive leaves the member readable: zipfile counts who still reads.
-        with zipfile.ZipFile(path) as archive:
+        with _archive(path, name) as archive:
             return archive.open(info)
 
-    return StoredFile(f"{name}/{info.filename}", kind, max(info.compress_size, 1), opened)
+    return StoredFile(name, kind, max(info.compress_size, 1), opened)
+
+
+@contextmanager
+def _archive(path: Path, name: str) -> Iterator[zipfile.ZipFile]:
+    """A zip archive, and as an error of ours what the `zipfile` module does not know of the format.
+
+    That is a compression such as deflate64, a later version, or (UnicodeDecodeError) a name that is no UTF-8.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (NotImplementedError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"The archive cannot be unpacked: {error}", where=name, fix="unpack it first"
+        ) from None
 
 
 def is_about_data(name: str, siblings: Collection[str] = ()) -> bool:
@@ -203,12 +220,9 @@ def guarded(name: str) -> Iterator[None]:
     """What the system says about a file that cannot be opened or unpacked, as an error of ours."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise DataError(f"The file cannot be read: {error}", where=name) from None
-    except RuntimeError as error:  # zipfile: a password is needed
-        if "password" not in str(error) and "encrypted" not in str(error):
-            raise
-        raise DataError("The archive is encrypted", where=name, fix="unpack it first") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        reason = str(error) or "it ends too early"  # about which `zipfile` says nothing
+        raise DataError(f"The file cannot be read: {reason}", where=name) from None
 
 
 # ------------------------------------------------------------------------------------------------ several files
