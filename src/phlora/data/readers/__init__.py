@@ -22,7 +22,6 @@ from pathlib import Path
 from phlora.data.readers.files import (
     BINARY_KINDS,
     StoredFile,
-    files_about,
     files_in_folder,
     files_of,
     guarded,
@@ -83,11 +82,7 @@ def open_path(source: str, *, split: str | None = None, encoding: str | None = N
     elif is_pattern(source):
         kept, others = matching(source, split)
         told = _told(source, [], list(map(str, others)), split)
-        for file in kept:
-            for opened in _open_existing(file, str(file), split, encoding):
-                opened.problems.extend(told)
-                told = []
-                yield opened
+        yield from _open_each(kept, told, split, encoding)
     elif _looks_local(source):
         raise missing_file(path)
     else:
@@ -103,21 +98,10 @@ def _exists(path: Path) -> bool:
 
 
 def _open_existing(path: Path, name: str, split: str | None, encoding: str | None) -> Iterator[Opened]:
-    if not path.is_dir():
-        require_file(path)
-    if path.is_dir() and is_saved_folder(path):
-        yield Opened(name if split is None else f"{name}:{split}", read_saved_folder(path, split))
-        return
     if path.is_dir():
-        kept, others = files_in_folder(path, split)
-        beside = [str(file.relative_to(path)) for file in files_about(path)]
-        told = _told(name, beside, [str(other.relative_to(path)) for other in others], split)
-        for file in kept:
-            for opened in _open_existing(file, str(file), None, encoding):
-                opened.problems.extend(told)
-                told = []
-                yield opened
+        yield from _open_folder(path, name, split, encoding)
         return
+    require_file(path)
     files, about = files_of(path, name)
     names = {file.name: file.name[len(name) + 1 :] for file in files}
     elsewhere = other_splits(list(names.values()), split) if len(files) > 1 else set()
@@ -128,6 +112,27 @@ def _open_existing(path: Path, name: str, split: str | None, encoding: str | Non
         problems, told = told, []
         records = _guarded(stored.name, lambda s=stored, p=problems: _records(s, split, encoding, p))  # type: ignore[misc]
         yield Opened(stored.name, records, problems, is_sound=stored.kind in _JSON)
+
+
+def _open_folder(path: Path, name: str, split: str | None, encoding: str | None) -> Iterator[Opened]:
+    if is_saved_folder(path):
+        yield Opened(name if split is None else f"{name}:{split}", read_saved_folder(path, split))
+        return
+    kept, others, about = files_in_folder(path, split)
+    names = {file: str(file.relative_to(path)) for file in (*others, *about)}
+    told = _told(name, [names[file] for file in about], [names[file] for file in others], split)
+    yield from _open_each(kept, told, None, encoding)
+
+
+def _open_each(
+    files: Sequence[Path], told: Sequence[Problem], split: str | None, encoding: str | None
+) -> Iterator[Opened]:
+    """Several files one after another; what is told of all of them stands with the first."""
+    for file in files:
+        for opened in _open_existing(file, str(file), split, encoding):
+            opened.problems.extend(told)
+            told = []
+            yield opened
 
 
 def _told(name: str, about: Sequence[str], others: Sequence[str], split: str | None) -> list[Problem]:

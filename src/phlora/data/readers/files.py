@@ -252,58 +252,51 @@ def matching(pattern: str, split: str | None = None) -> tuple[list[Path], list[P
     above = Path(
         *itertools.takewhile(lambda part: not _IS_PATTERN.search(part), Path(pattern).expanduser().parts)
     )
-    names = {path: str(path.relative_to(above)) for path in files}
-    elsewhere = other_splits(list(names.values()), split)
-    kept = [path for path in files if names[path] not in elsewhere]
-    return kept, [path for path in files if names[path] in elsewhere]
+    return _by_split(files, above, split)
 
 
-def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path]]:
-    """The data files in a folder and below, and those left out because they belong to another split.
+def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[Path], list[Path]]:
+    """The data files in a folder and below, those left out because they belong to another split or only speak of data.
 
     A name such as `train-00000.parquet` or `test/part.jsonl` says its split; files without one always count.
 
     Raises:
         DataError: there are none, or none of the split.
     """
-    about = set(files_about(folder))
-    found = [path for path in _data_files(folder) if path not in about]
+    readable = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and is_data_name(path.name) and not _is_hidden(str(path.relative_to(folder)))
+    )
+    siblings = {path.name for path in readable}
+    about = [path for path in readable if is_about_data(path.name, siblings)]
+    found = [path for path in readable if not is_about_data(path.name, siblings)]
     if not found:
         raise DataError(
             "The folder holds no data file",
             where=str(folder),
             expected="data files, or a folder written by `save_to_disk` of the `datasets` library",
         )
-    splits = {path: split_of_path(str(path.relative_to(folder))) for path in found}
-    names = {name for name in splits.values() if name}
-    wanted = same_split(split) if split else TRAIN
-    if split and wanted not in names:
+    splits = {split_of_path(str(path.relative_to(folder))) for path in found}
+    names = sorted(name for name in splits if name)
+    if split and same_split(split) not in names:
         raise DataError(f"No split `{split}`", where=str(folder), fix=did_you_mean(split, names))
-    if wanted not in names:
-        if names:
-            raise DataError(
-                f"The folder holds files of {', '.join(sorted(names))}, and none to train on",
-                where=str(folder),
-                fix=f"name one: {', '.join(f'{folder}:{name}' for name in sorted(names))}, or name the files",
-            )
-        return found, []
-    kept = [path for path in found if splits[path] == wanted or (splits[path] is None and not split)]
-    return kept, [path for path in found if path not in set(kept)]
+    if not split and names and TRAIN not in names:
+        raise DataError(
+            f"The folder holds files of {', '.join(names)}, and none to train on",
+            where=str(folder),
+            fix=f"name one: {', '.join(f'{folder}:{name}' for name in names)}, or name the files",
+        )
+    kept, others = _by_split(found, folder, split)
+    return kept, others, about
 
 
-def _data_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and is_data_name(path.name) and not _is_hidden(str(path.relative_to(folder)))
-    )
-
-
-def files_about(folder: Path) -> list[Path]:
-    """The files in a folder and below that would be read by their names, and are left out for what they are."""
-    found = _data_files(folder)
-    names = {path.name for path in found}
-    return [path for path in found if is_about_data(path.name, names)]
+def _by_split(files: Sequence[Path], above: Path, split: str | None) -> tuple[list[Path], list[Path]]:
+    """Files below a folder that are read, and those that their names there keep out."""
+    names = {path: str(path.relative_to(above)) for path in files}
+    elsewhere = other_splits(list(names.values()), split)
+    kept = [path for path in files if names[path] not in elsewhere]
+    return kept, [path for path in files if names[path] in elsewhere]
 
 
 def missing_file(path: Path) -> DataError:
