@@ -184,6 +184,18 @@ def test_what_a_pattern_spells_out_is_read(tmp_path):
     assert [row.text for row in load_rows(folder / "test").rows] == ["test"]
 
 
+def test_a_held_out_file_beside_others_of_a_folder_is_left_out(tmp_path):
+    write_rows(tmp_path / "test.jsonl", [{"text": "test"}])
+    with pytest.raises(DataError, match="files of test, and none to train on") as caught:
+        load_rows(tmp_path)
+    assert f"{tmp_path}:test" in caught.value.fix
+    write_rows(tmp_path / "chats.jsonl", [{"text": "chats"}])
+    loaded = load_rows(tmp_path)
+    assert [row.text for row in loaded.rows] == ["chats"]
+    (note,) = loaded.problems
+    assert note.kind == "split" and "test.jsonl" in note.message
+
+
 def test_a_held_out_file_beside_others_of_an_archive_is_left_out(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("chats", "test"):

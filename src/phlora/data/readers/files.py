@@ -281,7 +281,7 @@ def files_in_folder(folder: Path, split: str | None) -> tuple[list[Path], list[P
     names = sorted(name for name in splits if name)
     if split and same_split(split) not in names:
         raise DataError(f"No split `{split}`", where=str(folder), fix=did_you_mean(split, names))
-    if not split and names and TRAIN not in names:
+    if not split and splits.isdisjoint((TRAIN, None)):
         raise DataError(
             f"The folder holds files of {', '.join(names)}, and none to train on",
             where=str(folder),
