@@ -50,6 +50,21 @@ def test_missing_file_names_the_nearest_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (f'{{"messages": [{"x" * 300}]}}', "No data file matches the pattern"),
+        (f'{{"text": "{"x" * 300}/b"}}', "cannot be read: .*too long"),
+        (f'{{"text": "{"x" * 300}"}}', "does not exist"),
+        ("a\0b", "does not exist"),
+    ],
+    ids=["rows", "path", "name", "zero"],
+)
+def test_rows_in_place_of_the_name_of_their_file_are_no_traceback(source, message):
+    with pytest.raises(DataError, match=message):
+        load_rows(source)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "match"),
     [
         ("empty.jsonl", b"", "The file is empty"),

@@ -229,8 +229,8 @@ def guarded(name: str) -> Iterator[None]:
 
 
 def is_pattern(source: str) -> bool:
-    """Whether a name that does not exist is a pattern such as `chats/*.jsonl`."""
-    return bool(_IS_PATTERN.search(source)) and not Path(source).exists()
+    """Whether a name of which there is no file is a pattern such as `chats/*.jsonl`."""
+    return bool(_IS_PATTERN.search(source))
 
 
 def matching(pattern: str, split: str | None = None) -> tuple[list[Path], list[Path]]:
@@ -301,9 +301,12 @@ def _by_split(files: Sequence[Path], above: Path, split: str | None) -> tuple[li
 
 def missing_file(path: Path) -> DataError:
     """The error for a path that is not there, with the nearest name that is."""
-    if not path.parent.is_dir():
-        return DataError("The folder of the data file does not exist", where=str(path), fix="check the path")
-    siblings = [entry.name for entry in path.parent.iterdir()]
+    with guarded(str(path)):  # the system may not show the folder, or know of no names as long
+        if not path.parent.is_dir():
+            return DataError(
+                "The folder of the data file does not exist", where=str(path), fix="check the path"
+            )
+        siblings = [entry.name for entry in path.parent.iterdir()]
     match = nearest(path.name, siblings)
     known = [name for name in siblings if is_data_name(name)]
     hint = (
