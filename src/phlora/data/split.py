@@ -60,52 +60,30 @@ def split_rows(
     Raises:
         DataError: there are not enough different rows to leave some on both sides.
     """
-    trained = [number for number, weight in enumerate(index.is_trained) if weight]
-    if len(trained) == len(index) or not trained:
-        return _split_all(index, eval_size=eval_size, seed=seed, stratify_by=stratify_by)
     # A row of weight 0 would take a seat and be left empty.
-    split = _split_all(_only(index, trained), eval_size=eval_size, seed=seed, stratify_by=stratify_by)
-    held_out = [trained[number] for number in split.held_out]
+    numbers = [number for number, weight in enumerate(index.is_trained) if weight] or list(range(len(index)))
+    categories = [index.categories[number] for number in numbers]
+    uses_categories = stratify_by is not None or useful_categories(categories)
+    split = split_conversations(
+        _digests_of(index.openings, NUM_OPENINGS * KEY_BYTES, numbers),
+        _digests_of(index.near, KEY_BYTES, numbers),
+        exchanges=[index.exchanges_of(number) for number in numbers],
+        heads=[index.heads[number] for number in numbers],
+        tails=[index.tails[number] for number in numbers],
+        eval_size=eval_size,
+        seed=seed,
+        groups=None if index.groups is None else [index.groups[number] for number in numbers],
+        categories=[str(name) for name in categories] if uses_categories else None,
+        category_column=stratify_by or "category",
+    )
+    held_out = [numbers[place] for place in split.held_out]
     others = set(held_out)
     return replace(split, train=[n for n in range(len(index)) if n not in others], held_out=held_out)
 
 
-def _split_all(index: RowIndex, *, eval_size: float | int, seed: int, stratify_by: str | None) -> Split:
-    categories = index.categories
-    uses_categories = stratify_by is not None or useful_categories(categories)
-    return split_conversations(
-        index.openings,
-        index.near,
-        eval_size=eval_size,
-        seed=seed,
-        groups=index.groups,
-        categories=[str(name) for name in categories] if uses_categories else None,
-        category_column=stratify_by or "category",
-        exchanges=[index.exchanges_of(number) for number in range(len(index))],
-        heads=index.heads,
-        tails=index.tails,
-    )
-
-
-def _only(index: RowIndex, numbers: Sequence[int]) -> RowIndex:
-    """What the split needs to know of some rows."""
-    width = NUM_OPENINGS * KEY_BYTES
-    exchanges, ends = array("q"), array("q")
-    for number in numbers:
-        exchanges.extend(index.exchanges_of(number))
-        ends.append(len(exchanges))
-    return replace(
-        index,
-        lines=array("q", (index.lines[n] for n in numbers)),
-        openings=bytearray(b"".join(index.openings[n * width : (n + 1) * width] for n in numbers)),
-        near=bytearray(b"".join(index.near[n * KEY_BYTES : (n + 1) * KEY_BYTES] for n in numbers)),
-        exchanges=exchanges,
-        exchange_ends=ends,
-        heads=array("q", (index.heads[n] for n in numbers)),
-        tails=array("q", (index.tails[n] for n in numbers)),
-        groups=None if index.groups is None else [index.groups[n] for n in numbers],
-        categories=[index.categories[n] for n in numbers],
-    )
+def _digests_of(digests: bytearray, width: int, numbers: Sequence[int]) -> bytes:
+    """The digests of some rows, one after the other as those of all rows are."""
+    return b"".join(digests[number * width : (number + 1) * width] for number in numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,34 +96,31 @@ def split_conversations(
     openings: bytes | bytearray,
     near: bytes | bytearray,
     *,
+    exchanges: Sequence[Sequence[int]],
+    heads: Sequence[int],
+    tails: Sequence[int],
     eval_size: float | int,
     seed: int,
     groups: Sequence[bytes] | None = None,
     categories: Sequence[str] | None = None,
     category_column: str = "",
-    exchanges: Sequence[Sequence[int]] | None = None,
-    heads: Sequence[int] = (),
-    tails: Sequence[int] = (),
 ) -> Split:
     """Split rows into training and held-out ones; see the module for what is guaranteed.
 
     Args:
         openings, near: of `similarity.RowKeys`, of all rows one after the other.
+        exchanges, heads, tails: of `similarity.RowKeys`, per row.
         eval_size: a share of the rows when below 1, else a number of rows.
         groups: what is to stay together besides, per row.
         categories: hold out the same share of each, per row; `category_column` is their name.
-        exchanges, heads, tails: of `similarity.RowKeys`, per row.
 
     Raises:
         DataError: there are not enough different rows to leave some on both sides.
     """
     num_rows = len(near) // KEY_BYTES
     wanted = _num_eval_rows(num_rows, eval_size)
-    keys = _opening_keys(openings, num_rows)
-    if exchanges is not None:
-        keys = _with_windows(keys, exchanges, heads)
-    if any(heads):
-        keys = _with_answers_before(keys, heads, tails)
+    keys = _with_windows(_opening_keys(openings, num_rows), exchanges, heads)
+    keys = _with_answers_before(keys, heads, tails)
     conversations = _gather(keys if groups is None else _joined(keys, groups), seed)
     if not wanted:
         return Split(list(range(num_rows)), [], len(conversations))
@@ -217,9 +192,7 @@ def _opening_keys(openings: bytes | bytearray, num_rows: int) -> list[bytes]:
     return keys
 
 
-def _with_windows(
-    keys: list[bytes], exchanges: Sequence[Sequence[int]], heads: Sequence[int] = ()
-) -> list[bytes]:
+def _with_windows(keys: list[bytes], exchanges: Sequence[Sequence[int]], heads: Sequence[int]) -> list[bytes]:
     """One key for rows that begin in the middle of each other, as where each turn stands with the few before it.
 
     An exchange that many rows begin with, or that stands amid many, is a greeting or thanks and ties nothing.
@@ -229,19 +202,12 @@ def _with_windows(
     for key, said in zip(keys, exchanges, strict=True):
         if said:
             begun[said[0]].append(key)
-    for number, (key, said) in enumerate(zip(keys, exchanges, strict=True)):
+    for key, said, head in zip(keys, exchanges, heads, strict=True):
         # A row that begins with an answer is out of the middle of a chat, and so is its first exchange.
-        for exchange in said if heads and heads[number] else said[1:]:
+        for exchange in said if head else said[1:]:
             if exchange in begun:
                 amid[exchange].append(key)
-    parents: dict[bytes, bytes] = {}
-    for exchange, others in amid.items():
-        if max(len(others), len(begun[exchange])) > SMALL_TALK_ROWS:
-            continue
-        for key in (*others, *begun[exchange]):
-            one, two = _root(parents, key), _root(parents, others[0])
-            parents[max(one, two)] = min(one, two)
-    return [_root(parents, key) for key in keys] if parents else keys
+    return _tied(keys, amid, begun)
 
 
 def _with_answers_before(keys: list[bytes], heads: Sequence[int], tails: Sequence[int]) -> list[bytes]:
@@ -257,14 +223,25 @@ def _with_answers_before(keys: list[bytes], heads: Sequence[int], tails: Sequenc
     for key, tail in zip(keys, tails, strict=True):
         if tail in begin:
             end[tail].append(key)
+    return _tied(keys, end, begin)
+
+
+def _tied(
+    keys: list[bytes], some: Mapping[int, Sequence[bytes]], others: Mapping[int, Sequence[bytes]]
+) -> list[bytes]:
+    """One key for the rows that say the same in two places, unless many say it in one of them."""
     parents: dict[bytes, bytes] = {}
-    for answer, others in end.items():
-        if max(len(others), len(begin[answer])) > SMALL_TALK_ROWS:
-            continue
-        for key in (*others, *begin[answer]):
-            one, two = _root(parents, key), _root(parents, others[0])
-            parents[max(one, two)] = min(one, two)
+    for said, found in some.items():
+        if max(len(found), len(others[said])) <= SMALL_TALK_ROWS:
+            for key in (*found, *others[said]):
+                _unite(parents, key, found[0])
     return [_root(parents, key) for key in keys] if parents else keys
+
+
+def _unite(parents: dict[bytes, bytes], one: bytes, other: bytes) -> None:
+    """Give two items one root, the smaller of theirs."""
+    one, other = _root(parents, one), _root(parents, other)
+    parents[max(one, other)] = min(one, other)
 
 
 def _root(parents: dict[bytes, bytes], item: bytes) -> bytes:
@@ -279,8 +256,7 @@ def _joined(keys: Sequence[bytes], groups: Sequence[bytes]) -> list[bytes]:
     parents: dict[bytes, bytes] = {}
     for key, group in zip(keys, groups, strict=True):
         # A group is never the child of a key, and the smaller group is the root.
-        one, other = _root(parents, b"g" + group), _root(parents, b"k" + key)
-        parents[max(one, other)] = min(one, other)
+        _unite(parents, b"g" + group, b"k" + key)
     return [_root(parents, b"g" + group) for group in groups]
 
 
