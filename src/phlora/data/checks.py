@@ -19,7 +19,7 @@ from phlora.data.leaks import num_leaks
 from phlora.data.lengths import Bin, histogram, limits_text, percentiles, percentiles_text, whole_at
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.row_tokenizer import MISTAKES
-from phlora.data.rows import Origin, Problem, Row
+from phlora.data.rows import Origin, Problem, Row, sentence
 from phlora.data.tokenize import (
     IGNORED,
     Skipped,
@@ -235,7 +235,7 @@ def _token_problems(tokenized: TokenizedSet, *, is_error: bool) -> list[Problem]
         message = {
             "too_long": "The row is longer than max_length and is left out",
             "no_trained_token": "None of the row's tokens is trained; it is left out",
-        }.get(skip.kind, skip.reason[:1].upper() + skip.reason[1:])
+        }.get(skip.kind, sentence(skip.reason))
         problems.append(Problem(skip.kind, severity, message, (skip.origin,)))  # type: ignore[arg-type]
     if tokenized.cut:
         message = "The oldest turns are left out so that the row fits into max_length"

@@ -30,7 +30,7 @@ from phlora.data.messages import (
 )
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
 from phlora.data.reasoning import KEYS, has_reasoning, with_reasoning_as_text
-from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of
+from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of, sentence
 from phlora.data.spelling import is_empty
 from phlora.errors import ConfigError, DataError, did_you_mean
 
@@ -139,7 +139,7 @@ def _refuse_whole_columns(records: Sequence[Record], name: str) -> None:
 def _no_schema(records: Sequence[Record], name: str, given: Mapping[str, str] | None = None) -> DataError:
     line, record = records[0]
     if isinstance(record, BadRow):
-        return DataError(_sentence(record.message), where=f"{name}:{line}", fix=record.expected)
+        return DataError(sentence(record.message), where=f"{name}:{line}", fix=record.expected)
     found = f"has the keys {names_of(record)}" if isinstance(record, Mapping) else f"is {kind_of(record)}"
     return DataError(
         f"The row {found}, which is no known schema",
@@ -170,7 +170,7 @@ def to_rows(shape: Shape, records: Iterable[Record]) -> Iterator[Row | Problem]:
         try:
             yield _convert_record(record, shape, origin)
         except BadRow as bad:
-            message = _sentence(bad.message) + (f" (expected: {bad.expected})" if bad.expected else "")
+            message = sentence(bad.message) + (f" (expected: {bad.expected})" if bad.expected else "")
             yield Problem(bad.kind, "note" if bad.kind == LEFT_OUT else "error", message, (origin,))
 
 
@@ -433,7 +433,3 @@ ASKED_FOR = (
     ),
     Schema("classification", "`text` and `label`", _from_labelled, _labelled, frozenset(LABELS)),
 )
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

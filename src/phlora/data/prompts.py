@@ -14,9 +14,8 @@ from phlora.data.json_text import parse_json
 from phlora.data.labels import last_assistant
 from phlora.data.messages import tools_of
 from phlora.data.rendering import TemplateRefusal
-from phlora.data.rows import BadRow, Message, Origin, Row
+from phlora.data.rows import BadRow, Message, Origin, Row, sentence
 from phlora.data.tools_text import read_calls, tools_as_text
-from phlora.data.values import sound
 from phlora.errors import DataError
 
 
@@ -47,7 +46,7 @@ def encode_prompt(row: Row, tokenizer: Tokenizer) -> PromptItem | None:
     try:
         ids = encode_chat(messages, tokenizer, tools=row.tools)
     except TemplateRefusal as refusal:
-        raise DataError(str(refusal)[:1].upper() + str(refusal)[1:], where=str(row.origin)) from None
+        raise DataError(sentence(str(refusal)), where=str(row.origin)) from None
     return PromptItem(ids, _reference(row, last, tokenizer), messages, row.tools, row.origin)
 
 
@@ -97,11 +96,9 @@ def read_tools(path: Path) -> list[Any]:
     try:
         if isinstance(value, BadRow):
             raise value
-        tools = tools_of(sound(value))
+        tools = tools_of(value)
     except BadRow as bad:
-        raise DataError(
-            bad.message[:1].upper() + bad.message[1:], where=str(path), expected=bad.expected
-        ) from None
+        raise DataError(sentence(bad.message), where=str(path), expected=bad.expected) from None
     if not tools:
         raise DataError("The file holds no tools", where=str(path), expected="a list of tool descriptions")
     return tools

@@ -20,9 +20,9 @@ from phlora.data.encoding import Encoded, Encoder
 from phlora.data.labels import Labeller, last_assistant, token_range
 from phlora.data.reasoning import has_reasoning, with_reasoning_as_text, without_reasoning
 from phlora.data.rendering import Rendering, Span, TemplateRefusal
-from phlora.data.rows import Message, Origin, Problem, Row
+from phlora.data.rows import Message, Origin, Problem, Row, sentence
 from phlora.data.table import TableBuilder
-from phlora.data.tokenize_notes import NOTES, Noted, sentence
+from phlora.data.tokenize_notes import NOTES, Noted
 from phlora.data.turn_positions import TurnPositions
 from phlora.errors import DataError
 
@@ -170,7 +170,7 @@ class RowTokenizer:
             told = f" for max_length={limit}" if limit else ""
             reason = f"the row has {num_characters:,} characters, too many to be encoded{told}"
             if self.options.too_long == "error":
-                raise DataError(reason[:1].upper() + reason[1:], where=str(row.origin), fix="shorten the row")
+                raise DataError(sentence(reason), where=str(row.origin), fix="shorten the row")
             return Skipped(row.origin, reason, "too_long")
         if row.messages is None:
             return _Draft(row, row.text if row.text is not None else f"{row.prompt}{row.completion}")

@@ -206,6 +206,11 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), f"a {type(value).__name__}") + shown
 
 
+def sentence(text: str) -> str:
+    """A text that begins with a capital letter, as messages do."""
+    return text[:1].upper() + text[1:]
+
+
 def names_of(keys: Iterable[Any], most: int = 24) -> str:
     """Names in backquotes, the first ones where there are many."""
     names = [f"`{str(key)[:60]}`" for key in itertools.islice(keys, most + 1)]

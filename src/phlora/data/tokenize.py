@@ -14,9 +14,8 @@ from typing import Literal
 from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import Tokenizer
 from phlora.data.row_tokenizer import MISTAKES, Options, RowTokenizer, Skipped
-from phlora.data.rows import Origin, Problem, Row
+from phlora.data.rows import Origin, Problem, Row, sentence
 from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
-from phlora.data.tokenize_notes import sentence
 from phlora.errors import DataError
 
 __all__ = [

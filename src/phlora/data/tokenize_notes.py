@@ -62,7 +62,3 @@ class Noted:
             self.count += 1
             if self.count <= MAX_NAMED_ORIGINS:
                 self.origins.append(origin)
-
-
-def sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -19,7 +19,7 @@ from phlora.data.inspection import SplitSettings, inspect_data
 from phlora.data.lengths import limits_text, percentiles, percentiles_text, whole_at
 from phlora.data.packing import TokenSequences
 from phlora.data.problems import merge_problems
-from phlora.data.rows import Origin, Problem, Row, fingerprint_of
+from phlora.data.rows import Origin, Problem, Row, fingerprint_of, sentence
 from phlora.data.similarity import KEY_BYTES
 from phlora.data.split import split_keys
 from phlora.data.system_prompt import SystemPrompts, SystemPromptWatch, find_system_prompts
@@ -292,7 +292,7 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display
     if name == "training" and tokenized.full_lengths:  # the cache keeps none
         kept = f"; {limits_text(whole_at(tokenized.full_lengths, limit))}" if limit else ""
         text = percentiles_text(percentiles(tokenized.full_lengths))
-        display.note(f"{text[:1].upper()}{text[1:]}{kept}")
+        display.note(f"{sentence(text)}{kept}")
     if tokenized.cut:
         display.warn(
             f"{len(tokenized.cut)} {name} rows lost their oldest turns to fit max_length="

@@ -13,7 +13,7 @@ from typing import Any
 
 from phlora.data.readers.files import StoredFile
 from phlora.data.readers.text import Line
-from phlora.data.rows import BadRow, Origin, Problem, Record
+from phlora.data.rows import BadRow, Origin, Problem, Record, sentence
 from phlora.errors import DataError, did_you_mean
 from phlora.extras import require
 
@@ -92,7 +92,7 @@ class _Lines:
         self.line, text = next(self.lines)
         if isinstance(text, BadRow):
             raise DataError(
-                text.message[:1].upper() + text.message[1:],
+                sentence(text.message),
                 where=f"{self.file.name}:{self.line}",
                 fix=f"{text.expected}; or name it with `--encoding`",
             )
