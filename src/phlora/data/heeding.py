@@ -37,11 +37,11 @@ from phlora.data.known_keys import (
 )
 from phlora.data.messages import pair_of, same_tools
 from phlora.data.preferences import kto_mark
+from phlora.data.problems import Noted
 from phlora.data.rows import BadRow, Origin, Problem, Severity, kind_of
 from phlora.data.spelling import is_empty, with_known_message_keys
 from phlora.data.split_names import is_held_out
 
-MAX_NAMED_ORIGINS = 1000
 _COLUMN = {name: known for known in COLUMNS for name in known.names}
 _MESSAGE_KEY = {name: known for known in MESSAGE_KEYS for name in known.names}
 # Keys that need no look.
@@ -61,21 +61,18 @@ _ALSO_CALLED = {**dict.fromkeys(SYSTEMS, "system"), "functions": "tools"}
 
 @dataclass
 class Findings:
-    """What rows of one source said that is not done: an entry a kind and message, all counted, the first named."""
+    """What rows of one source said that is not done, by kind and message."""
 
-    found: dict[tuple[str, Severity, str], tuple[list[Origin], list[int]]] = field(default_factory=dict)
+    found: dict[tuple[str, Severity, str], Noted] = field(default_factory=dict)
     unknown_keys: set[str] = field(default_factory=set)
 
     def add(self, kind: str, severity: Severity, message: str, origin: Origin) -> None:
-        origins, count = self.found.setdefault((kind, severity, message), ([], [0]))
-        count[0] += 1
-        if len(origins) < MAX_NAMED_ORIGINS:
-            origins.append(origin)
+        self.found.setdefault((kind, severity, message), Noted()).add(origin)
 
     def problems(self, file: Origin) -> Iterator[Problem]:
         """All of it; what is said of a whole file stands at `file`."""
-        for (kind, severity, message), (origins, count) in self.found.items():
-            yield Problem(kind, severity, message, tuple(origins), count[0])
+        for (kind, severity, message), noted in self.found.items():
+            yield Problem(kind, severity, message, tuple(noted.origins), noted.count)
         if self.unknown_keys:
             keys = ", ".join(f"`{key}`" for key in sorted(self.unknown_keys)[:12])
             message = f"Messages have keys that nothing but a chat template could read: {keys}"

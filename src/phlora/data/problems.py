@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from phlora.data.rows import Problem
+from phlora.data.rows import Origin, Problem
 
+# What is found may concern every row of a large file; beyond this many they are counted and named no more.
+MAX_NAMED_ORIGINS = 1000
 NUM_SHOWN_ORIGINS = 8
 NUM_SHOWN_FILES = 4
 _OF_FILES = frozenset({"ignored_columns", "unknown_message_keys", "encoding"})
 _SEVERITIES = ("error", "warning", "note")
+
+
+@dataclass(slots=True)
+class Noted:
+    """The rows that one thing concerns: all counted, the first ones named."""
+
+    origins: list[Origin] = field(default_factory=list)
+    count: int = 0
+    last: Origin | None = None
+
+    def add(self, origin: Origin) -> None:
+        # A row with several such turns says it several times in a row, and so does one that is cut.
+        if origin != self.last:
+            self.last = origin
+            self.count += 1
+            if self.count <= MAX_NAMED_ORIGINS:
+                self.origins.append(origin)
 
 
 def merge_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:

@@ -18,11 +18,12 @@ from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import ChatTemplate, Tokenizer
 from phlora.data.encoding import Encoded, Encoder
 from phlora.data.labels import Labeller, last_assistant, token_range
+from phlora.data.problems import Noted
 from phlora.data.reasoning import has_reasoning, with_reasoning_as_text, without_reasoning
 from phlora.data.rendering import Rendering, Span, TemplateRefusal
 from phlora.data.rows import Message, Origin, Problem, Row, sentence
 from phlora.data.table import TableBuilder
-from phlora.data.tokenize_notes import NOTES, Noted
+from phlora.data.tokenize_notes import NOTES
 from phlora.data.turn_positions import TurnPositions
 from phlora.errors import DataError
 

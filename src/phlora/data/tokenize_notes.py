@@ -1,13 +1,8 @@
-"""What a person should know about rows that were tokenised: the notes by kind, and the rows of each."""
+"""What a person should know about rows that were tokenised, by kind."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from phlora.data.rows import Origin, Severity
-
-# A note may concern every row of a large file; beyond this many it counts them and names no more.
-MAX_NAMED_ORIGINS = 1000
+from phlora.data.rows import Severity
 
 NOTES: dict[str, tuple[Severity, str]] = {
     "system_folded": (
@@ -45,20 +40,3 @@ NOTES: dict[str, tuple[Severity, str]] = {
         "`completion` is trained (give `messages` to train on the answers only)",
     ),
 }
-
-
-@dataclass(slots=True)
-class Noted:
-    """The rows that a note concerns: all counted, the first ones named."""
-
-    origins: list[Origin] = field(default_factory=list)
-    count: int = 0
-    last: Origin | None = None
-
-    def add(self, origin: Origin) -> None:
-        # A row that is cut is tokenised several times in a row.
-        if origin != self.last:
-            self.last = origin
-            self.count += 1
-            if self.count <= MAX_NAMED_ORIGINS:
-                self.origins.append(origin)

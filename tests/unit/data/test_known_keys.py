@@ -354,6 +354,13 @@ def test_pictures_and_ratings_of_messages(keys, found):
         assert _found([{"messages": turns}]) == found
 
 
+def test_a_row_with_several_rated_turns_counts_once():
+    rows = [{"messages": [*_chat(rating=1), *_chat(rating=2)]}] * 3
+    (problem,) = load_rows(rows).problems
+    assert problem.kind == "unused_key" and problem.count == 3
+    assert [origin.line for origin in problem.origins] == [1, 2, 3]
+
+
 def test_turns_spelled_out_in_a_prompt_are_refused():
     for text in (json.dumps(_chat()[:1]), str(_chat()[:1])):
         for record in ({"prompt": text, "response": "x"}, {"prompt": text, "completion": "x"}):

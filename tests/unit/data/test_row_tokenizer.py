@@ -34,7 +34,7 @@ from phlora.testing.tokenizers import (
 
 def test_more_rows_than_a_batch_keep_their_order_and_their_notes(monkeypatch):
     monkeypatch.setattr("phlora.data.row_tokenizer.BATCH_ROWS", 4)
-    monkeypatch.setattr("phlora.data.tokenize_notes.MAX_NAMED_ORIGINS", 3)
+    monkeypatch.setattr("phlora.data.problems.MAX_NAMED_ORIGINS", 3)
     records = [{"messages": [user(f"{n}"), assistant(f" {n} <|end|>" if n % 2 else "b")]} for n in range(21)]
     result = tokenize_rows(load_rows(records).rows, tokenizer_of("phi3"))
     assert [row.origin.line for row in result.rows] == list(range(1, 22))
