@@ -18,13 +18,11 @@ def parse_json(text: str) -> Any:
     """The sound value of a text, or a `BadRow` that says what is wrong with it."""
     text = text.strip("\x1e\ufeff \t\r\n")
     try:
-        # What the text shows need not be looked for in the value.
-        return _USUAL.decode(text) if _reads_sound(text) else as_sound(STRICT.decode(text))
-    except _UnusualNumber:
-        pass
-    except (BadRow, ValueError, RecursionError) as error:
-        return _as_bad(error)
-    try:
+        if _reads_sound(text):  # what the text shows need not be looked for in the value
+            try:
+                return _USUAL.decode(text)
+            except _UnusualNumber:
+                pass
         return as_sound(STRICT.decode(text))
     except (BadRow, ValueError, RecursionError) as error:
         return _as_bad(error)

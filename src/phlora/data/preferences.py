@@ -22,7 +22,7 @@ _FAR = 4.0
 _ANSWERS = ("completion", "response", "output", "answer")
 _MARKS = {"true": True, "good": True, "false": False, "bad": False}
 # What only a table or TRL's own names make a mark: elsewhere they may be a class.
-_NUMBERS = {"1": True, "1.0": True, "0": False, "0.0": False}
+_ALL_MARKS = {**_MARKS, "1": True, "1.0": True, "0": False, "0.0": False}
 
 
 def kto_mark(record: Mapping[str, Any]) -> bool | None:
@@ -30,14 +30,18 @@ def kto_mark(record: Mapping[str, Any]) -> bool | None:
 
     A table holds its values as text: "True" is true.
     """
+    tag = _mark_in(record.get("kto_tag"))
+    if tag is not None:
+        return tag
     said = {name for name, value in record.items() if value is not None and value != "" and value != []}
-    tag = str(record.get("kto_tag")).strip().lower()
-    if tag in (marks := {**_MARKS, **_NUMBERS}):
-        return marks[tag]
     if not said & {"messages", "conversations", *_ANSWERS}:
         return None
-    label = str(record.get("label")).strip().lower()
-    return (marks if {"prompt", "completion"} <= said else _MARKS).get(label)
+    return _mark_in(record.get("label"), _ALL_MARKS if {"prompt", "completion"} <= said else _MARKS)
+
+
+def _mark_in(value: Any, marks: Mapping[str, bool] = _ALL_MARKS) -> bool | None:
+    """True or false, which a table holds as text; None for anything else."""
+    return marks.get(str(value).strip().lower())
 
 
 _SIDES = ("chosen", "rejected", "preferred_output", "non_preferred_output")
@@ -247,8 +251,7 @@ def _number(value: Any) -> float | None:
 def _ranked(record: Mapping[str, Any]) -> list[Any]:
     if "response_j" in record:
         return _after(record, record["response_j"])
-    # A table holds its values as text.
-    is_first = {**_MARKS, **_NUMBERS}.get(str(record.get("labels")).strip().lower())
+    is_first = _mark_in(record.get("labels"))
     if is_first is None:
         raise BadRow(
             "preference",
