@@ -7,7 +7,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _chats(
             logs.append((opened, export))
     for opened, export in logs:
         formats[opened.name] = export.kind
-        records = _sound(checked(opened.records, {}), opened.name, problems)
+        records = _sound(checked(opened.records, {}, is_sound=opened.is_sound), opened.name, problems)
         chats = chats_of(
             export,
             records,
@@ -237,7 +237,7 @@ def _exports(file: DataFile) -> Iterator[tuple[Opened, Any]]:
         export = export_of(first) or _slack_list(first)
         if export is None:
             return
-        yield Opened(opened.name, itertools.chain(first, opened.records), opened.problems), export
+        yield replace(opened, records=itertools.chain(first, opened.records)), export
 
 
 def _slack_list(first: Sequence[Record]) -> Export | None:
