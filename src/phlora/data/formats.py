@@ -17,7 +17,7 @@ from phlora.data.contexts import says_more
 from phlora.data.dialects import from_chatgpt, from_claude, from_gemini, from_xlam
 from phlora.data.exports import export_of
 from phlora.data.heeding import Findings, heed
-from phlora.data.known_keys import LABELS, TEXTS
+from phlora.data.known_keys import LABELS, TEXTS, THOUGHTS
 from phlora.data.messages import (
     exchange,
     messages_of,
@@ -29,7 +29,7 @@ from phlora.data.messages import (
     without_none,
 )
 from phlora.data.preferences import FIX, LEFT_OUT, chosen_side, preference_kind
-from phlora.data.reasoning import KEYS, has_reasoning, with_reasoning_as_text
+from phlora.data.reasoning import has_reasoning, with_reasoning_as_text
 from phlora.data.rows import BadRow, Message, Origin, Problem, Record, Row, kind_of, names_of, sentence
 from phlora.data.spelling import is_empty
 from phlora.errors import ConfigError, DataError, did_you_mean
@@ -233,7 +233,9 @@ def _tell_lost(
         fix = "for a chat name its two sides: `--columns question=prompt,answer=completion`"
     else:
         said = [message["content"] for message in messages]
-        said += [text for message in messages for key in KEYS if isinstance(text := message.get(key), str)]
+        said += [
+            text for message in messages for key in THOUGHTS if isinstance(text := message.get(key), str)
+        ]
         fix = "name what is used with `--columns`, or leave the column out"
     lost = [name for name in unused if name in TEXTS and says_more(record[name], said, name=name)]
     for name in lost:
@@ -315,7 +317,7 @@ def _answered(record: Mapping[str, Any], question: str, answer: str) -> list[Mes
         BadRow: that is no text, or two columns differ about it.
     """
     asked, answered = exchange(question, answer)
-    names = [key for key in KEYS if not is_empty(record.get(key))]
+    names = [key for key in THOUGHTS if not is_empty(record.get(key))]
     thoughts = {key: text for key in names if (text := text_of(record, key)).strip()}
     if len(set(thoughts.values())) > 1:
         raise BadRow("two_columns", f"the row has {names_of(thoughts)}, which differ", "one of them")
@@ -392,7 +394,7 @@ def _chat(convert: Callable[[Mapping[str, Any]], list[Message]]) -> Callable[...
     return lambda record, columns: _Parts(messages=convert(record))
 
 
-_ALPACA = frozenset({"input", "context", "history", *KEYS})
+_ALPACA = frozenset({"input", "context", "history", *THOUGHTS})
 _GEMINI = frozenset({"systemInstruction", "system_instruction"})
 # In the order in which a record is held against them.
 SCHEMATA = (
@@ -422,7 +424,7 @@ SCHEMATA = (
         "a pair such as `question` and `answer`",
         _from_pair,
         pair_of,
-        frozenset({"history", "instruction", *KEYS}),
+        frozenset({"history", "instruction", *THOUGHTS}),
     ),
     Schema("text", "`text`", _from_text, _needs("text")),
 )

@@ -26,10 +26,10 @@ from phlora.data.known_keys import (
     MESSAGE_KEYS,
     QUIET,
     RATINGS,
-    ROW_TRAINED,
     ROW_WEIGHTS,
     SPLITS,
     SYSTEMS,
+    THOUGHTS,
     TRAINED,
     UNTRAINED,
     WEIGHTS,
@@ -48,7 +48,7 @@ _MESSAGE_KEY = {name: known for known in MESSAGE_KEYS for name in known.names}
 _PLAIN = frozenset(
     ("role", "content", "from", "value", "tool_calls", "function_call", "name", "tool_call_id")
 )
-_PLAIN |= {"reasoning_content", "reasoning", "thinking", "id"}
+_PLAIN |= {*THOUGHTS, "id"}
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 _SPEAKER = frozenset(("role", "from"))
 _CHATS = (
@@ -120,7 +120,7 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
             continue
         if name in ROW_WEIGHTS and not isinstance(value, bool):
             weight *= _weight(value, f"`{name}`")
-        elif name in ROW_TRAINED:
+        elif name in TRAINED:
             weight *= _flag(value, f"`{name}`")
         elif name in UNTRAINED:
             weight *= not _flag(value, f"`{name}`")
@@ -165,7 +165,7 @@ def _looked_at(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _noticed(names: tuple[str, ...]) -> tuple[str, ...]:
-    asked = {*MEDIA, *LABELS, *ROW_WEIGHTS, *_CHATS, *ROW_TRAINED, *UNTRAINED, *_ALSO_CALLED}
+    asked = {*MEDIA, *LABELS, *ROW_WEIGHTS, *_CHATS, *TRAINED, *UNTRAINED, *_ALSO_CALLED}
     asked |= (_names_of("warned") | _names_of("refused")) - QUIET
     return tuple(name for name in names if name in asked)
 

@@ -35,7 +35,6 @@ class Known:
 TRAINED = ("train", "trainable", "training", "train_on_turn", "loss", "loss_mask")
 UNTRAINED = ("masked",)
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
-ROW_TRAINED = ("train", "trainable", "loss", "training", "train_on_turn", "loss_mask")
 ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale")
 CONTEXTS = ("context", "passage", "article", "document", "paragraph")
 LABELS = ("label", "labels", "label_text", "label_name", "class", "sentiment", "target")
@@ -106,7 +105,7 @@ COLUMNS = (
         "multiplies the loss weight of the row, as do several; 0 leaves it out",
     ),
     Known(
-        (*ROW_TRAINED, *UNTRAINED),
+        (*TRAINED, *UNTRAINED),
         "swift, Axolotl, torchtune",
         "converted",
         "false leaves the row out, of several any; `masked` the other way round",

@@ -19,6 +19,7 @@ _HH = re.compile(r"\n\n(Human|Assistant):")
 _FULL_MARKS = 10.0
 # Further apart than this, an overall score and twice the mean rating do not speak of the same answer.
 _FAR = 4.0
+_SIDES = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 _ANSWERS = ("completion", "response", "output", "answer")
 _MARKS = {"true": True, "good": True, "false": False, "bad": False}
 # What only a table or TRL's own names make a mark: elsewhere they may be a class.
@@ -42,9 +43,6 @@ def kto_mark(record: Mapping[str, Any]) -> bool | None:
 def _mark_in(value: Any, marks: Mapping[str, bool] = _ALL_MARKS) -> bool | None:
     """True or false, which a table holds as text; None for anything else."""
     return marks.get(str(value).strip().lower())
-
-
-_SIDES = ("chosen", "rejected", "preferred_output", "non_preferred_output")
 
 
 def preference_kind(record: Mapping[str, Any]) -> str | None:

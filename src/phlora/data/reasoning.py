@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from phlora.data.known_keys import THOUGHTS
 from phlora.data.rows import Message
 
-KEYS = THOUGHTS
-
 
 def has_reasoning(messages: Sequence[Message]) -> bool:
     """Whether any message says what was thought."""
     # Most messages are a role and a content.
-    return any([len(message) > 2 and any(key in message for key in KEYS) for message in messages])
+    return any([len(message) > 2 and any(key in message for key in THOUGHTS) for message in messages])
 
 
 def with_reasoning_as_text(messages: Sequence[Message]) -> list[Message]:
@@ -26,11 +24,13 @@ def with_reasoning_as_text(messages: Sequence[Message]) -> list[Message]:
 
 def without_reasoning(messages: Sequence[Message]) -> list[Message]:
     """The messages without what was thought."""
-    return [{key: value for key, value in message.items() if key not in KEYS} for message in messages]
+    return [{key: value for key, value in message.items() if key not in THOUGHTS} for message in messages]
 
 
 def _as_text(message: Message) -> Message:
-    thought = next((message[key] for key in KEYS if isinstance(message.get(key), str) and message[key]), None)
+    thought = next(
+        (message[key] for key in THOUGHTS if isinstance(message.get(key), str) and message[key]), None
+    )
     (rest,) = without_reasoning([message])
     if thought is None:
         return rest
