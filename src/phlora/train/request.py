@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from phlora.config import RunConfig, build_config, default_output
+from phlora.data.split_names import same_split
 from phlora.errors import ConfigError, EnvironmentProblem, RunError
 from phlora.evaluate.metrics import Metric
 from phlora.files import replaced_file
@@ -229,7 +230,9 @@ def _split_of(sets: Mapping[str, Any]) -> tuple[Any, Any]:
             f"`data` has the splits {', '.join(names)}, and none of them is `train`",
             fix="give the one to train on, as data=sets[NAME]",
         )
-    held_out = next((name for name in _HELD_OUT_SPLITS if name in names and name != train), None)
+    # Those names first, then others of the same splits, such as `val` and `heldout`.
+    wanted = (*_HELD_OUT_SPLITS, *(name for name in names if same_split(name) in _HELD_OUT_SPLITS))
+    held_out = next((name for name in wanted if name in names and name != train), None)
     return sets[train], sets[held_out] if held_out else None
 
 

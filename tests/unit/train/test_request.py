@@ -84,6 +84,15 @@ def test_the_splits_of_a_dictionary_of_data_sets_are_told_by_their_names() -> No
         collect_request(None, model="m", data=train, eval_data={"a": test, "b": test})
 
 
+@pytest.mark.parametrize("name", ["test", "validation", "eval", "dev", "val", "valid", "testing", "held_out"])
+def test_held_out_rows_are_known_by_every_name_that_files_of_them_have(name: str) -> None:
+    train, other = Dataset.from_list(ROWS[1:]), Dataset.from_list(ROWS[:1])
+    sets = {"train": train, "unsupervised": train, name: other}
+    assert collect_request(None, model="m", data=sets, output="x").objects.held_out is other
+    both = {**sets, "validation": other, "test": train}
+    assert collect_request(None, model="m", data=both, output="x").objects.held_out is train
+
+
 def test_rows_that_can_be_read_once_are_kept_and_what_is_no_row_is_told() -> None:
     once = IterableDataset.from_generator(lambda: iter(ROWS))
     assert data_of(once, []) == ROWS and data_of(iter(ROWS), []) == ROWS
