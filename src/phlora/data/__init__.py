@@ -1,13 +1,13 @@
 """Chat files in, token rows out: reading, checking, tokenising, packing and collating.
 
-    rows.py, problems.py  Row, where it stands (Origin), the digests of rows; what was found (Problem), and how it is shown
+    rows.py, problems.py  Row, where it stands (Origin), its digests; what was found (Problem), how it is shown
     readers/              files, folders and hub data sets -> records, with the line that each came from
     split_names.py        which split the name of a file or the value of a column speaks of
     json_text.py          JSON in a text, read strictly
     values.py             one look at every value of a record, and the renaming of columns
     formats.py            records of every common schema -> Row
     messages.py, blocks.py, dialects.py   messages and chats of every provider in one form
-    exports.py, convert.py                exports that leave a choice to the user, and anything that is read as plain JSONL
+    exports.py, convert.py                exports that leave a choice to the user; plain JSONL of whatever is read
     advice.py             what to do about rows of no known schema
     dataset.py            all rows of several sources: loaded, or indexed and read again
     known_keys.py         every known column and message key of other tools, and what is done with it
