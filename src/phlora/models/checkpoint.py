@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from phlora.errors import ModelError, nearest
-from phlora.files import read_json
-from phlora.models.locate import Location
+from phlora.models.locate import Location, shards_of
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -132,9 +131,7 @@ def _find(location: Location, name: str) -> Path | None:
 
 
 def _open_shards(location: Location, index: Path) -> Checkpoint | None:
-    weight_map = read_json(index, ModelError).get("weight_map")
-    if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError("The index has no `weight_map` from tensors to files", where=str(index))
+    weight_map = shards_of(index)
     tensors: dict[str, StoredTensor] = {}
     files: list[Path] = []
     for shard in sorted(set(weight_map.values())):

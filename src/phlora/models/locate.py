@@ -45,6 +45,9 @@ from phlora.models.builtin import EMBEDDED, GGUF_FILE, embedded_folder, silent_g
 
 _HUB_TIMEOUT_SECONDS = 10
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin")
+# One of the files that an index belongs to.
+_SHARD = re.compile(r"(.+)-\d+-of-\d+\.(safetensors|bin)")
 # What transformers lets through when a file is not what it should be.
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, RuntimeError, EOFError),
@@ -161,10 +164,25 @@ def _check_folder(folder: Path, *, needs_weights: bool) -> None:
 
 def _missing_weights(folder: Path) -> list[str]:
     for index in (*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")):
-        shards = set(read_json(index, ModelError).get("weight_map", {}).values())
+        shards = set(shards_of(index).values())
         return sorted(shard for shard in shards if not (folder / shard).is_file())
-    found = any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES)
-    return [] if found else ["weights (*.safetensors)"]
+    found = [file.name for pattern in _WEIGHT_FILES for file in folder.glob(pattern)]
+    if not found:
+        return ["weights (*.safetensors)"]
+    parts = [] if set(found) & set(_WHOLE_MODELS) else filter(None, map(_SHARD.fullmatch, found))
+    return sorted(f"{part[1]}.{part[2]}.index.json" for part in parts)[:1]
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """Tensor -> file, as the index of a model in several files has it.
+
+    Raises:
+        ModelError: the index has no such thing.
+    """
+    shards = read_json(index, ModelError).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError("The index has no `weight_map` from tensors to files", where=str(index))
+    return shards
 
 
 @dataclass(frozen=True)

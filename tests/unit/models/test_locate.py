@@ -54,6 +54,30 @@ def test_folder_without_files_lists_what_it_lacks(tmp_path):
         resolve_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "index"),
+    [
+        (["model-00001-of-00002.safetensors", "consolidated.safetensors"], "model.safetensors.index.json"),
+        (["pytorch_model-00001-of-00002.bin"], "pytorch_model.bin.index.json"),
+    ],
+)
+def test_shards_without_their_index_lack_the_index(tmp_path, files, index):
+    for name in ("config.json", *files):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelError, match=f"lacks {index}"):
+        resolve_source(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve_source(tmp_path).kind == "folder"
+
+
+@pytest.mark.parametrize("content", [None, ["a.safetensors"], {"a": ["b.safetensors"]}])
+def test_an_index_that_maps_nothing_is_one_clear_error(tmp_path, content):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": content}))
+    with pytest.raises(ModelError, match="no `weight_map` from tensors to files"):
+        resolve_source(tmp_path)
+
+
 def test_adapter_folder_is_no_model_and_names_its_base(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
     with pytest.raises(ModelError, match="an adapter of `owner/base`"):
