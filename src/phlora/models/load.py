@@ -238,10 +238,19 @@ class _Loading:
                 attn_implementation=self.attention,
                 trust_remote_code=files.runs_code,
                 output_loading_info=True,
+                # It tells which these are; else its error does not.
+                ignore_mismatched_sizes=True,
                 **files.location.kwargs,
             )
         model, loading = loaded
         missing, unexpected = sorted(loading["missing_keys"]), sorted(loading["unexpected_keys"])
+        for name, found, wanted in sorted(loading["mismatched_keys"]):
+            raise ModelError(
+                f"The weights cannot be read: {name} has the shape {tuple(found)}, "
+                f"the configuration calls for {tuple(wanted)}",
+                where=files.location.source.location,
+                fix="copy or download the model again, or correct its config.json",
+            )
         if missing:
             raise ModelError(
                 f"The weights lack {len(missing)} tensors that the configuration calls for, such as {missing[0]}",

@@ -100,12 +100,21 @@ def shrink_tensor(folder):
     edit_weights(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
 
 
+def transpose_tensor(folder):
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_weights(folder, lambda tensors: tensors.update({name: tensors[name].t().contiguous()}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (cut, "weights cannot be read"),
         (drop_tensor, r"lack 1 tensors .* model\.norm\.weight"),
-        (shrink_tensor, "weights cannot be read"),
+        (shrink_tensor, r"weights cannot be read: model\.norm\.weight has the shape \(3,\).* \(64,\)"),
+        (
+            transpose_tensor,
+            r"layers\.1\.mlp\.down_proj\.weight has the shape \(112, 64\), .* calls for \(64, 112\)",
+        ),
         (lambda folder: (folder / "config.json").write_text("{broken"), "configuration cannot be read"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "no"}'), "configuration cannot"),
         (lambda folder: (folder / "tokenizer.json").write_text("{broken"), "tokenizer cannot be read"),
