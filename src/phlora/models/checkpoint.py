@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from phlora.errors import ModelError, nearest
 from phlora.models.locate import Location, shards_of
 
 _ONE_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -57,13 +59,13 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that most of its numbers have."""
+    def numbers(self) -> Counter[torch.dtype]:
+        """How many numbers it has in each floating dtype."""
         sizes: Counter[torch.dtype] = Counter()
         for tensor in self.tensors.values():
             if tensor.dtype.is_floating_point:
                 sizes[tensor.dtype] += tensor.num_bytes // tensor.dtype.itemsize
-        return max(sizes, key=sizes.__getitem__, default=torch.float32)
+        return sizes
 
     def read(self, name: str) -> Tensor:
         """The tensor, in the dtype that it is stored in.
@@ -117,6 +119,35 @@ def open_checkpoint(location: Location) -> Checkpoint | None:
         return None if entries is None else Checkpoint((one,), entries)
     index = _find(location, _INDEX)
     return None if index is None else _open_shards(location, index)
+
+
+def pickled_numbers(location: Location) -> Counter[torch.dtype]:
+    """As `Checkpoint.numbers`, of weights in torch's own files, which are not read; empty where their heads do not tell.
+
+    Raises:
+        ModelError: the index maps nothing.
+        OSError, RuntimeError, UnpicklingError: a file cannot be read.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for file in _pickles(location):
+        if file is None or not zipfile.is_zipfile(file):
+            return Counter()
+        # Mapped, and on a device without memory: what is between the tensors' descriptions stays on the disk.
+        state = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        for tensor in state.values() if isinstance(state, dict) else ():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                sizes[tensor.dtype] += tensor.numel()
+    return sizes
+
+
+def _pickles(location: Location) -> list[Path | None]:
+    if "gguf_file" in location.kwargs:
+        return []
+    one = _find(location, _PICKLE)
+    if one is not None:
+        return [one]
+    index = _find(location, _PICKLE_INDEX)
+    return [] if index is None else [_find(location, shard) for shard in sorted(set(shards_of(index).values()))]
 
 
 def _find(location: Location, name: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from phlora.display import Display
 from phlora.errors import ConfigError, ModelError, NoRoomError
 from phlora.extras import require
 from phlora.models.causal_lm import embedding_weight
-from phlora.models.checkpoint import open_checkpoint
+from phlora.models.checkpoint import Checkpoint, open_checkpoint, pickled_numbers
 from phlora.models.device import (
     DTYPES,
     Choice,
@@ -153,14 +154,17 @@ class _Loading:
         with reading(self.files.location, "The weights"):
             empty = empty_model(self.files, dtype=self.dtype, attention=self.attention)
             checkpoint = open_checkpoint(self.files.location)
+            numbers = _numbers(self.files, checkpoint)
             bones = skeleton(empty, checkpoint, self.files.location)
-        stored = checkpoint.dtype if checkpoint is not None else stated_dtype(self.files)
-        sizes = sizes_of(empty, stored)
+        sizes = sizes_of(empty, _most_common(numbers, self.files))
         storage = choose_storage(self.wanted, sizes, dtype=self.dtype, device=self.device)
         if storage.value.quantization is not None:
             require_bitsandbytes()
         del empty
-        model, notes = self._streamed(bones, storage.value) if bones else self._converted(storage.value)
+        if bones:
+            model, notes = self._streamed(bones, storage.value)
+        else:
+            model, notes = self._converted(storage.value, narrow=set(numbers) == {storage.value.dtype})
         return model, Choice(value=str(storage.value), reason=storage.reason), notes
 
     def _streamed(self, bones: Skeleton, storage: Storage) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -180,9 +184,14 @@ class _Loading:
         keep_identity(model, identity, storage=kept)
         return model, notes + _of_unused(bones.unused)
 
-    def _converted(self, storage: Storage) -> tuple[PreTrainedModel, tuple[str, ...]]:
-        """Loaded whole by transformers, then stored as asked, one layer after the other."""
-        narrow = stated_dtype(self.files) == storage.dtype and storage.quantization is None
+    def _converted(self, storage: Storage, *, narrow: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
+        """Loaded whole by transformers, then stored as asked, one layer after the other.
+
+        Args:
+            narrow: whether every tensor of the files has the dtype of the storage: then none is rounded to it, and
+                none widened that is to be stored so.
+        """
+        narrow = narrow and storage.quantization is None
         model, notes = self._by_transformers(storage.dtype if narrow else self.dtype)
         identity = identity_of(model)
         if narrow and storage.dtype != self.dtype:
@@ -266,15 +275,24 @@ class _Loading:
         return _needing_room(model, self.device)
 
 
-def stated_dtype(files: ModelFiles) -> torch.dtype:
-    """What a model's configuration says of its files."""
-    return DTYPES.get(str(files.config.dtype).removeprefix("torch."), torch.float32)
-
-
 def stored_dtype(files: ModelFiles) -> torch.dtype:
-    """What a model's files hold, by their heads where these can be read, and no weight is."""
-    checkpoint = open_checkpoint(files.location)
-    return checkpoint.dtype if checkpoint is not None else stated_dtype(files)
+    """What most of a model's weights are in its files, by their heads where these tell, else by its configuration.
+
+    Raises:
+        ModelError: the files cannot be read.
+    """
+    with reading(files.location, "The weights"):
+        return _most_common(_numbers(files, open_checkpoint(files.location)), files)
+
+
+def _numbers(files: ModelFiles, checkpoint: Checkpoint | None) -> Counter[torch.dtype]:
+    """How many numbers a model's files hold in each dtype; empty where their heads do not tell."""
+    return pickled_numbers(files.location) if checkpoint is None else checkpoint.numbers
+
+
+def _most_common(numbers: Counter[torch.dtype], files: ModelFiles) -> torch.dtype:
+    stated = DTYPES.get(str(files.config.dtype).removeprefix("torch."), torch.float32)
+    return max(numbers, key=numbers.__getitem__, default=stated)
 
 
 @dataclass

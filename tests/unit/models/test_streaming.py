@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
 
+from phlora.config import ModelConfig
 from phlora.errors import ConfigError, EnvironmentProblem, ModelError
 from phlora.extras import is_installed
 from phlora.models import load as loading
 from phlora.models.load import load_model
+from phlora.models.tokenizer import find_files
 from phlora.testing import tiny_folder, tiny_phi3
 
 
@@ -116,6 +118,28 @@ def test_weights_that_are_no_safetensors_load_as_before(tmp_path: Path) -> None:
         assert torch.equal(parameter.float(), weights[name].float())
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_configuration_that_says_bfloat16_rounds_no_norm(tmp_path: Path, files: int) -> None:
+    folder = tiny_folder(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += torch.linspace(0, 0.1, 64)
+    (folder / "model.safetensors").unlink()
+    names = [f"pytorch_model-{n + 1:05}-of-00002.bin" for n in range(2)] if files == 2 else ["pytorch_model.bin"]
+    parts = {name: list(weights)[n :: len(names)] for n, name in enumerate(names)}
+    for name, part in parts.items():
+        torch.save({key: weights[key] for key in part}, folder / name)
+    if files == 2:
+        index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert loading.stored_dtype(find_files(ModelConfig(name=str(folder)))) == torch.float32
+    loaded = load_model(folder, device="cpu", dtype="float32", storage_dtype="bfloat16")
+    assert torch.equal(loaded.model.get_parameter("model.norm.weight"), weights["model.norm.weight"])
+    matrix = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(loaded.model.get_parameter(matrix), weights[matrix].bfloat16())
+
+
 # -------------------------------------------------------------------------------------------------- bad files
 
 
@@ -145,6 +169,8 @@ def test_a_shard_that_ends_early_is_refused(shards: Path) -> None:
     first.write_bytes(first.read_bytes()[:-100])
     with pytest.raises(ModelError, match="cannot be read"):
         load_model(shards, device="cpu", dtype="float32")
+    with pytest.raises(ModelError, match="cannot be read"):
+        loading.stored_dtype(find_files(ModelConfig(name=str(shards))))
 
 
 def test_missing_and_unused_tensors_are_told_as_ever(tmp_path: Path) -> None:
