@@ -38,7 +38,7 @@ from phlora.models.operands import is_quantized
 from phlora.models.quantization import quantize, require_bitsandbytes, storage_name
 from phlora.models.requirements import needed_by_model
 from phlora.models.storage import Storage, choose_storage, storage_settings
-from phlora.models.stored_layers import compute_wider, store
+from phlora.models.stored_layers import compute_wider, require_finite, store
 from phlora.models.streaming import Skeleton, empty_model, fill, sizes_of, skeleton
 from phlora.models.tokenizer import (
     LoadedTokenizer,
@@ -266,6 +266,8 @@ class _Loading:
                 where=files.location.source.location,
                 fix="copy or download the model again, or correct its config.json",
             )
+        for name, parameter in model.named_parameters():
+            require_finite(parameter, name=name)
         return model.eval(), _of_unused(unexpected)
 
     def _is_code_of_its_own(self) -> bool:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phlora.errors import ModelError
 from phlora.lora.autograd import sees_through
 from phlora.lora.fused import frozen_linear
 from phlora.lora.operands import WidenedWeight
@@ -73,6 +74,33 @@ def as_stored(module: nn.Module, compute_dtype: torch.dtype) -> None:
     module.compute_dtype = compute_dtype  # type: ignore[assignment]
 
 
+def rounded(tensor: Tensor, dtype: torch.dtype, *, name: str) -> Tensor:
+    """A tensor in another dtype; one of whole numbers as it is.
+
+    Raises:
+        ModelError: see `require_finite`.
+    """
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    narrow = tensor.to(dtype)
+    require_finite(narrow, name=name)
+    return narrow
+
+
+def require_finite(tensor: Tensor, *, name: str) -> None:
+    """
+    Raises:
+        ModelError: a number was too large for float16; the other dtypes reach as far as float32.
+    """
+    if tensor.dtype != torch.float16 or not tensor.numel():
+        return
+    if any(bound.isinf() for bound in torch.aminmax(tensor.detach())):
+        raise ModelError(
+            f"The tensor {name} has numbers beyond {torch.finfo(torch.float16).max:.0f}, which float16 cannot hold",
+            fix="take bfloat16 or float32 in the place of float16",
+        )
+
+
 def store(model: nn.Module, dtype: torch.dtype) -> int:
     """Store the matrices of a model in `dtype`, in place, one after the other, and compute with them as before.
 
@@ -80,13 +108,16 @@ def store(model: nn.Module, dtype: torch.dtype) -> int:
 
     Returns:
         How many layers are stored so; none where `dtype` is not narrower than that of the weights.
+
+    Raises:
+        ModelError: see `require_finite`.
     """
-    layers: list[Any] = [module for module in model.modules() if is_storable(module)]
-    layers = [layer for layer in layers if layer.weight.dtype.itemsize > dtype.itemsize]
-    dtypes = [layer.weight.dtype for layer in layers]
-    for layer in layers:
-        layer.weight.data = layer.weight.data.to(dtype)
-    for layer, before in zip(layers, dtypes, strict=True):
+    layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_storable(module)}
+    layers = {name: layer for name, layer in layers.items() if layer.weight.dtype.itemsize > dtype.itemsize}
+    dtypes = [layer.weight.dtype for layer in layers.values()]
+    for name, layer in layers.items():
+        layer.weight.data = rounded(layer.weight.data, dtype, name=f"{name}.weight")
+    for layer, before in zip(layers.values(), dtypes, strict=True):
         as_stored(layer, before)
     return len(layers)
 

@@ -30,7 +30,7 @@ from phlora.models.known_digests import recall, remember, state_of
 from phlora.models.locate import Location
 from phlora.models.quantization import QuantizedLayers
 from phlora.models.storage import Sizes, Storage
-from phlora.models.stored_layers import as_stored, is_storable
+from phlora.models.stored_layers import as_stored, is_storable, rounded
 from phlora.models.tokenizer import ModelFiles, generation_config_of
 
 # Between weights that stay, what was freed leaves holes into which the next matrix does not fit.
@@ -122,6 +122,9 @@ def fill(
 
     Returns:
         The model, what its tensors are in the files, and notes.
+
+    Raises:
+        ModelError: a tensor is not whole, or has numbers that what it is to be stored as cannot hold.
     """
     files = empty.checkpoint.files
     state = state_of(files, empty.names)
@@ -136,10 +139,12 @@ def fill(
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         if quantized is not None and owner in quantized.names and leaf == "weight":
-            quantized.put(owner, tensor.to(dtype))
+            quantized.put(owner, rounded(tensor, dtype, name=name))
         else:
             narrow = leaf == "weight" and is_storable(module)
-            _put(module, leaf, _converted(tensor, storage.dtype if narrow else dtype).to(device))
+            own = rounded(tensor, storage.dtype if narrow else dtype, name=name)
+            _put(module, leaf, own.to(device))
+            del own
         del tensor
         passed += num_bytes
         if passed > _GIVEN_BACK_AFTER:
@@ -187,10 +192,6 @@ def _put(module: nn.Module, leaf: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
-
-
-def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _without_expected(model: Any, names: list[str]) -> list[str]:

@@ -173,6 +173,30 @@ def test_a_shard_that_ends_early_is_refused(shards: Path) -> None:
         loading.stored_dtype(find_files(ModelConfig(name=str(shards))))
 
 
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+@pytest.mark.parametrize("settings", [{"dtype": "float16"}, {"dtype": "float32", "storage_dtype": "float16"}])
+def test_numbers_that_float16_cannot_hold_are_refused(
+    tmp_path: Path, format: str, settings: dict[str, str]
+) -> None:
+    folder = tiny_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 5] = -70_000.0
+    if format == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name} has numbers beyond 65504"):
+        load_model(folder, device="cpu", **settings)
+    tensors[name][3, 5] = -65_504.0
+    if format == "bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(folder, device="cpu", **settings).model.get_parameter(name)[3, 5] == -65_504
+
+
 def test_missing_and_unused_tensors_are_told_as_ever(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path)
     tensors = load_file(folder / "model.safetensors")
