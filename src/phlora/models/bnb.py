@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from phlora.lora import matmul
 from phlora.lora.fused import frozen_linear
+from phlora.models.stored_layers import rounded
 
 
 class _Dequantized:
@@ -153,13 +154,19 @@ def linear_nf4(
     return layer.train(linear.training)
 
 
-def linear_int8(linear: nn.Linear, *, compute_dtype: torch.dtype | None, device: torch.device) -> Linear8bit:
-    """An int8 copy of a dense layer on `device`; the bias is shared and stays as it is."""
+def linear_int8(
+    linear: nn.Linear, *, compute_dtype: torch.dtype | None, device: torch.device, name: str = ""
+) -> Linear8bit:
+    """An int8 copy of a dense layer on `device`; the bias is shared and stays as it is.
+
+    Raises:
+        ModelError: the weight, called `name`, has numbers that float16 cannot hold.
+    """
     with torch.device("meta"):
         layer = Linear8bit(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
     rows = max(1, _PIECE // linear.in_features)
     parts = [
-        bitsandbytes.functional.int8_vectorwise_quant(part.to(device, torch.float16))[:2]
+        bitsandbytes.functional.int8_vectorwise_quant(rounded(part.to(device), torch.float16, name=name))[:2]
         for part in linear.weight.detach().split(rows)
     ]
     codes, scales = (torch.cat(kind) for kind in zip(*parts, strict=True))

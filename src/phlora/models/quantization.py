@@ -111,11 +111,16 @@ class QuantizedLayers:
         self._model_before, self._layers_before = stored_bytes(model), _layer_bytes(model, self.names)
 
     def put(self, name: str, weight: Tensor) -> None:
-        """Give a layer this weight, quantised."""
+        """Give a layer this weight, quantised.
+
+        Raises:
+            ModelError: int8 goes through float16, and that cannot hold a number of the weight.
+        """
         linear = self._model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        self._model.set_submodule(name, _quantized_linear(linear, self._quantization, self._device))
+        layer = _quantized_linear(linear, self._quantization, self._device, name=f"{name}.weight")
+        self._model.set_submodule(name, layer)
 
     def report(self) -> QuantizationReport:
         """What changed, once every layer has its weight."""
@@ -169,12 +174,14 @@ def quantization_of(storage: str) -> QuantizationConfig | None:
     return quantization_config({"type": kind, "double_quant": not single})
 
 
-def _quantized_linear(linear: nn.Linear, quantization: QuantizationConfig, device: torch.device) -> nn.Module:
+def _quantized_linear(
+    linear: nn.Linear, quantization: QuantizationConfig, device: torch.device, *, name: str
+) -> nn.Module:
     from phlora.models import bnb
 
     compute_dtype = DTYPES.get(quantization.compute_dtype)
     if quantization.type == "int8":
-        return bnb.linear_int8(linear, compute_dtype=compute_dtype, device=device)
+        return bnb.linear_int8(linear, compute_dtype=compute_dtype, device=device, name=name)
     return bnb.linear_nf4(
         linear, double_quant=quantization.double_quant, compute_dtype=compute_dtype, device=device
     )
