@@ -17,6 +17,7 @@ Legend: `N` out, `K` in; leading dimensions are any.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +30,14 @@ from phlora.lora.fused import frozen_linear
 from phlora.models.stored_layers import rounded
 
 
-class _Dequantized:
+class _Dequantized(ABC):
     """Both products of a frozen weight over `dense`, in `compute_dtype` where that is given."""
 
     compute_dtype: torch.dtype | None
 
+    @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
         """`W (N, K)`, fresh."""
-        raise NotImplementedError
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = self.compute_dtype or x.dtype
