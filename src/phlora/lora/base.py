@@ -56,11 +56,11 @@ class LoRALayer(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """`W + ΔW` in the shape and dtype of the stored weight, added in fp32 at least and rounded once."""
-        raise NotImplementedError
+        raise self._undefined("merged_weight")
 
     def reset_lora_parameters(self) -> None:
         """Draws A and B anew, so that the adapter is no change."""
-        raise NotImplementedError
+        raise self._undefined("reset_lora_parameters")
 
     def merge(self) -> None:
         """Marks the layer as merged, until `unmerge()` (or, with `merge_weights`, `train()`)."""
@@ -75,6 +75,10 @@ class LoRALayer(nn.Module):
         if self.merge_weights:
             self.merged = not mode and self.is_adapted()
         return self
+
+    def _undefined(self, method: str) -> NotImplementedError:
+        # Not abstract methods: a layer of somebody's own that needs neither, as loralib's do not, can be made.
+        return NotImplementedError(f"{type(self).__name__} does not define {method}()")
 
     def _adapter_dropout(self) -> float:
         # Asked of the module each time, so that turning dropout modules off from outside works here too.
