@@ -20,7 +20,7 @@ from transformers import (
 
 from phlora.config import ModelConfig
 from phlora.display import Display
-from phlora.errors import ConfigError, ModelError, NoRoomError
+from phlora.errors import ModelError, NoRoomError
 from phlora.extras import require
 from phlora.models.causal_lm import embedding_weight
 from phlora.models.checkpoint import Checkpoint, open_checkpoint, pickled_numbers
@@ -32,10 +32,16 @@ from phlora.models.device import (
     choose_dtype,
 )
 from phlora.models.families import widest_product
-from phlora.models.fingerprint import fingerprint, identity_of, keep_identity
+from phlora.models.fingerprint import WeightsIdentity, fingerprint, identity_of, keep_identity
 from phlora.models.locate import ModelSource, reading
 from phlora.models.operands import is_quantized
-from phlora.models.quantization import quantize, require_bitsandbytes, storage_name
+from phlora.models.quantization import (
+    quantize,
+    require_bitsandbytes,
+    require_unquantized,
+    storage_name,
+    stored_bytes,
+)
 from phlora.models.requirements import needed_by_model
 from phlora.models.storage import Storage, choose_storage, storage_settings
 from phlora.models.stored_layers import compute_wider, require_finite, store
@@ -149,7 +155,7 @@ class _Loading:
 
     def load(self) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
         """The model on its device, what it is stored as, and notes."""
-        if self._is_code_of_its_own() or getattr(self.files.config, "quantization_config", None) is not None:
+        if self.files.runs_code or getattr(self.files.config, "quantization_config", None) is not None:
             return self._as_transformers_does()
         with reading(self.files.location, "The weights"):
             empty = empty_model(self.files, dtype=self.dtype, attention=self.attention)
@@ -180,8 +186,7 @@ class _Loading:
                 bones, storage, dtype=self.dtype, device=self.device, advance=done.add
             )
             nn.Module.to(model, self.device)
-        kept = "" if storage.quantization is None else storage_name(storage.quantization)
-        keep_identity(model, identity, storage=kept)
+        _keep(model, identity, storage)
         return model, notes + _of_unused(bones.unused)
 
     def _converted(self, storage: Storage, *, narrow: bool) -> tuple[PreTrainedModel, tuple[str, ...]]:
@@ -198,12 +203,13 @@ class _Loading:
             compute_wider(model, self.dtype)
         else:
             store(model, storage.dtype)
+        # Where the tensors lie now, so that quantising does not count every byte again.
+        keep_identity(model, identity)
         with self._needing_room(model):
             if storage.quantization:
                 notes += (str(quantize(model, storage.quantization, device=self.device)),)
             nn.Module.to(model, self.device)
-        kept = "" if storage.quantization is None else storage_name(storage.quantization)
-        keep_identity(model, identity, storage=kept)
+        _keep(model, identity, storage)
         return model, notes
 
     def _as_transformers_does(self) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
@@ -223,19 +229,11 @@ class _Loading:
                 notes += (str(quantize(model, self.wanted.quantization, device=self.device)),)
                 storage = Choice(value=self.wanted.quantization.type, reason="asked for")
             elif self.wanted.storage_dtype != "auto":
-                self._refuse_storage(model)
+                require_unquantized(model, setting="storage_dtype")
                 store(model, DTYPES[self.wanted.storage_dtype])
                 storage = Choice(value=self.wanted.storage_dtype, reason="asked for")
             nn.Module.to(model, self.device)
         return model, storage, notes
-
-    def _refuse_storage(self, model: PreTrainedModel) -> None:
-        if getattr(model, "is_quantized", False):
-            raise ConfigError(
-                "The model is quantised already",
-                where="model.storage_dtype",
-                fix="leave `storage_dtype` out, or name its 16-bit original",
-            )
 
     def _by_transformers(self, dtype: torch.dtype) -> tuple[PreTrainedModel, tuple[str, ...]]:
         files = self.files
@@ -270,11 +268,13 @@ class _Loading:
             require_finite(parameter, name=name)
         return model.eval(), _of_unused(unexpected)
 
-    def _is_code_of_its_own(self) -> bool:
-        return self.files.runs_code
-
     def _needing_room(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return _needing_room(model, self.device)
+
+
+def _keep(model: PreTrainedModel, identity: WeightsIdentity, storage: Storage) -> None:
+    quantization = storage.quantization
+    keep_identity(model, identity, storage="" if quantization is None else storage_name(quantization))
 
 
 def stored_dtype(files: ModelFiles) -> torch.dtype:
@@ -319,7 +319,7 @@ def _needing_room(model: PreTrainedModel, device: torch.device) -> Iterator[None
         yield
     except torch.OutOfMemoryError as error:
         raise NoRoomError(
-            f"The weights take {model.get_memory_footprint() / 1e9:.1f} GB, more than {device} has free",
+            f"The weights take {stored_bytes(model) / 1e9:.1f} GB, more than {device} has free",
             fix="choose a smaller model, dtype: bfloat16, quantization: nf4, or device: cpu",
         ) from error
 

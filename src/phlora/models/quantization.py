@@ -66,6 +66,19 @@ def require_bitsandbytes() -> None:
     require({"bitsandbytes": "a quantised base model"})
 
 
+def require_unquantized(model: nn.Module, *, setting: str) -> None:
+    """
+    Raises:
+        ConfigError: the model is quantised already, so that this setting of `model` cannot be obeyed.
+    """
+    if getattr(model, "is_quantized", False) or any(is_quantized(module) for module in model.modules()):
+        raise ConfigError(
+            "The model is quantised already",
+            where=f"model.{setting}",
+            fix=f"leave `{setting}` out, or name its 16-bit original",
+        )
+
+
 def quantize(
     model: PreTrainedModel, quantization: QuantizationConfig, *, device: torch.device
 ) -> QuantizationReport:
@@ -77,12 +90,7 @@ def quantize(
         ModelError: it has no linear layers.
     """
     require_bitsandbytes()
-    if getattr(model, "is_quantized", False) or any(is_quantized(module) for module in model.modules()):
-        raise ConfigError(
-            "The model is quantised already",
-            where=_WHERE,
-            fix="leave `quantization` out, or name its 16-bit original",
-        )
+    require_unquantized(model, setting="quantization")
     names = block_linears(model)
     if not names:
         raise ModelError("The model has no linear layer that could be quantised", where=_WHERE)

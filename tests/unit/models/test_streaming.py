@@ -16,6 +16,7 @@ from phlora.config import ModelConfig
 from phlora.errors import ConfigError, EnvironmentProblem, ModelError
 from phlora.extras import is_installed
 from phlora.models import load as loading
+from phlora.models.fingerprint import IdentityMaker
 from phlora.models.load import load_model
 from phlora.models.quantization import dequantize
 from phlora.models.tokenizer import find_files
@@ -139,6 +140,30 @@ def test_a_configuration_that_says_bfloat16_rounds_no_norm(tmp_path: Path, files
     assert torch.equal(loaded.model.get_parameter("model.norm.weight"), weights["model.norm.weight"])
     matrix = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(loaded.model.get_parameter(matrix), weights[matrix].bfloat16())
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_every_tensor_is_counted_once(
+    tmp_path: Path, storage: str, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if storage == "nf4":
+        pytest.importorskip("bitsandbytes")
+    folder = tiny_folder(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    if format == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    counted: list[str] = []
+    add = IdentityMaker.add
+
+    def record(self: IdentityMaker, name: str, tensor: torch.Tensor) -> None:
+        counted.append(name)
+        add(self, name, tensor)
+
+    monkeypatch.setattr(IdentityMaker, "add", record)
+    load_model(folder, device="cpu", dtype="float32", storage_dtype=storage)
+    assert sorted(counted) == sorted(tensors)
 
 
 # -------------------------------------------------------------------------------------------------- bad files
