@@ -191,12 +191,8 @@ def trained_tokens(
     selected = hidden if len(hidden) == len(asked) else hidden[asked.to(hidden.device)]
     targets = targets[trained].to(hidden.device)
     rows = chunk or rows_of_a_chunk(_without_adapter(model).config.get_text_config().vocab_size)
-    losses, correct, entropies = head_losses(head, selected, targets, rows, terms, entropy=entropy)
-    weights = torch.ones_like(losses) if weights is None else weights[trained].to(losses)
-    mean = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
-    return TrainedTokens(
-        loss=mean, losses=losses, correct=correct.to(losses), weights=weights, entropies=entropies
-    )
+    found = head_losses(head, selected, targets, rows, terms, entropy=entropy)
+    return _as_output(found, None if weights is None else weights[trained])
 
 
 def _changes_its_logits(model: nn.Module) -> bool:
@@ -211,10 +207,16 @@ def _from_all_logits(
     targets, weights = targets_and_weights(batch)
     trained = targets != IGNORED
     logits = model(**inputs, use_cache=False).logits
-    losses, correct, entropies = _chunk_losses(
+    found = _chunk_losses(
         nn.Identity(), logits[trained.to(logits.device)], targets[trained].to(logits.device), terms, entropy
     )
-    weights = torch.ones_like(losses) if weights is None else weights[trained].to(losses)
+    return _as_output(found, None if weights is None else weights[trained])
+
+
+def _as_output(found: tuple[Tensor, Tensor, Tensor | None], weights: Tensor | None) -> TrainedTokens:
+    """Losses, hits and entropies (S,) with their mean."""
+    losses, correct, entropies = found
+    weights = torch.ones_like(losses) if weights is None else weights.to(losses)
     mean = (losses * weights).sum() / weights.sum().clamp(min=1e-12)
     return TrainedTokens(
         loss=mean, losses=losses, correct=correct.to(losses), weights=weights, entropies=entropies
