@@ -147,7 +147,9 @@ def _pickles(location: Location) -> list[Path | None]:
     if one is not None:
         return [one]
     index = _find(location, _PICKLE_INDEX)
-    return [] if index is None else [_find(location, shard) for shard in sorted(set(shards_of(index).values()))]
+    return (
+        [] if index is None else [_find(location, shard) for shard in sorted(set(shards_of(index).values()))]
+    )
 
 
 def _find(location: Location, name: str) -> Path | None:

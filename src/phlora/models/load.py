@@ -43,7 +43,7 @@ from phlora.models.quantization import (
     stored_bytes,
 )
 from phlora.models.requirements import needed_by_model
-from phlora.models.storage import Storage, choose_storage, storage_settings
+from phlora.models.storage import Storage, asked_dtype, choose_storage, storage_settings
 from phlora.models.stored_layers import compute_wider, require_finite, store
 from phlora.models.streaming import Skeleton, empty_model, fill, sizes_of, skeleton
 from phlora.models.tokenizer import (
@@ -230,7 +230,7 @@ class _Loading:
                 storage = Choice(value=self.wanted.quantization.type, reason="asked for")
             elif self.wanted.storage_dtype != "auto":
                 require_unquantized(model, setting="storage_dtype")
-                store(model, DTYPES[self.wanted.storage_dtype])
+                store(model, asked_dtype(self.wanted.storage_dtype, compute=self.dtype))
                 storage = Choice(value=self.wanted.storage_dtype, reason="asked for")
             nn.Module.to(model, self.device)
         return model, storage, notes

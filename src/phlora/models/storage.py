@@ -119,14 +119,7 @@ def choose_storage(
     """
     free = available_bytes(device)
     if model.storage_dtype != "auto":
-        asked = DTYPES[model.storage_dtype]
-        if asked.itemsize > dtype.itemsize or (asked.itemsize == dtype.itemsize and asked != dtype):
-            computed = str(dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"Weights stored in {model.storage_dtype} cannot be computed with in {computed}",
-                where=_WHERE,
-                expected=f"auto, {computed}, or something narrower",
-            )
+        asked = asked_dtype(model.storage_dtype, compute=dtype)
         storage = Storage(dtype=asked, quantization=model.quantization)
         _require_fit(storage, sizes, dtype, free, device)
         return Choice(value=storage, reason="asked for")
@@ -140,24 +133,33 @@ def choose_storage(
     return _smaller(Storage(dtype=exact), sizes, dtype, free, device)
 
 
+def asked_dtype(name: str, *, compute: torch.dtype) -> torch.dtype:
+    """The dtype of this name, to store weights in.
+
+    Raises:
+        ConfigError: it is not what is computed with, and no narrower.
+    """
+    asked = DTYPES[name]
+    if asked != compute and asked.itemsize >= compute.itemsize:
+        computed = str(compute).removeprefix("torch.")
+        raise ConfigError(
+            f"Weights stored in {name} cannot be computed with in {computed}",
+            where=_WHERE,
+            expected=f"auto, {computed}, or something narrower",
+        )
+    return asked
+
+
 def _exact(sizes: Sizes, compute: torch.dtype, free: int) -> tuple[torch.dtype, str]:
     """What loses nothing against computing with the checkpoint's weights in `compute`."""
-    narrow = _narrow(sizes, compute)
-    if narrow == compute:
+    narrow = sizes.stored
+    if narrow.itemsize >= compute.itemsize:
         return compute, "what is computed with"
-    if _is_small(compute, sizes, compute, free):
+    wide = sizes.bytes_as(Storage(dtype=compute), compute)
+    if wide <= _SMALL_SHARE * free:
         return compute, "what is computed with; the model is small beside the memory that is free"
-    saved = sizes.bytes_as(Storage(dtype=compute), compute) - sizes.bytes_as(Storage(dtype=narrow), compute)
+    saved = wide - sizes.bytes_as(Storage(dtype=narrow), compute)
     return narrow, f"as in the checkpoint, which saves {saved / 1e9:.1f} GB; widened exactly for each product"
-
-
-def _narrow(sizes: Sizes, compute: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that loses nothing against `compute`."""
-    return sizes.stored if sizes.stored.itemsize < compute.itemsize else compute
-
-
-def _is_small(dtype: torch.dtype, sizes: Sizes, compute: torch.dtype, free: int) -> bool:
-    return sizes.bytes_as(Storage(dtype=dtype), compute) <= _SMALL_SHARE * free
 
 
 def _smaller(

@@ -88,9 +88,8 @@ def test_a_tied_head_is_tied(tmp_path: Path) -> None:
     assert stored.lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("streamed")
-def test_llama_is_streamed_too(tmp_path: Path) -> None:
-    folder = tiny_folder(tmp_path)
+def llama_folder(path: Path) -> Path:
+    folder = tiny_folder(path)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=288,
@@ -102,9 +101,29 @@ def test_llama_is_streamed_too(tmp_path: Path) -> None:
         attention_bias=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("streamed")
+def test_llama_is_streamed_too(tmp_path: Path) -> None:
+    folder = llama_folder(tmp_path)
     found = load_model(folder, device="cpu", dtype="float32", storage_dtype="bfloat16").model
     assert found.model.layers[0].self_attn.q_proj.bias.dtype == torch.float32
     assert torch.isfinite(found(torch.arange(3, 9)[None]).logits).all()
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_wider_storage_than_computation_is_refused_however_a_model_is_read(
+    tmp_path: Path, trusted: bool
+) -> None:
+    with pytest.raises(ConfigError, match="stored in float32 cannot be computed with in bfloat16"):
+        load_model(
+            llama_folder(tmp_path),
+            device="cpu",
+            dtype="bfloat16",
+            storage_dtype="float32",
+            trust_remote_code=trusted,
+        )
 
 
 def test_weights_that_are_no_safetensors_load_as_before(tmp_path: Path) -> None:
@@ -126,7 +145,9 @@ def test_a_configuration_that_says_bfloat16_rounds_no_norm(tmp_path: Path, files
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] += torch.linspace(0, 0.1, 64)
     (folder / "model.safetensors").unlink()
-    names = [f"pytorch_model-{n + 1:05}-of-00002.bin" for n in range(2)] if files == 2 else ["pytorch_model.bin"]
+    names = (
+        [f"pytorch_model-{n + 1:05}-of-00002.bin" for n in range(2)] if files == 2 else ["pytorch_model.bin"]
+    )
     parts = {name: list(weights)[n :: len(names)] for n, name in enumerate(names)}
     for name, part in parts.items():
         torch.save({key: weights[key] for key in part}, folder / name)
