@@ -34,13 +34,13 @@ from phlora.models.device import (
 from phlora.models.families import widest_product
 from phlora.models.fingerprint import WeightsIdentity, fingerprint, identity_of, keep_identity
 from phlora.models.locate import ModelSource, reading
-from phlora.models.operands import is_quantized
 from phlora.models.quantization import (
     quantize,
     require_bitsandbytes,
     require_unquantized,
     storage_name,
     stored_bytes,
+    use_operands,
 )
 from phlora.models.requirements import needed_by_model
 from phlora.models.storage import Storage, asked_dtype, choose_storage, storage_settings
@@ -215,11 +215,7 @@ class _Loading:
     def _as_transformers_does(self) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
         """A model that is quantised already, or that brings its own code."""
         model, notes = self._by_transformers(self.dtype)
-        if any(is_quantized(module) for module in model.modules()):
-            # Imported here: an optional package, without which there would be no such layer.
-            from phlora.models.bnb import use_operands
-
-            use_operands(model)
+        use_operands(model)
         storage = Choice(value=str(self.dtype).removeprefix("torch."), reason="what is computed with")
         if getattr(model, "is_quantized", False):
             method = model.config.quantization_config.quant_method

@@ -71,7 +71,7 @@ def require_unquantized(model: nn.Module, *, setting: str) -> None:
     Raises:
         ConfigError: the model is quantised already, so that this setting of `model` cannot be obeyed.
     """
-    if getattr(model, "is_quantized", False) or any(is_quantized(module) for module in model.modules()):
+    if getattr(model, "is_quantized", False) or _has_quantized_layers(model):
         raise ConfigError(
             "The model is quantised already",
             where=f"model.{setting}",
@@ -161,6 +161,15 @@ def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> nn.Modu
     return model
 
 
+def use_operands(model: nn.Module) -> None:
+    """Let the layers that transformers had bitsandbytes quantise be multiplied by as operands, in place."""
+    if _has_quantized_layers(model):
+        # Imported here: an optional package, without which there would be no such layer.
+        from phlora.models import bnb
+
+        bnb.use_operands(model)
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of all tensors that a model holds, quantisation scales included and shared tensors once."""
     tensors = model.state_dict(keep_vars=True).values()
@@ -204,6 +213,10 @@ def _dense_linear(layer: Any, dtype: torch.dtype | None) -> nn.Linear:
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = layer.bias
     return linear.train(bool(layer.training))
+
+
+def _has_quantized_layers(model: nn.Module) -> bool:
+    return any(is_quantized(module) for module in model.modules())
 
 
 def _layer_bytes(model: nn.Module, names: Iterable[str]) -> int:

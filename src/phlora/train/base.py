@@ -20,7 +20,7 @@ from phlora.models.device import DTYPES, Choice, choose_device
 from phlora.models.fingerprint import fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.locate import ModelSource, resolve_source
-from phlora.models.operands import is_quantized
+from phlora.models.quantization import use_operands
 from phlora.models.storage import STORAGES
 from phlora.models.stored_layers import compute_dtype
 from phlora.models.tokenizer import LoadedTokenizer, load_tokenizer, prepare_tokenizer
@@ -91,11 +91,7 @@ def model_of(
     if objects.model is None:
         return load_model(replace(model, device=str(device)), tokenizer=tokenizer, display=display)
     given = require_plain_model(objects.model)
-    if any(is_quantized(module) for module in given.modules()):
-        # Imported here: an optional package, without which there would be no such layer.
-        from phlora.models.bnb import use_operands
-
-        use_operands(given)
+    use_operands(given)
     return LoadedModel(
         model=given,
         tokenizer=tokenizer,
