@@ -122,7 +122,7 @@ def open_checkpoint(location: Location) -> Checkpoint | None:
 
 
 def pickled_numbers(location: Location) -> Counter[torch.dtype]:
-    """As `Checkpoint.numbers`, of weights in torch's own files, which are not read; empty where their heads do not tell.
+    """As `Checkpoint.numbers`, of weights in torch's own files, by their heads; empty where these do not tell.
 
     Raises:
         ModelError: the index maps nothing.
