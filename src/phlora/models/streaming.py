@@ -128,7 +128,8 @@ def fill(
     """
     files = empty.checkpoint.files
     state = state_of(files, empty.names)
-    model, maker = empty.model, IdentityMaker(recall(state))
+    known = recall(state)
+    model, maker = empty.model, IdentityMaker(known)
     quantized = None
     if storage.quantization is not None:
         quantized = QuantizedLayers(model, storage.quantization, device=device)
@@ -163,7 +164,8 @@ def fill(
         model.generation_config = generation
     notes = () if quantized is None else (str(quantized.report()),)
     identity = maker.result()
-    remember(files, empty.names, identity.whole, state=state)
+    if known is None:
+        remember(files, empty.names, identity.whole, state=state)
     return model.eval(), identity, notes
 
 
