@@ -152,7 +152,8 @@ def test_a_configuration_that_says_bfloat16_rounds_no_norm(tmp_path: Path, files
     for name, part in parts.items():
         torch.save({key: weights[key] for key in part}, folder / name)
     if files == 2:
-        index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+        weight_map = {key: name for name, part in parts.items() for key in part}
+        index = {"metadata": {}, "weight_map": weight_map}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
