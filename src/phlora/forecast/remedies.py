@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,10 +62,12 @@ def remedies(
         timed: whether the time of each is measured.
     """
     found = []
-    for change in _changes(about):
-        forecast = forecast_run(change.about)
-        if not forecast.fits:
+    for kind in _kinds_of_change(about):
+        forecasts = ((change, forecast_run(change.about)) for change in kind)
+        fitting = next(((change, forecast) for change, forecast in forecasts if forecast.fits), None)
+        if fitting is None:
             continue
+        change, forecast = fitting
         slower = None
         if timed and without.seconds:
             forecast = with_seconds(forecast, change.about)
@@ -75,12 +77,13 @@ def remedies(
     return sorted(found, key=lambda each: (not each.exact, each.slower or 0.0))
 
 
-def _changes(about: Circumstances) -> Iterator[_Change]:
-    yield from _recomputing(about)
-    yield from _smaller_batches(about)
-    yield from _fewer_answers(about)
-    yield from _narrower(about)
-    yield from _shorter(about)
+def _kinds_of_change(about: Circumstances) -> Iterator[Iterable[_Change]]:
+    """Of each kind the first change counts that makes it fit."""
+    yield from ([change] for change in _recomputing(about))
+    yield _smaller_batches(about)
+    yield _fewer_answers(about)
+    yield from ([change] for change in _narrower(about))
+    yield _shorter(about)
 
 
 def _recomputing(about: Circumstances) -> Iterator[_Change]:
@@ -91,34 +94,28 @@ def _recomputing(about: Circumstances) -> Iterator[_Change]:
 
 
 def _smaller_batches(about: Circumstances) -> Iterator[_Change]:
-    """The largest smaller micro-batch that fits, with as many rows to a step."""
+    """Smaller micro-batches, the largest first, with as many rows to a step."""
     layout = about.layout
     for size in _divisors_below(layout.batch_size):
         smaller = replace(layout, batch_size=size, accumulated=layout.accumulated * layout.batch_size // size)
-        change = _Change(
+        yield _Change(
             {
                 "training_config.per_device_train_batch_size": size,
                 "training_config.gradient_accumulation_steps": smaller.accumulated,
             },
             replace(about, layout=smaller),
         )
-        if forecast_run(change.about).fits:
-            yield change
-            return
 
 
 def _fewer_answers(about: Circumstances) -> Iterator[_Change]:
     """Where not training holds most, but the keys and values of the answers that are compared afterwards."""
     wanted = about.evaluation
     for answers in (wanted.answers // 2, wanted.answers // 8, 0) if wanted.enabled and wanted.answers else ():
-        change = _Change(
+        yield _Change(
             {"evaluation.max_answers": answers},
             replace(about, evaluation=replace(wanted, answers=answers)),
             note="fewer answers are compared afterwards",
         )
-        if forecast_run(change.about).fits:
-            yield change
-            return
 
 
 def _narrower(about: Circumstances) -> Iterator[_Change]:
@@ -153,15 +150,12 @@ def _shorter(about: Circumstances) -> Iterator[_Change]:
         kept = [rows for rows in about.sequences if sum(len(row.input_ids) for row in rows) <= length]
         if not kept:
             return
-        change = _Change(
+        yield _Change(
             {"training_config.max_length": length},
             replace(about, sequences=kept),
             exact=False,
             note=f"{len(about.sequences) - len(kept):,} of {len(about.sequences):,} rows would be cut or dropped",
         )
-        if forecast_run(change.about).fits:
-            yield change
-            return
 
 
 def _divisors_below(number: int) -> list[int]:
