@@ -1,13 +1,23 @@
-"""Seconds and bytes: how long the parts of a run take, and the most memory that the process has held."""
+"""Seconds and bytes: how long the parts of a run take, the memory that the process holds, and what is free.
+
+Free is by everyone's count: the machine's, the containers', the process's own limits', the GPU's.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+# What older kernels write for no limit: the largest number of pages.
+_NO_LIMIT = 1 << 60
+# What running out of memory is raised as; torch's own error is a RuntimeError.
+MEMORY_ERRORS = (MemoryError, RuntimeError)
 
 
 class Clock:
@@ -49,9 +59,9 @@ def peak_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform == "linux":
         # ru_maxrss would carry over from the process that started this one.
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+        found = _kilobytes(_PROC / "self" / "status", "VmHWM")
+        if found is not None:
+            return found
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,44 +69,109 @@ def peak_bytes() -> int:
 
 
 def available_bytes(device: torch.device | None = None) -> int:
-    """The memory that this process may still take without swapping: of a GPU, or the machine's within its limits."""
-    if device is not None and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil
-
-    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+    """The memory that this process may still take of a device, or of the machine."""
+    free = host_memory() if device is None else free_memory(device)
+    assert free.num_bytes is not None
+    return free.num_bytes
 
 
-def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What the limits of the control groups around this process leave to it, as in a container; Linux only."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return []
-    left = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+@dataclass(frozen=True)
+class FreeMemory:
+    """What can be allocated in one place before something gives.
+
+    Attributes:
+        num_bytes: None where it cannot be told.
+        limit: what sets it: the machine, a container's limit, a limit of the process, a GPU.
+    """
+
+    num_bytes: int | None
+    limit: str
+
+
+def free_memory(device: torch.device) -> FreeMemory:
+    """What a run on this device can still take there, besides what this process holds already."""
+    if device.type == "cuda":
+        # What torch keeps for later is free too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return FreeMemory(torch.cuda.mem_get_info(device)[0] + kept, torch.cuda.get_device_name(device))
+    return host_memory()
+
+
+def host_memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> FreeMemory:
+    """The least of what the machine, the containers around this process and its own limits leave.
+
+    On Linux `MemAvailable`, which counts caches that can be dropped, the limits of cgroups (versions 1 and 2, the
+    process's own group and those around it), and the limit of the address space; elsewhere what psutil says.
+    """
+    found = [FreeMemory(number, name) for name, number in _limits(proc, cgroup) if number is not None]
+    if not found:
+        import psutil
+
+        return FreeMemory(int(psutil.virtual_memory().available), "this machine")
+    least = min(found, key=lambda each: each.num_bytes or 0)
+    return FreeMemory(max(0, least.num_bytes or 0), least.limit)
+
+
+def resident_bytes(proc: Path = _PROC) -> int:
+    """What this process holds of the machine's memory now; 0 where it cannot be told."""
+    return _kilobytes(proc / "self" / "status", "VmRSS") or 0
+
+
+def _limits(proc: Path, cgroup: Path) -> list[tuple[str, int | None]]:
+    return [
+        ("this machine", _kilobytes(proc / "meminfo", "MemAvailable")),
+        ("the container's limit", _left_in_cgroups(proc, cgroup)),
+        ("the limit of the address space (ulimit -v)", _left_of_address_space(proc)),
+    ]
+
+
+def _left_in_cgroups(proc: Path, cgroup: Path) -> int | None:
+    """The least that any group around this process has left; what files cache in it can be dropped."""
+    left: list[int] = []
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if controllers == "":
+            top, names = cgroup, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            top = cgroup / "memory"
+        else:
             continue
-        base, limit_name, used_name = (
-            (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
-            if controllers
-            else (root, "memory.max", "memory.current")
-        )
-        # In a container the path is that of the host, and its own group is the root.
-        groups = [base, *(base.joinpath(*Path(path).parts[1:depth]) for depth in range(2, 32))]
-        for group in dict.fromkeys(groups):
-            left += _left_in(group, limit_name, used_name)
-    return left
+        here = top / path.strip("/")
+        # In a container the path is that of the host, and the group is mounted at the top.
+        for folder in {here, *(p for p in here.parents if p.is_relative_to(top)), top}:
+            most, used = (_number(folder / name) for name in names[:2])
+            if most is not None and used is not None and most < _NO_LIMIT:
+                stat = re.search(rf"^{names[2]} (\d+)", _read(folder / "memory.stat"), re.MULTILINE)
+                left.append(most - used + (int(stat[1]) if stat else 0))
+    return min(left, default=None)
 
 
-def _left_in(group: Path, limit_name: str, used_name: str) -> list[int]:
+def _left_of_address_space(proc: Path) -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    held = _kilobytes(proc / "self" / "status", "VmSize")
+    return most - held if held is not None else None
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """Bytes that a line such as `VmRSS:  12 kB` gives."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", _read(path), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _read(path: Path) -> str:
     try:
-        limit, used = int((group / limit_name).read_text()), int((group / used_name).read_text())
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return []
-    # Pages of files count as used and are given up when they are needed.
-    cached = int(facts.get("total_inactive_file", facts.get("inactive_file", 0)))
-    return [max(0, limit - used + cached)]
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

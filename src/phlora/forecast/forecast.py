@@ -13,10 +13,10 @@ from torch import nn
 from phlora.config import Speed
 from phlora.data.table import TokenizedRow, TokenTable
 from phlora.forecast.blueprint import Blueprint
-from phlora.forecast.machine import FreeMemory
 from phlora.forecast.memory import Memory, Setup, answer_cache_bytes, forecast_memory
 from phlora.forecast.passes import Layout, Passes, passes_of
 from phlora.forecast.probe import PROBED_LAYERS, TRAINER_SECONDS, Pace, measure_pace, most_probed
+from phlora.measure import FreeMemory
 from phlora.models.activation_memory import LEVELS
 from phlora.models.lean_layers import LeanMLP
 from phlora.models.storage import Storage

@@ -27,11 +27,11 @@ from phlora.forecast.forecast import (
     gigabytes,
     with_seconds,
 )
-from phlora.forecast.machine import free_memory, resident_bytes
 from phlora.forecast.memory import weight_bytes
 from phlora.forecast.passes import Layout
 from phlora.forecast.remedies import Remedy, remedies
 from phlora.forecast.render import render_remedies
+from phlora.measure import free_memory, resident_bytes
 from phlora.models.device import choose_attention, choose_dtype
 from phlora.models.families import widest_product
 from phlora.models.lm_head import trunk_and_head, why_not_by_token

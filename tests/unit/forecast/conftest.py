@@ -14,8 +14,8 @@ from phlora.data.rows import Origin
 from phlora.data.table import TableBuilder, TokenTable
 from phlora.forecast.blueprint import draw_up
 from phlora.forecast.forecast import Circumstances
-from phlora.forecast.machine import FreeMemory
 from phlora.forecast.passes import Layout
+from phlora.measure import FreeMemory
 from phlora.models.storage import Storage
 from phlora.models.tiny import tiny_phi3
 

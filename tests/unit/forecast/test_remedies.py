@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from phlora.forecast.forecast import Circumstances, Evaluation, forecast_run
-from phlora.forecast.machine import FreeMemory
 from phlora.forecast.remedies import Remedy, remedies
 from phlora.forecast.render import render_remedies
+from phlora.measure import FreeMemory
 
 About = Callable[..., Circumstances]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from phlora import measure
 from phlora.config import ModelConfig
 from phlora.errors import ConfigError, NoRoomError
 from phlora.models import storage
@@ -114,28 +113,3 @@ def test_loading_says_what_was_chosen(tiny_folder: Path) -> None:
     loaded = load_model(tiny_folder, device="cpu", dtype="float32", storage_dtype="bfloat16")
     assert (loaded.storage.value, loaded.storage.reason) == ("bfloat16", "asked for")
     assert loaded.dtype.value == FULL
-
-
-def test_free_memory_is_that_of_the_container(tmp_path: Path) -> None:
-    root, own = tmp_path / "cgroup", tmp_path / "self"
-    inner = root / "box" / "job"
-    inner.mkdir(parents=True)
-    for group, limit, used in ((root / "box", "1000000", "400000"), (inner, "max", "300000")):
-        (group / "memory.max").write_text(limit + "\n")
-        (group / "memory.current").write_text(used + "\n")
-        (group / "memory.stat").write_text("anon 5\ninactive_file 50000\n")
-    own.write_text("0::/box/job\n")
-    assert measure._left_in_groups(root, own) == [650000]
-    assert measure._left_in_groups(root, tmp_path / "none") == []
-    assert measure.available_bytes() > 0
-
-
-def test_free_memory_under_the_first_version_of_control_groups(tmp_path: Path) -> None:
-    root, own = tmp_path / "cgroup", tmp_path / "self"
-    group = root / "memory"
-    group.mkdir(parents=True)
-    (group / "memory.limit_in_bytes").write_text("1000\n")
-    (group / "memory.usage_in_bytes").write_text("1200\n")
-    (group / "memory.stat").write_text("total_inactive_file 100\n")
-    own.write_text("5:cpu:/x\n4:memory:/docker/abc\n")
-    assert measure._left_in_groups(root, own) == [0]

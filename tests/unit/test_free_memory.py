@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phlora.forecast.machine import host_memory, resident_bytes
+from phlora.measure import FreeMemory, available_bytes, free_memory, host_memory, resident_bytes
 
 GIB = 1 << 30
 
@@ -63,3 +63,49 @@ def test_a_group_over_its_limit_leaves_nothing(system: tuple[Path, Path]) -> Non
 
 def test_this_machine_says_something() -> None:
     assert (host_memory().num_bytes or 1) > 0
+
+
+def test_free_memory_is_that_of_the_container(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "proc" / "self" / "cgroup"
+    inner = root / "box" / "job"
+    inner.mkdir(parents=True)
+    own.parent.mkdir(parents=True)
+    for group, limit, used in ((root / "box", "1000000", "400000"), (inner, "max", "300000")):
+        (group / "memory.max").write_text(limit + "\n")
+        (group / "memory.current").write_text(used + "\n")
+        (group / "memory.stat").write_text("anon 5\ninactive_file 50000\n")
+    own.write_text("0::/box/job\n")
+    assert host_memory(tmp_path / "proc", root) == FreeMemory(650000, "the container's limit")
+    assert host_memory(tmp_path / "none", root).limit == "this machine"
+    assert available_bytes() > 0
+
+
+def test_free_memory_under_the_first_version_of_control_groups(tmp_path: Path) -> None:
+    root, own = tmp_path / "cgroup", tmp_path / "proc" / "self" / "cgroup"
+    group = root / "memory"
+    group.mkdir(parents=True)
+    own.parent.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("1000\n")
+    (group / "memory.usage_in_bytes").write_text("1200\n")
+    (group / "memory.stat").write_text("total_inactive_file 100\n")
+    own.write_text("5:cpu:/x\n4:memory:/docker/abc\n")
+    assert host_memory(tmp_path / "proc", root) == FreeMemory(0, "the container's limit")
+
+
+def test_what_is_planned_with_and_what_is_loaded_with_is_one_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    import torch
+
+    held = 1 << 40
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (held, held))
+    monkeypatch.setattr(
+        "phlora.measure._kilobytes", lambda _, name: held - GIB if name == "VmSize" else 9 * GIB
+    )
+    assert available_bytes(torch.device("cpu")) == host_memory().num_bytes <= GIB
+    for name, number in (("memory_reserved", 7), ("memory_allocated", 4)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, number=number: number)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10, 20))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    gpu = torch.device("cuda")
+    assert free_memory(gpu) == FreeMemory(13, "a GPU") and available_bytes(gpu) == 13
