@@ -20,7 +20,7 @@ from torch import nn
 
 from phlora.data.collate import Batch, halves
 from phlora.errors import NoRoomError
-from phlora.measure import is_out_of_memory
+from phlora.measure import MEMORY_ERRORS, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Passes:
         self.trainer.is_in_backward = False
         try:
             return self.one_pass(piece)
-        except Exception as error:
+        except MEMORY_ERRORS as error:
             if not is_out_of_memory(error):
                 raise
         # Behind the `except`, whose error holds every tensor of the pass.
