@@ -117,7 +117,7 @@ class Arguments:
         notes: what was renamed, converted or left out, one sentence each.
         origins: field name -> `user` or `phlora`; fields that are not listed have TRL's default.
         loraplus_lr_ratio: learning rate of every lora_B, as a multiple of that of all else; None: the same.
-        z_loss: weight of the squared log-normaliser of each trained token, see `models.head.LossTerms`.
+        z_loss: weight of the squared log-normaliser of each trained token, see `models.lm_head.LossTerms`.
         activation_memory: `auto`, until the forecast has decided, or a level of `models.activation_memory`.
     """
 

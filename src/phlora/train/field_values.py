@@ -119,6 +119,11 @@ def check_ranges(values: Mapping[str, Any]) -> None:
         )
 
 
+def word_of(value: Any) -> str:
+    """The word of a field that holds an enumeration's member, or the word itself."""
+    return str(getattr(value, "value", value))
+
+
 @cache
 def field_types() -> dict[str, Any]:
     hints = typing.get_type_hints(SFTConfig)

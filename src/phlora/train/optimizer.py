@@ -24,7 +24,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments, get_schedule
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from phlora.errors import ConfigError, shown
-from phlora.train.field_values import WHERE
+from phlora.train.field_values import WHERE, word_of
 
 # In `peft_config`, beside the adapter that it is about; PEFT keeps it out of `LoraConfig`.
 LORAPLUS = "loraplus_lr_ratio"
@@ -96,12 +96,12 @@ def check_optimizer(args: TrainingArguments) -> tuple[str, ...]:
     optimizer = _named(lambda: _optimizer(args), args, kind="optim", settings="optim_args")
     _named(lambda: _schedule(args, optimizer), args, kind="lr_scheduler_type", settings="lr_scheduler_kwargs")
     unread = [name for name in ("optim_args", "optim_target_modules") if _is_unread(name, args)]
-    return tuple(f"{WHERE}.{name} changes nothing with optim: {_word(args.optim)}" for name in unread)
+    return tuple(f"{WHERE}.{name} changes nothing with optim: {word_of(args.optim)}" for name in unread)
 
 
 def _is_unread(name: str, args: TrainingArguments) -> bool:
     """Whether a setting was given that the optimizer does nothing with; transformers says nothing about it."""
-    if not getattr(args, name) or _word(args.optim).startswith(_PROJECT_GRADIENTS):
+    if not getattr(args, name) or word_of(args.optim).startswith(_PROJECT_GRADIENTS):
         return False
     plain = _without(args, "optim_target_modules")
     return name == "optim_target_modules" or _kind_and_keywords(plain) == _kind_and_keywords(
@@ -114,7 +114,7 @@ def _named(make: Callable[[], Any], args: TrainingArguments, *, kind: str, setti
     try:
         return make()
     except _CANNOT_MAKE as error:
-        given, word = getattr(args, settings), _word(getattr(args, kind))
+        given, word = getattr(args, settings), word_of(getattr(args, kind))
         alone = _without(args, settings)
         to_blame = bool(given) and _can(lambda: _optimizer(alone) if kind == "optim" else _schedule(alone))
         if to_blame:
@@ -138,7 +138,7 @@ def _can(make: Callable[[], Any]) -> bool:
 
 
 def _optimizer(args: TrainingArguments) -> Optimizer:
-    projects = _word(args.optim).startswith(_PROJECT_GRADIENTS) and args.optim_target_modules
+    projects = word_of(args.optim).startswith(_PROJECT_GRADIENTS) and args.optim_target_modules
     kind, keywords = (SGD, {}) if projects else _kind_and_keywords(args)
     made: Optimizer = kind([nn.Parameter(torch.zeros(1))], **keywords)
     return made
@@ -171,10 +171,6 @@ def _expected(args: TrainingArguments, kind: str) -> str:
     """What the settings of an optimizer or a schedule look like."""
     if kind == "optim":
         return "text of settings that this optimizer has, such as key=value,key=value"
-    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(_word(args.lr_scheduler_type))]
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(word_of(args.lr_scheduler_type))]
     own = [name for name in inspect.signature(make).parameters if name not in _GIVEN_TO_SCHEDULES]
     return f"a mapping with {', '.join(own)}" if own else "nothing: this schedule has no settings"
-
-
-def _word(value: Any) -> str:
-    return str(getattr(value, "value", value))

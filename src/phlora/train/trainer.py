@@ -53,6 +53,7 @@ from phlora.models.lm_head import (
     trained_weight,
 )
 from phlora.models.prefix_attention import copy_cost
+from phlora.train.field_values import word_of
 from phlora.train.optimizer import raise_rate_of_B
 from phlora.train.pieces import Passes, Pieces
 from phlora.train.token_losses import offer_token_losses, refuse_z_loss, why_trls_loss
@@ -265,7 +266,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
     def _may_be_cut(self) -> bool:
         """Whether rows may be computed in other company: the loss is their sum, and gradients are this process's."""
         alone = self.args.world_size == 1 and self.args.n_gpu <= 1 and not self.is_deepspeed_enabled
-        steps_in_backward = str(getattr(self.args.optim, "value", self.args.optim)) in ("lomo", "adalomo")
+        steps_in_backward = word_of(self.args.optim) in ("lomo", "adalomo")
         own_loss = not self._needs_logits and self._why_trls_loss is None
         return alone and own_loss and not self.is_fsdp_enabled and not steps_in_backward
 
