@@ -5,9 +5,11 @@ On torch's meta device a tensor has a shape and a dtype and no numbers, so that 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,32 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from phlora.adapters.attach import AdapterSummary, Attached, attach
+from phlora.errors import PhloraError
 from phlora.models.storage import Sizes
 from phlora.models.streaming import sizes_of
 
 # Settings of an adapter that single layers out: what is known of one of them holds for no other.
 _BY_LAYER = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "layer_replication")
+
+
+class NotForecastError(Exception):
+    """A run cannot be forecast, for a reason that is no defect of Phlora; the reason is the message."""
+
+
+@contextlib.contextmanager
+def models_own_code() -> Iterator[None]:
+    """Around whatever runs the code of a model without its weights: what it raises is no reason not to train it.
+
+    Raises:
+        NotForecastError: with what the code raised. Errors that are for a person to read stay as they are.
+    """
+    try:
+        yield
+    except PhloraError:
+        raise
+    # Code that comes with a model may raise anything.
+    except Exception as error:
+        raise NotForecastError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 @dataclass(frozen=True)
@@ -98,10 +121,12 @@ def draw_up(
 
     Raises:
         ConfigError: as `attach`.
+        NotForecastError: its code, or its configuration, does not make such a model without weights.
     """
-    base = _base(shortened(config, config.num_hidden_layers), dtype, attention, runs_code)
-    sizes = sizes_of(base, stored)
-    attached = _attached(base, lora)
+    with models_own_code():
+        base = _base(shortened(config, config.num_hidden_layers), dtype, attention, runs_code)
+        sizes = sizes_of(base, stored)
+        attached = _attached(base, lora)
     return Blueprint(config, lora, dtype, attention, runs_code, attached.model, attached.summary, sizes)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from phlora.config import Speed
 from phlora.data.table import TokenizedRow, TokenTable
-from phlora.forecast.blueprint import Blueprint
+from phlora.forecast.blueprint import Blueprint, models_own_code
 from phlora.forecast.memory import Memory, Setup, answer_cache_bytes, forecast_memory
 from phlora.forecast.passes import Layout, Passes, passes_of
 from phlora.forecast.probe import PROBED_LAYERS, TRAINER_SECONDS, Pace, measure_pace, most_probed
@@ -154,17 +154,17 @@ def with_seconds(forecast: Forecast, about: Circumstances) -> Forecast:
     """The same with its seconds, measured; without where there is no memory for the layers that are measured."""
     if not _probe_fits(forecast, about):
         return forecast
-    rows = _answer_rows(about)
-    pace = measure_pace(
-        about.blueprint,
-        about.storage,
-        forecast.passes.typical,
-        device=about.device,
-        level=forecast.level,
-        speed=about.speed,
-        max_grad_norm=about.max_grad_norm,
-        decoded_rows=max(1, rows),
-    )
+    with models_own_code():
+        pace = measure_pace(
+            about.blueprint,
+            about.storage,
+            forecast.passes.typical,
+            device=about.device,
+            level=forecast.level,
+            speed=about.speed,
+            max_grad_norm=about.max_grad_norm,
+            decoded_rows=max(1, _answer_rows(about)),
+        )
     return replace(forecast, seconds=_seconds(pace, forecast.passes, about))
 
 

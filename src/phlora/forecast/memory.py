@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from phlora.config import Speed
-from phlora.forecast.blueprint import Blueprint
+from phlora.forecast.blueprint import Blueprint, models_own_code
 from phlora.forecast.trace import PassShape, StepBytes, step_bytes
 from phlora.models.storage import Storage
 
@@ -85,15 +85,20 @@ class Memory:
 
 
 def forecast_memory(setup: Setup) -> Memory:
-    """The parts of the peak: the fixed ones, and the larger of a training step and of generating answers."""
-    step = step_bytes(
-        setup.blueprint,
-        setup.shape,
-        device=setup.device,
-        level=setup.level,
-        speed=setup.speed,
-        accumulates=setup.passes > 1,
-    )
+    """The parts of the peak: the fixed ones, and the larger of a training step and of generating answers.
+
+    Raises:
+        NotForecastError: the model's code does not run over tensors without numbers.
+    """
+    with models_own_code():
+        step = step_bytes(
+            setup.blueprint,
+            setup.shape,
+            device=setup.device,
+            level=setup.level,
+            speed=setup.speed,
+            accumulates=setup.passes > 1,
+        )
     trained = setup.blueprint.trained()
     fixed = {
         "weights": weight_bytes(setup.blueprint, setup.storage),

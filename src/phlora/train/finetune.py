@@ -35,8 +35,9 @@ from phlora.train import record
 from phlora.train.arguments import Arguments, training_arguments
 from phlora.train.backends import needed_by_trackers
 from phlora.train.base import as_before, device_of, model_of, require_no_adapted_head, tokenizer_of
+from phlora.train.fitting import fitted_before
 from phlora.train.handed_over import handed_over
-from phlora.train.lookahead import Planned, fitted_before, plan_ahead
+from phlora.train.lookahead import Planned, plan_ahead
 from phlora.train.loop import Training, fit
 from phlora.train.optimizer import LORAPLUS, take_loraplus
 from phlora.train.plan import Plan, make_plan

@@ -16,7 +16,7 @@ from phlora import finetune
 from phlora.config import build_config
 from phlora.display import Display
 from phlora.errors import NoRoomError
-from phlora.forecast.machine import FreeMemory
+from phlora.measure import FreeMemory
 from phlora.testing import chat_rows, tiny_folder, write_rows
 from phlora.train import lookahead
 from phlora.train.finetune import plan_run
@@ -69,6 +69,17 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return free
 
 
+@pytest.fixture
+def too_little(only: Callable[[int], None]) -> Callable[[Any], None]:
+    """Let a little less be free than a run takes."""
+
+    def free(config: Any) -> None:
+        only(1 << 40)
+        only(needed(plan_run(config, display=QUIET)) - 1000)
+
+    return free
+
+
 def needed(planned: Planned) -> int:
     assert planned.ahead is not None
     return planned.ahead.forecast.needed
@@ -97,12 +108,10 @@ def test_the_plan_of_a_run_is_that_of_the_run(configured: Configured) -> None:
 
 
 def test_a_run_over_the_free_memory_is_refused_with_what_makes_it_fit(
-    configured: Configured, only: Callable[[int], None]
+    configured: Configured, too_little: Callable[[Any], None]
 ) -> None:
     config = configured({"activation_memory": "keep"})
-    only(1 << 40)
-    most = needed(plan_run(config, display=QUIET))
-    only(most - 1000)
+    too_little(config)
     with pytest.raises(NoRoomError) as found:
         finetune(config, display=QUIET)
     for words in (
@@ -120,12 +129,10 @@ def test_a_run_over_the_free_memory_is_refused_with_what_makes_it_fit(
 
 
 def test_fit_changes_the_run_and_writes_down_what(
-    configured: Configured, only: Callable[[int], None]
+    configured: Configured, too_little: Callable[[Any], None]
 ) -> None:
     config = configured({"activation_memory": "keep"})
-    only(1 << 40)
-    most = needed(plan_run(config, display=QUIET))
-    only(most - 1000)
+    too_little(config)
     run = finetune(config, display=QUIET, fit_memory=True)
     assert run.plan.forecast is not None and run.plan.forecast.fits
     assert run.folder is not None and "# --fit" in run.config_text
@@ -134,13 +141,15 @@ def test_fit_changes_the_run_and_writes_down_what(
 
 
 def test_a_fitted_run_is_continued_as_it_began(
-    configured: Configured, only: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    configured: Configured,
+    only: Callable[[int], None],
+    too_little: Callable[[Any], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = configured({"activation_memory": "keep", "save_strategy": "steps", "save_steps": 1})
-    only(1 << 40)
     # What recomputes is no choice here, so that the rows of a pass become fewer.
     monkeypatch.setattr("phlora.forecast.remedies._recomputing", lambda _: iter(()))
-    only(needed(plan_run(config, display=QUIET)) - 1000)
+    too_little(config)
     begun = finetune(config, display=QUIET, fit_memory=True)
     assert begun.folder is not None and "per_device_train_batch_size: 4  # --fit" in begun.config_text
     only(1 << 40)
@@ -148,15 +157,70 @@ def test_a_fitted_run_is_continued_as_it_began(
     assert "per_device_train_batch_size: 4  # --fit" in again.config_text
 
 
+@pytest.mark.parametrize("traced_or_probed", ["memory.step_bytes", "forecast.measure_pace"])
 def test_a_forecast_that_fails_stops_no_run(
-    configured: Configured, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    configured: Configured, monkeypatch: pytest.MonkeyPatch, capsys: Any, traced_or_probed: str
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no tensor without numbers")
 
-    monkeypatch.setattr("phlora.forecast.forecast.forecast_memory", fail)
+    monkeypatch.setattr(f"phlora.forecast.{traced_or_probed}", fail)
     run = finetune(configured({"max_steps": 1}), display=Display())
     assert run.plan.forecast is None and "RuntimeError: no tensor without numbers" in capsys.readouterr().err
+
+
+def test_a_model_whose_code_needs_numbers_is_trained_and_why_it_is_not_forecast_is_said(
+    configured: Configured, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.models.phi3.modeling_phi3 import Phi3MLP
+
+    begin = Phi3MLP.__init__
+
+    def looks_at_a_number(self: Any, config: Any) -> None:
+        begin(self, config)
+        assert torch.ones(1).item()
+
+    monkeypatch.setattr(Phi3MLP, "__init__", looks_at_a_number)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place / "base"), dtype=torch.float32)
+    run = finetune(
+        model=model,
+        tokenizer=AutoTokenizer.from_pretrained(place / "base"),
+        data=str(place / "chats.jsonl"),
+        training_config={"max_steps": 1, "save_strategy": "no"},
+        evaluation={"enabled": False},
+        output=tmp_path / "run",
+        display=Display(),
+    )
+    said = capsys.readouterr().err
+    assert run.folder is not None and run.plan.num_optimizer_steps == 1 and run.plan.forecast is None
+    assert "not forecast: RuntimeError: Tensor.item() cannot be called on meta tensors" in said
+    # Why there is no plan is said where something else forbids the forecast too.
+    planned = plan_run(configured({"loss_type": "dft"}), display=Display())
+    said = capsys.readouterr().err
+    assert planned.plan is None and "not forecast: loss_type dft is TRL's own; RuntimeError" in said
+
+
+@pytest.mark.parametrize(
+    "own", ["lookahead.remedies", "lookahead.make_plan", "lookahead.forecast_run", "fitting.render_remedies"]
+)
+def test_a_defect_of_the_forecast_itself_is_not_hidden(
+    configured: Configured, too_little: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AttributeError("a defect")
+
+    too_little(configured({"activation_memory": "keep"}))
+    monkeypatch.setattr(f"phlora.train.{own}", fail)
+    with pytest.raises(AttributeError, match="a defect"):
+        finetune(configured({"activation_memory": "keep", "max_steps": 1}), display=QUIET)
+
+
+def test_a_model_without_heads_of_attention_is_not_forecast() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, state_size=2))
+    assert lookahead._unknown_step(model) == "how large its keys and values are is not known"
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
