@@ -81,11 +81,13 @@ class Seconds:
         step: an optimizer step.
         training: all steps.
         evaluation: held-out losses while training, and the comparison with answers at the end, at most.
+        step_range: a step at least and at most, by how well the measured rounds agree.
     """
 
     step: float
     training: float
     evaluation: float
+    step_range: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -177,15 +179,18 @@ def _probe_fits(forecast: Forecast, about: Circumstances) -> bool:
 
 
 def _seconds(pace: Pace, passes: Passes, about: Circumstances) -> Seconds:
-    step = (
-        pace.both_ways * passes.positions / max(1, passes.typical_positions) + pace.update + TRAINER_SECONDS
+    passes_of_a_step, once = (
+        passes.positions / max(1, passes.typical_positions),
+        pace.update + TRAINER_SECONDS,
     )
+    step, least, most = (each * passes_of_a_step + once for each in (pace.both_ways, *pace.both_ways_range))
     held_out = int(about.held_out.lengths.sum()) if len(about.held_out) else 0
     # What rows share is computed once in evaluation too.
     positions = held_out * min(1.0, passes.positions / max(1.0, passes.tokens))
     during = about.evaluation.during * positions * pace.prompt
     after = _comparison(pace, positions, about) if about.evaluation.enabled and held_out else 0.0
-    return Seconds(step=step, training=about.steps * step, evaluation=during + after)
+    training = about.steps * step
+    return Seconds(step, training, during + after, step_range=(least, most))
 
 
 def _comparison(pace: Pace, positions: float, about: Circumstances) -> float:
@@ -275,5 +280,10 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         },
         "seconds": None
         if seconds is None
-        else {"step": seconds.step, "training": seconds.training, "evaluation": seconds.evaluation},
+        else {
+            "step": seconds.step,
+            "step_range": list(seconds.step_range),
+            "training": seconds.training,
+            "evaluation": seconds.evaluation,
+        },
     }

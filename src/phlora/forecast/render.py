@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phlora.forecast.forecast import Forecast, gigabytes
+from phlora.forecast.forecast import Forecast, Seconds, gigabytes
 from phlora.forecast.remedies import Remedy
 
 # Smaller parts are counted together.
 _LEAST_SHARE = 0.01
+# A step whose time is known to within this share of it is given as one figure.
+_SURE = 0.1
 
 
 def render(forecast: Forecast) -> str:
@@ -29,7 +31,7 @@ def render(forecast: Forecast) -> str:
     seconds = forecast.seconds
     if seconds is not None:
         lines.append(
-            f"  time: {_time(seconds.step)} a step, {_time(seconds.training)} of training, "
+            f"  time: {_time(seconds.step)} a step{_range(seconds)}, {_time(seconds.training)} of training, "
             f"up to {_time(seconds.evaluation)} of evaluation (measured on layers of these shapes)"
         )
     return "\n".join(lines)
@@ -56,6 +58,13 @@ def _parts(parts: dict[str, int], total: int) -> str:
     rest = total - sum(shown.values())
     words = [f"{name} {gigabytes(size)}" for name, size in shown.items()]
     return " + ".join([*words, f"the rest {gigabytes(rest)}"] if rest else words)
+
+
+def _range(seconds: Seconds) -> str:
+    """Where it says more than the figure itself."""
+    least, most = seconds.step_range
+    unsure = max(seconds.step - least, most - seconds.step) > _SURE * seconds.step
+    return f" ({_time(least)} to {_time(most)}: the rounds that measured it differ)" if unsure else ""
 
 
 def _time(seconds: float) -> str:

@@ -88,3 +88,18 @@ def test_both_readers_learn_the_same(about: About) -> None:
         "a step",
     ):
         assert word in text
+
+
+def test_a_time_that_is_not_sure_is_given_as_a_range(about: About) -> None:
+    circumstances = about()
+    found = with_seconds(forecast_run(circumstances), circumstances)
+    assert found.seconds is not None
+    least, most = found.seconds.step_range
+    assert least <= found.seconds.step <= most
+    assert as_json(found)["seconds"]["step_range"] == [least, most]
+    unsure, sure = (
+        render(replace(found, seconds=replace(found.seconds, step=8.9, step_range=these)))
+        for these in ((7.0, 14.0), (8.8, 9.1))
+    )
+    assert "8.9 s a step (7.0 s to 14 s: the rounds that measured it differ)" in unsure
+    assert "8.9 s a step, " in sure
