@@ -6,7 +6,7 @@ be a token that is trained elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -103,6 +103,15 @@ class SharedPrefixCollator:
     def __call__(self, features: Sequence[Feature]) -> Batch:
         rows = tuple(_Row.of(feature, self.rope_limit) for feature in features)
         return {**_shared(rows), "rows": rows}
+
+
+def collator_of(
+    *, shared: bool, packed: bool, pad_token_id: int, rope_limit: int | None
+) -> Callable[[Sequence[Feature]], Batch]:
+    """How the rows of a training become a batch: with shared starts standing once, packed, or padded."""
+    if shared:
+        return SharedPrefixCollator(rope_limit)
+    return PackedCollator() if packed else Collator(pad_token_id)
 
 
 def share_step(

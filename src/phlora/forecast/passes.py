@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
+from phlora.data.collate import Batch, collator_of
 from phlora.data.packing import TokenSequences
 from phlora.data.table import IGNORED, TokenizedRow
 from phlora.forecast.trace import PassShape
@@ -138,9 +138,10 @@ def _batch_of_few(
 
 def collate(rows: Sequence[TokenizedRow], layout: Layout, rope_limit: int | None) -> Batch:
     """The batch that the trainer makes of these rows."""
-    if layout.shared:
-        return SharedPrefixCollator(rope_limit)(rows)
-    return PackedCollator()(rows) if layout.packed else Collator(layout.pad_token_id)(rows)
+    made = collator_of(
+        shared=layout.shared, packed=layout.packed, pad_token_id=layout.pad_token_id, rope_limit=rope_limit
+    )
+    return made(rows)
 
 
 def shape_of(batch: Batch) -> PassShape:

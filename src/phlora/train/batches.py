@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from phlora.data.collate import Batch, Collator, PackedCollator, SharedPrefixCollator
+from phlora.data.collate import Batch, collator_of
 from phlora.data.packing import TokenSequences
 from phlora.data.table import TokenizedRow
 from phlora.train.trainer import SFTTrainer
@@ -35,10 +35,14 @@ class SequenceCollator:
 
     def __call__(self, features: Sequence[dict[str, int]]) -> Batch:
         rows = [row for feature in features for row in self._rows(feature["sequence"])]
-        if self.shared:
-            return SharedPrefixCollator(self.rope_limit)(rows)
-        batch = PackedCollator()(rows) if self.packed else Collator(self.pad_token_id)(rows)
-        return {**batch, "origins": tuple(row.origin for row in rows)}
+        collate = collator_of(
+            shared=self.shared,
+            packed=self.packed,
+            pad_token_id=self.pad_token_id,
+            rope_limit=self.rope_limit,
+        )
+        batch = collate(rows)
+        return batch if self.shared else {**batch, "origins": tuple(row.origin for row in rows)}
 
     def _rows(self, number: int) -> list[TokenizedRow]:
         is_trained = number < len(self.train)
