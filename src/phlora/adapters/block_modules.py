@@ -10,6 +10,7 @@ Legend: `N` out, `K` in, `R` rank; the sums run over the adapted blocks.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ from phlora.lora.blocks import RowBlock, rank_slices
 from phlora.lora.functional import in_rows
 
 
-class _ByRows(nn.Module):
+class _ByRows(nn.Module, abc.ABC):
     """One parameter for each adapted row block, in the place where PEFT has one `weight` for all rows, and in the
     state dict that one."""
 
@@ -60,13 +61,13 @@ class _ByRows(nn.Module):
                     hook.weights_map = PartsOf(hook.weights_map, self)
         super().__setattr__(name, value)
 
+    @abc.abstractmethod
     def joined(self) -> Tensor:
         """The one `weight` for all rows, in a dtype that loses nothing."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def receive(self, plain: Tensor) -> Sequence[Tensor]:
         """Keep what is not trained of a `weight` for all rows, and return the values for `parts`."""
-        raise NotImplementedError
 
     def _put(self, values: Iterable[Tensor]) -> None:
         with torch.no_grad():
