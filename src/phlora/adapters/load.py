@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from phlora.files import ADAPTER_FACTS
 from phlora.models.fingerprint import are_same, identity_of, split_fingerprint
 from phlora.models.locate import first_line, path_advice
 
+_CONFIG_FILE = "adapter_config.json"
 # What PEFT raises for a configuration that does not go with a model.
 _NOT_TAKEN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError)
 
@@ -69,12 +71,12 @@ def load_adapter(
         ModelError: no adapter there, another base, unused or missing tensors, or a zero delta.
     """
     path = Path(folder).expanduser()
-    file = _adapter_file(path)
+    file, values = _adapter_file(path)
     shapes, delta_norm = _survey_adapter(file)
     if delta_norm == 0 and not allow_zero:
         raise ModelError("The adapter changes nothing: every lora_B is zero", where=str(file))
     notes = _compare_base(model, path)
-    require_fitting(path / "adapter_config.json", model, shapes)
+    require_fitting(values, model, shapes, where=str(path / _CONFIG_FILE))
     try:
         config = PeftConfig.from_pretrained(str(path))
         config.inference_mode = not trainable
@@ -104,15 +106,15 @@ def load_adapter(
     return LoadedAdapter(model=adapted, report=report)
 
 
-def _adapter_file(folder: Path) -> Path:
+def _adapter_file(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The file of an adapter's tensors, and what its configuration says."""
     if not folder.is_dir():
         raise ModelError("The adapter's folder does not exist", where=str(folder), fix=path_advice(folder))
     file = folder / "adapter_model.safetensors"
-    missing = [path.name for path in (folder / "adapter_config.json", file) if not path.is_file()]
+    missing = [path.name for path in (folder / _CONFIG_FILE, file) if not path.is_file()]
     if missing:
         raise ModelError(f"The folder holds no adapter: it lacks {' and '.join(missing)}", where=str(folder))
-    read_adapter_config(folder / "adapter_config.json")
-    return file
+    return file, read_adapter_config(folder / _CONFIG_FILE)
 
 
 def _survey_adapter(file: Path) -> tuple[dict[str, tuple[int, ...]], float]:

@@ -99,19 +99,21 @@ def require_quick(facts: Mapping[str, Any], names: Iterable[str], *, where: str)
             ) from None
 
 
-def require_fitting(file: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def require_fitting(
+    facts: Mapping[str, Any], model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, where: str
+) -> None:
     """Refuse a configuration with which PEFT would build other layers than the tensors are of, or build for ever.
 
     Args:
-        file: the adapter_config.json.
+        facts: what `read_adapter_config` returned.
         model: the base.
         shapes: of the tensors in the adapter's file, by their names there.
+        where: the configuration's file.
 
     Raises:
         ModelError: an expression takes too long, a rank is not that of the tensors, or modules
             that are said to be saved are not in the file.
     """
-    facts, where = read_adapter_config(file), str(file)
     require_quick(facts, (name for name, _ in model.named_modules() if name), where=where)
     _require_ranks(facts, shapes, where)
     saved = facts.get("modules_to_save") or []
