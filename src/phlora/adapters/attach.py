@@ -45,6 +45,7 @@ from phlora.adapters.targets import ALL_LINEAR, resolve_targets
 from phlora.errors import ConfigError, ModelError, did_you_mean, shown
 from phlora.files import ADAPTER_FACTS
 from phlora.lora.blocks import RowBlock, row_blocks
+from phlora.measure import is_out_of_memory
 
 _PREFIX = "base_model.model."
 
@@ -152,6 +153,8 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
         adapted = get_peft_model(model, lora)
     # Each of PEFT's many ways to start an adapter looks at its settings in its own way.
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"PEFT cannot make this adapter: {error}", where=WHERE) from None
     _require_same(adapted, targets.modules)
     for module, rows in blocks.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,19 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from phlora.adapters.base_view import keep_before_load, keep_loaded, widen_what_trains
+from phlora.adapters.base_view import keep_before_load, keep_loaded, restore_base, widen_what_trains
 from phlora.adapters.saved_config import read_adapter_config, require_fitting
 from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.tensor_files import not_finite
 from phlora.errors import ModelError
 from phlora.files import ADAPTER_FACTS
+from phlora.measure import is_out_of_memory
 from phlora.models.fingerprint import are_same, identity_of, split_fingerprint
 from phlora.models.locate import first_line, path_advice
 
 _CONFIG_FILE = "adapter_config.json"
 # What PEFT raises for a configuration that does not go with a model.
-_NOT_TAKEN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, NotImplementedError, ImportError)
+_NOT_TAKEN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,26 +86,34 @@ def load_adapter(
         kept = keep_before_load(model, config) if isinstance(config, LoraConfig) else {}
         adapted = PeftModelForCausalLM(model, config)
     except _NOT_TAKEN as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"The adapter does not fit ({first_line(error)})", where=str(path)) from error
-    try:
-        result = adapted.load_adapter(str(path), "default", is_trainable=trainable)
-        _require_all_used(result, len(shapes), where=str(file))
-    except KeyError as error:
-        adapted.unload()
-        raise ModelError(f"The adapter lacks the tensor {error.args[0]}", where=str(file)) from error
-    except RuntimeError as error:
-        adapted.unload()
-        raise ModelError(
-            f"The adapter's sizes do not fit the model ({first_line(error)})", where=str(file)
-        ) from error
-    except ModelError:
-        adapted.unload()
-        raise
     keep_loaded(adapted, kept)
+    with ExitStack() as failing:
+        failing.callback(restore_base, adapted)
+        failing.callback(adapted.unload)
+        _fill(adapted, path, trainable=trainable, num_tensors=len(shapes), where=str(file))
+        failing.pop_all()
     report = AdapterReport(
         num_tensors=len(shapes), delta_norm=delta_norm, base_model=config.base_model_name_or_path, notes=notes
     )
     return LoadedAdapter(model=adapted, report=report)
+
+
+def _fill(model: PeftModel, folder: Path, *, trainable: bool, num_tensors: int, where: str) -> None:
+    """Load the tensors into the adapter that was made for them."""
+    try:
+        result = model.load_adapter(str(folder), "default", is_trainable=trainable)
+    except KeyError as error:
+        raise ModelError(f"The adapter lacks the tensor {error.args[0]}", where=where) from error
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"The adapter's sizes do not fit the model ({first_line(error)})", where=where
+        ) from error
+    _require_all_used(result, num_tensors, where=where)
 
 
 def _adapter_file(folder: Path) -> tuple[Path, Mapping[str, Any]]:

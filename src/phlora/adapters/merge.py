@@ -17,6 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from phlora.errors import ModelError
+from phlora.measure import is_out_of_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,8 @@ def fold_adapter(model: PeftModel) -> tuple[nn.Module, int]:
             _fold_layer(layer)
         merged = model.unload()
     except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"The adapter cannot be merged ({error})") from error
     return merged, len(adapted) + len(replaced)
 

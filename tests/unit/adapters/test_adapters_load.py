@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from phlora.adapters import load as module
 from phlora.adapters.load import load_adapter
 from phlora.errors import ModelError
 from phlora.models.fingerprint import fingerprint
@@ -19,9 +20,9 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def make_adapter(folder, *, targets=FUSED, zero=False, base_fingerprint=None):
+def make_adapter(folder, *, targets=FUSED, init=False, base_fingerprint=None):
     model, _ = tiny_phi3()
-    config = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=zero)
+    config = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=init)
     adapted = get_peft_model(model, config)
     adapted.save_pretrained(folder)
     if base_fingerprint:
@@ -98,6 +99,31 @@ def test_adapter_file_with_a_missing_tensor_is_refused(tmp_path):
         load_adapter(tiny_phi3()[0], tmp_path)
 
 
+def full(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("what", ["PeftModelForCausalLM", "PeftModelForCausalLM.load_adapter"])
+def test_a_full_memory_is_not_called_an_adapter_that_does_not_fit(tmp_path, monkeypatch, what):
+    make_adapter(tmp_path)
+    monkeypatch.setattr(f"{module.__name__}.{what}", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_adapter(tiny_phi3()[0], tmp_path)
+
+
+def test_a_base_that_the_adapter_changes_is_as_it_was_after_a_refusal(tmp_path):
+    """PEFT takes the start of a PiSSA adapter out of the base before it looks for the tensors."""
+    make_adapter(tmp_path, init="pissa")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    base, before = tiny_phi3()[0], tiny_phi3()[0].state_dict()
+    with pytest.raises(ModelError, match="lacks 1 tensors"):
+        load_adapter(base, tmp_path)
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
 def test_adapter_of_another_size_is_refused(tmp_path):
     make_adapter(tmp_path)
     edit_json(tmp_path / "adapter_config.json", r=3)
@@ -106,7 +132,7 @@ def test_adapter_of_another_size_is_refused(tmp_path):
 
 
 def test_adapter_that_changes_nothing_is_an_error_unless_allowed(tmp_path):
-    make_adapter(tmp_path, zero=True)
+    make_adapter(tmp_path, init=True)
     with pytest.raises(ModelError, match="every lora_B is zero"):
         load_adapter(tiny_phi3()[0], tmp_path)
     assert load_adapter(tiny_phi3()[0], tmp_path, allow_zero=True).report.delta_norm == 0

@@ -271,3 +271,12 @@ def test_blocks_are_not_taken_from_an_adapter_that_has_none(tmp_path: Path) -> N
     (tmp_path / "phlora.json").unlink()
     with pytest.raises(ModelError, match="names no row blocks"):
         split_adapter(plain, tmp_path)
+
+
+def test_a_full_memory_is_not_called_a_setting_that_peft_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("phlora.adapters.attach.get_peft_model", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        attached(target_modules=["qkv_proj"])

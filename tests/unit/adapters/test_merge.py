@@ -95,6 +95,17 @@ def test_tied_embeddings_that_the_adapter_leaves_alone_stay_tied() -> None:
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
 
 
+def test_a_full_memory_is_not_called_an_adapter_that_cannot_be_merged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(layer: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr("phlora.adapters.merge._fold_layer", full)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        fold_adapter(adapted())
+
+
 def test_differences_are_counted_over_all_pieces() -> None:
     differences = LogitDifferences()
     differences.add(torch.tensor([[1.0, 2.0], [4.0, 3.0]]), torch.tensor([[1.0, 2.5], [2.0, 3.0]]))
