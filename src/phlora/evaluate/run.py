@@ -16,12 +16,11 @@ from phlora.adapters.base_view import as_base
 from phlora.adapters.speed import at_speed
 from phlora.config import EvaluationConfig, RunConfig, Speed, resolved
 from phlora.data.collate import Collator, SharedPrefixCollator
-from phlora.data.dataset import load_rows
 from phlora.data.prompts import encode_prompt
 from phlora.data.rows import Row
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
 from phlora.display import Display
-from phlora.errors import ConfigError, DataError, RunError
+from phlora.errors import DataError, RunError
 from phlora.evaluate.compare import Comparison, EvaluationItem, compare, score_model
 from phlora.evaluate.metrics import Metric, resolve_metrics
 from phlora.evaluate.report import Report
@@ -33,7 +32,7 @@ from phlora.models.generate import generate
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder, read_events
-from phlora.runs.reading import read_like_run
+from phlora.runs.reading import rows_or_held_out
 from phlora.runs.resolve import ResolvedAdapter, load_pair, resolve_adapter
 from phlora.runs.trained_rows import TrainedCount, count_trained
 
@@ -140,7 +139,7 @@ def evaluate_run(
         )
     evaluation = _changed(config.evaluation, metrics, max_answers, max_new_tokens)
     resolve_metrics(evaluation.metrics)
-    rows = _rows_of(found, data, config, format=format, columns=columns)
+    rows = _rows_of(found, data, format=format, columns=columns)
 
     display.stage(f"Loading {found.base_name} and {found.adapter}")
     pair = load_pair(found, display=display)
@@ -205,22 +204,15 @@ def _changed(
     )
 
 
-def _rows_of(found: ResolvedAdapter, data: Any, config: RunConfig, **how: Any) -> list[Row]:
-    if data is not None:
-        return read_like_run(data, config, **how)
-    if any(value is not None for value in how.values()):
-        raise ConfigError(
-            "--format and --columns are for rows that are named",
-            where="phlora evaluate",
-            fix="name them: --data FILE",
-        )
-    if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
+def _rows_of(found: ResolvedAdapter, data: Any, **how: Any) -> list[Row]:
+    rows = rows_or_held_out(found, data, command="phlora evaluate", option="--data", **how)
+    if rows is None:
         raise DataError(
             "The run held no rows out",
             where=str(found.source),
             fix="name a file with chats that training did not see: --data chats.jsonl",
         )
-    return load_rows(found.rows).rows
+    return rows
 
 
 def _about_trained(trained: TrainedCount | None, num_rows: int) -> list[str]:

@@ -26,7 +26,6 @@ from torch import Tensor
 from phlora.adapters.load import load_adapter
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
 from phlora.config import MergeBase, ModelConfig
-from phlora.data.dataset import load_rows
 from phlora.data.rows import Row
 from phlora.data.table import IGNORED
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
@@ -40,7 +39,7 @@ from phlora.models.lm_head import trunk_and_head, why_not_by_token
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import dequantize
 from phlora.models.tokenizer import LoadedTokenizer, find_files
-from phlora.runs.reading import read_like_run
+from phlora.runs.reading import rows_or_held_out
 from phlora.runs.resolve import (
     ResolvedAdapter,
     load_as_trained,
@@ -193,7 +192,7 @@ def merge_run(
     found = resolve_adapter(source, model=model, offline=offline)
     _require_base(base, found)
     saved_dtype = _saved_dtype(found.base, dtype)
-    chosen = _load_rows(found, rows, format=format, columns=columns)[:max_rows]
+    chosen = _rows_of(found, rows, format=format, columns=columns)[:max_rows]
 
     display.stage(f"Loading {found.base_name} in float32, and its adapter")
     tokenizer = load_tokenizer_of(found)
@@ -355,23 +354,16 @@ def _saved_dtype(base: ModelConfig, requested: str) -> str:
 # ---------------------------------------------------------------------------------------------- the proof
 
 
-def _load_rows(found: ResolvedAdapter, rows: Any, **how: Any) -> list[Row]:
-    if rows is not None:
-        return read_like_run(rows, found.config, **how)
-    if any(value is not None for value in how.values()):
-        raise ConfigError(
-            "--format and --columns are for rows that are named",
-            where="phlora merge",
-            fix="name them: --rows FILE",
-        )
-    if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
+def _rows_of(found: ResolvedAdapter, data: Any, **how: Any) -> list[Row]:
+    rows = rows_or_held_out(found, data, command="phlora merge", option="--rows", **how)
+    if rows is None:
         raise DataError(
             "There are no rows to prove the merge on"
             + (": the run held none out" if found.rows else ": an adapter alone brings none"),
             where=str(found.adapter),
             fix="name a file with chats that the model is meant for: --rows chats.jsonl",
         )
-    return load_rows(found.rows).rows
+    return rows
 
 
 def _tokenize(

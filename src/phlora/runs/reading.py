@@ -1,4 +1,4 @@
-"""Rows from files that are given later, read as the run's own files were."""
+"""Rows to measure an adapter on: those that the run held out, or files that are given later, read as its own were."""
 
 from __future__ import annotations
 
@@ -10,6 +10,32 @@ from phlora.config import DataConfig, DataFile, RunConfig
 from phlora.data.dataset import load_rows
 from phlora.data.rows import Row
 from phlora.errors import ConfigError, DataError
+from phlora.runs.resolve import Resolved
+
+
+def rows_or_held_out(
+    found: Resolved, data: Any, *, command: str, option: str, **how: Any
+) -> list[Row] | None:
+    """The rows that are named, or those that the run held out; None where there are neither.
+
+    Args:
+        data, how: as in `read_like_run`; None: none are named.
+        command, option: what is given the rows, and by what, such as `phlora evaluate` and `--data`.
+
+    Raises:
+        DataError, ConfigError: as `read_like_run`; or it is said how rows are read, and none are named.
+    """
+    if data is not None:
+        return read_like_run(data, found.config, **how)
+    if any(value is not None for value in how.values()):
+        raise ConfigError(
+            "--format and --columns are for rows that are named",
+            where=command,
+            fix=f"name them: {option} FILE",
+        )
+    if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
+        return None
+    return load_rows(found.rows).rows
 
 
 def read_like_run(
