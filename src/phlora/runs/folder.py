@@ -6,7 +6,7 @@
     events.jsonl            one line per event: start, log, evaluate, save, end
     checkpoints/            adapter + optimizer + scheduler + RNG + data position, as transformers writes them
     heldout.jsonl           the rows of the proof
-    trained.keys            8 bytes of the digest of each row that was trained on, sorted
+    trained.keys            digests of the rows that were trained on (`runs.trained_rows`)
     adapter/best, last      plain PEFT adapters with tokenizer and model card
     report.json, .html      the proof: base against tuned model, as the run ended
     evaluations/            what `phlora evaluate` found later, one folder each
@@ -158,11 +158,14 @@ class RunFolder:
         return file.is_file() and read_json(file, RunError).get("status") == _OPENING
 
     def facts(self) -> dict[str, Any]:
-        """The contents of run.json.
+        """The contents of run.json, without what is null there.
 
         Raises:
             RunError: the folder holds no run, its run.json cannot be read, or a value in it is of another type.
         """
+        return {name: value for name, value in self._contents().items() if value is not None}
+
+    def _contents(self) -> dict[str, Any]:
         file = self.path / RUN_FILE
         if not file.is_file():
             found = "The folder holds no run" if self.path.is_dir() else "The run folder does not exist"
@@ -177,7 +180,7 @@ class RunFolder:
         write_json(self.path / RUN_FILE, facts)
 
     def update_facts(self, **changes: Any) -> None:
-        self.write_facts({**self.facts(), **changes})
+        self.write_facts({**self._contents(), **changes})
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, or None."""

@@ -373,16 +373,17 @@ def _code_is_trusted() -> bool:
 
 def _place_of(facts: Mapping[str, Any]) -> str | None:
     """Where the base lay when the run began, of a run that named it from its working folder."""
-    model = facts.get("model")
-    place = model.get(BASE_LOCATION) if isinstance(model, Mapping) else None
-    return place if isinstance(place, str) else None
+    return _text_of_model(facts, BASE_LOCATION)
 
 
 def _name_of(facts: Mapping[str, Any]) -> str | None:
     """The base as the run was given it."""
-    model = facts.get("model")
-    name = model.get("name") if isinstance(model, Mapping) else None
-    return name if isinstance(name, str) else None
+    return _text_of_model(facts, "name")
+
+
+def _text_of_model(facts: Mapping[str, Any], name: str) -> str | None:
+    value = facts.get("model", {}).get(name)
+    return value if isinstance(value, str) else None
 
 
 def _config_of(run: RunFolder, facts: Mapping[str, Any]) -> RunConfig:
@@ -402,5 +403,5 @@ def _named_base(adapter: Path) -> ModelConfig:
 
 def _fingerprint_of(adapter: Path, facts: Mapping[str, Any]) -> str:
     """Of the base's weights, as the adapter says it, or the run that a checkpoint is of."""
-    said = read_adapter_facts(adapter).get("base_fingerprint") or facts.get("model", {}).get("fingerprint")
-    return said if isinstance(said, str) else ""
+    said: str | None = read_adapter_facts(adapter).get("base_fingerprint")
+    return said or _text_of_model(facts, "fingerprint") or ""

@@ -176,6 +176,14 @@ def test_a_value_of_another_type_is_named_with_its_file(run: RunFolder, key: str
         run.facts()
 
 
+def test_what_is_null_is_as_good_as_left_out_and_stays_in_the_file(run: RunFolder) -> None:
+    run.update_facts(model=None, max_length=None)
+    run.update_facts(seed=3)
+    assert run.facts().keys() == {"identity", "seed", "status"}
+    assert json.loads((run.path / "run.json").read_text())["max_length"] is None
+    assert continue_run(run, {"identity": {"data": "a", "r": 16}}) is None
+
+
 def test_a_broken_run_file_is_named(run: RunFolder) -> None:
     (run.path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json: The file is no valid JSON"):

@@ -263,6 +263,12 @@ def test_held_out_rows_are_held_out(proven: Path) -> None:
     assert "training did not see" in report.to_html()
 
 
+def test_a_run_of_which_little_is_written_down_is_evaluated(proven: Path) -> None:
+    unknown = "model data adapter environment timing origins identity lora max_length".split()
+    RunFolder(proven).update_facts(**dict.fromkeys(unknown))
+    assert evaluate_run(proven, max_answers=0, display=QUIET).num_trained_rows == 0
+
+
 @pytest.mark.parametrize(("rows", "trained"), [(ROWS[:14], 14), (ROWS[10:20], 4), (ROWS[14:], 0)])
 def test_trained_rows_are_counted_and_never_called_held_out(proven: Path, rows: Any, trained: int) -> None:
     respelled = [
