@@ -27,13 +27,13 @@ from phlora.adapters.load import load_adapter
 from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.config import TRUST_VARIABLE, ModelConfig, QuantizationConfig, RunConfig, TrainOn, build_config
 from phlora.display import Display
-from phlora.errors import EnvironmentProblem, ModelError, RunError
+from phlora.errors import EnvironmentProblem, ModelError, NetworkError, RunError
 from phlora.files import read_json
 from phlora.models.device import choose_device
 from phlora.models.fingerprint import split_fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import quantization_of
-from phlora.models.tokenizer import LoadedTokenizer, find_files, read_tokenizer
+from phlora.models.tokenizer import LoadedTokenizer, ModelFiles, find_files, read_tokenizer
 from phlora.runs.checkpoints import COMPLETE_FILE
 from phlora.runs.folder import BASE_LOCATION, HELD_OUT_FILE, RUN_FILE, RunFolder
 
@@ -190,14 +190,38 @@ def require_base(found: Resolved) -> None:
 def load_tokenizer_of(found: Resolved) -> LoadedTokenizer:
     """The tokenizer saved with the adapter, or the base's where there is none.
 
+    Its notes say where an adapter's own writes chats, or ends replies, in another way than the base's.
+
     Raises:
         ModelError: its files, or the base's configuration, cannot be read.
         NetworkError: the base is not on this machine and no hub may or can be asked.
     """
     require_base(found)
     files = find_files(found.base)
-    own = found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file()
-    return read_tokenizer(files, folder=found.adapter if own else None)
+    if found.adapter is None or not (found.adapter / "tokenizer_config.json").is_file():
+        return read_tokenizer(files)
+    own = read_tokenizer(files, folder=found.adapter)
+    return replace(own, notes=own.notes + _other_than_base(own, files))
+
+
+def _other_than_base(own: LoadedTokenizer, files: ModelFiles) -> tuple[str, ...]:
+    """What decides about answers in the adapter's tokenizer, and is not as in the base's."""
+    if files.location.source.kind == "gguf":
+        # To read a tokenizer out of such a file takes many seconds.
+        return ()
+    try:
+        base = read_tokenizer(files)
+    except (ModelError, NetworkError) as problem:
+        return (f"The adapter's tokenizer is not compared with its base's: {problem.found}",)
+    found = []
+    if own.tokenizer.chat_template != base.tokenizer.chat_template:
+        found.append(
+            "The adapter's chat template is not that of its base; chats are written by the adapter's"
+        )
+    if set(own.stop_token_ids) != set(base.stop_token_ids):
+        ids = (", ".join(map(str, side.stop_token_ids)) for side in (own, base))
+        found.append("The adapter's replies end at the tokens {}, those of its base at {}".format(*ids))
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,27 @@ def test_chat_and_evaluation_load_base_adapter_and_its_tokenizer(mine: Path, giv
     assert hasattr(pair.model, "disable_adapter") and "Well:" in pair.tokenizer.tokenizer.chat_template
 
 
+def test_an_adapter_that_writes_chats_or_ends_replies_in_another_way_than_its_base_says_so(
+    run: Path, mine: Path
+) -> None:
+    assert not load_tokenizer_of(resolve(run)).notes
+    assert [
+        note for note in load_pair(resolve(mine)).notes if "chat template is not that of its base" in note
+    ]
+    file = mine / "adapter" / "best" / "tokenizer_config.json"
+    write_json(file, {**read_json(file, ModelError), "eos_token": "<|user|>"})
+    said = [note for note in load_tokenizer_of(resolve(mine)).notes if "replies end at the tokens" in note]
+    assert len(said) == 1
+
+
+def test_a_base_without_a_tokenizer_is_no_obstacle(mine: Path, model_folder: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(model_folder, tmp_path / "bare")
+    for file in bare.glob("*token*"):
+        file.unlink()
+    notes = load_tokenizer_of(resolve(mine, model=str(bare))).notes
+    assert [note for note in notes if "not compared with its base's" in note]
+
+
 def test_an_adapter_outside_of_a_run_says_its_base_itself(
     mine: Path, model_folder: Path, tmp_path: Path
 ) -> None:
