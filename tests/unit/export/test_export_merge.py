@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from phlora.adapters.merge import BOUNDS
 from phlora.data.dataset import load_rows
@@ -28,7 +28,7 @@ from phlora.export.convert import convert
 from phlora.export.merge import merge_run
 from phlora.runs import resolve
 from phlora.serve.chat import open_chat
-from phlora.testing import LANGUAGES, chat_rows, tiny_adapter, tiny_phi3
+from phlora.testing import LANGUAGES, chat_rows, tiny_adapter, tiny_gemma2, tiny_phi3
 from phlora.train.finetune import finetune
 
 TEXTS = list(LANGUAGES.values())
@@ -107,19 +107,8 @@ def test_a_merged_model_knows_the_system_prompt_that_was_trained(run: Path, tmp_
 
 def test_logits_that_a_model_caps_are_the_model_s_own(tmp_path: Path) -> None:
     """Gemma 2 caps its logits after the head."""
-    torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        final_logit_softcapping=0.01,
-        query_pre_attn_scalar=16,
-    )
-    model = Gemma2ForCausalLM(config).eval()
+    model = tiny_gemma2(vocab_size=64)
+    model.config.final_logit_softcapping = 0.01
     row = TokenizedRow(input_ids=[5, 6, 7, 8], labels=[-100, -100, 7, 8], weights=None, origin=Origin("a", 1))
     (logits,) = merge._answer_logits(model, [row], QUIET)
     with torch.no_grad():
