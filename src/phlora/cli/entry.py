@@ -44,10 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _let_go_of_stdout()
         code = EXIT_DONE
     except Exception as error:
-        if was_asked():
-            code = _report("Interrupted", "Interrupted.", EXIT_INTERRUPTED, as_json=as_json)
-        else:
-            code = _report_error(error, arguments, as_json=as_json)
+        code = _report_error(error, arguments, as_json=as_json)
     sys.exit(code)
 
 
@@ -66,6 +63,11 @@ def _invoke(arguments: list[str]) -> int:
 
 
 def _report_error(error: Exception, arguments: Sequence[str], *, as_json: bool) -> int:
+    if was_asked():
+        # What a stop has cut short may raise anything.
+        if is_debugging():
+            traceback.print_exception(error)
+        return _report("Interrupted", "Interrupted.", EXIT_INTERRUPTED, as_json=as_json)
     if isinstance(error, _UsageError):
         error.show()
         return _report("UsageError", error.format_message(), error.exit_code, as_json=as_json, spoken=True)

@@ -137,6 +137,19 @@ def test_debugging_shows_the_traceback(
     assert "Traceback" in phlora("train", "run.yaml").err
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError("cut short"), errors.ModelError("cut short")])
+def test_what_a_stop_cut_short_is_an_interruption_and_shown_when_debugging(
+    phlora: CommandLine, place: Path, failing: Fail, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(entry, "was_asked", lambda: True)
+    failing(error)
+    done = phlora("train", "run.yaml")
+    assert done.code == errors.EXIT_INTERRUPTED and done.err.endswith("Interrupted.\n")
+    assert "cut short" not in done.err
+    monkeypatch.setenv("PHLORA_DEBUG", "1")
+    assert "Traceback" in phlora("train", "run.yaml").err
+
+
 def test_a_full_temporary_folder_does_not_hide_the_bug(
     phlora: CommandLine, place: Path, failing: Fail, monkeypatch: pytest.MonkeyPatch
 ) -> None:
