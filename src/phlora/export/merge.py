@@ -25,7 +25,7 @@ from torch import Tensor
 
 from phlora.adapters.load import load_adapter
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
-from phlora.config import MergeBase, ModelConfig
+from phlora.config import MergeBase
 from phlora.data.rows import Row
 from phlora.data.table import IGNORED
 from phlora.data.tokenize import TokenizedRow, tokenize_rows
@@ -38,7 +38,7 @@ from phlora.models.families import context_lengths
 from phlora.models.lm_head import trunk_and_head, why_not_by_token
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import dequantize
-from phlora.models.tokenizer import LoadedTokenizer, find_files
+from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.reading import rows_or_held_out
 from phlora.runs.resolve import (
     ResolvedAdapter,
@@ -191,12 +191,14 @@ def merge_run(
     require_new(output)
     found = resolve_adapter(source, model=model, offline=offline)
     _require_base(base, found)
-    saved_dtype = _saved_dtype(found.base, dtype)
+    _require_dtype(dtype)
     chosen = _rows_of(found, rows, format=format, columns=columns)[:max_rows]
 
     display.stage(f"Loading {found.base_name} in float32, and its adapter")
     tokenizer = load_tokenizer_of(found)
-    stored = _storage(found, saved_dtype)
+    own = _own_dtype(tokenizer)
+    saved_dtype = own if dtype == "auto" else dtype
+    stored = _storage(found, saved_dtype, own=own)
     loaded = load_base(found, tokenizer=tokenizer, device=device, storage_dtype=stored, display=display)
     _tell(loaded, display)
     require_room_for(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
@@ -327,27 +329,28 @@ def _tell(loaded: LoadedModel, display: Display) -> None:
         display.note(note)
 
 
-def _storage(found: ResolvedAdapter, saved_dtype: str) -> str:
+def _storage(found: ResolvedAdapter, saved_dtype: str, *, own: str) -> str:
     """What the base is stored as while the adapter is merged, computed with in float32.
 
     Its own 16 bits where they are saved too: each sum is formed in float32 and rounded once to them either way.
     """
-    own = str(find_files(found.base).config.dtype).removeprefix("torch.")
     narrow = own == saved_dtype and DTYPES[saved_dtype].itemsize == 2
     return saved_dtype if narrow and not found.storage else "float32"
 
 
-def _saved_dtype(base: ModelConfig, requested: str) -> str:
-    """The key of `DTYPES` to save in; by default that of the base's own files."""
-    if requested in DTYPES:
-        return requested
-    if requested != "auto":
+def _require_dtype(requested: str) -> None:
+    if requested not in ("auto", *DTYPES):
         raise ConfigError(
             f"There is no dtype `{requested}`",
             where="--dtype",
             fix=did_you_mean(requested, ["auto", *DTYPES]),
         )
-    stored = str(find_files(base).config.dtype).removeprefix("torch.")
+
+
+def _own_dtype(tokenizer: LoadedTokenizer) -> str:
+    """The key of `DTYPES` that the base's own files are in; float32 for any other."""
+    assert tokenizer.files is not None
+    stored = str(tokenizer.files.config.dtype).removeprefix("torch.")
     return stored if stored in DTYPES else "float32"
 
 
