@@ -17,6 +17,7 @@ _DEFINED_IN = {
     "finetune": "phlora.train.finetune",
     "Run": "phlora.train.finetune",
     "evaluate_run": "phlora.evaluate.run",
+    "evaluate_model": "phlora.evaluate.in_memory",
     "merge_run": "phlora.export.merge",
     "convert": "phlora.export.convert",
     "SFTTrainer": "phlora.train.trainer",
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from phlora.errors import PhloraError as PhloraError
     from phlora.errors import RunError as RunError
     from phlora.evaluate.compare import score_loss as score_loss
+    from phlora.evaluate.in_memory import evaluate_model as evaluate_model
     from phlora.evaluate.report import Report as Report
     from phlora.evaluate.run import evaluate_run as evaluate_run
     from phlora.export.convert import convert as convert

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from phlora.adapters.base_view import as_base
 from phlora.adapters.speed import at_speed
@@ -43,7 +44,7 @@ _ABANDONED_SECONDS = 3600
 
 
 def compare_on(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: LoadedTokenizer,
     rows: Sequence[Row],
     tokenized: Sequence[TokenizedRow],
@@ -53,10 +54,12 @@ def compare_on(
     batch_size: int = BATCH_ROWS,
     speed: Speed = "auto",
     own_metrics: Mapping[str, Metric] | None = None,
+    base: PreTrainedModel | None = None,
 ) -> Comparison:
     """Loss on all rows and generated answers to the first `max_answers` of them, without and with the adapter.
 
     Args:
+        base: the other side, for a model without an adapter.
         own_metrics: functions of (answer, reference), under their names, beside those that `evaluation` names.
 
     Raises:
@@ -69,7 +72,7 @@ def compare_on(
     shared = SharedPrefixCollator(longrope_limit(model.config))
     collate = shared if sharing.on else Collator(tokenizer.tokenizer.pad_token_id)
 
-    def side(name: str) -> Any:
+    def side(name: str, model: PeftModel | PreTrainedModel) -> Any:
         with (
             display.progress(f"{name}: loss", len(tokenized)) as scored,
             display.progress(f"{name}: answers", len(items)) as answered,
@@ -94,10 +97,15 @@ def compare_on(
             )
 
     with at_speed(model, speed):
-        with as_base(model):
-            base = side("Base")
-        tuned = side("Tuned")
-    return compare(base, tuned, items)
+        if base is not None:
+            with at_speed(base, speed):
+                before = side("Base", base)
+        else:
+            assert isinstance(model, PeftModel)
+            with as_base(model):
+                before = side("Base", model)
+        after = side("Tuned", model)
+    return compare(before, after, items)
 
 
 def evaluate_run(

@@ -1,0 +1,112 @@
+"""Base against tuned model for models in memory: a trainer's own, a PeftModel, or a fully trained copy of its base."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from phlora.config import EvaluationConfig, Speed, TrainOn
+from phlora.data.dataset import load_rows
+from phlora.data.tokenize import tokenize_rows
+from phlora.display import Display
+from phlora.errors import ConfigError
+from phlora.evaluate.metrics import Metric
+from phlora.evaluate.report import Report
+from phlora.evaluate.run import BATCH_ROWS, compare_on
+from phlora.measure import Clock, peak_bytes
+from phlora.models.tokenizer import prepare_tokenizer
+
+
+def evaluate_model(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Any,
+    *,
+    base: PreTrainedModel | None = None,
+    metrics: Sequence[str | Metric] = ("auto",),
+    max_answers: int = 100,
+    max_new_tokens: int = 128,
+    max_length: int | None = None,
+    train_on: TrainOn = "assistant",
+    batch_size: int = BATCH_ROWS,
+    speed: Speed = "auto",
+    title: str = "",
+    display: Display | None = None,
+) -> Report:
+    """Compare a tuned model in memory with its base on rows that it was not trained on.
+
+    Both answer the same prompts, greedily; loss, perplexity and token accuracy are those of the expected answers. The
+    model is used as it stands and left as it was. Which rows it was trained on is not known here: that they are
+    others is for the caller to see to.
+
+    Args:
+        model: a PeftModel, whose base is it without its adapter; or a model that was trained as a whole.
+        tokenizer: with the chat template that was trained; it is not changed.
+        data: file(s), rows or a data set, in any form that `load_rows` reads.
+        base: the model that one without an adapter is compared with.
+        metrics: names as in `evaluation.metrics`, and functions of (answer, reference) that return 0 to 1, or None
+            where they do not apply.
+        max_answers: rows answered by generation, from the first on; 0: loss only.
+        max_new_tokens: longest generated answer, in tokens.
+        max_length, train_on: as in `tokenize_rows`.
+        batch_size: rows whose loss is taken at once.
+        speed: `auto`, or `reference` to compute without Phlora's own layers.
+        title: what the report is called; by default the name of the model.
+        display: where progress goes; standard error by default.
+
+    Returns:
+        The report; `write` puts it into a folder.
+
+    Raises:
+        ConfigError: a model without an adapter and no `base`, or an unknown metric.
+        DataError, ModelError: the rows or the tokenizer cannot be used.
+    """
+    if base is None and not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"{type(model).__name__} has no adapter that could be switched off",
+            where="model",
+            expected="a PeftModel, or `base`: the model as it was before it was trained",
+            fix='name it: base=load_model("…").model',
+        )
+    display, clock = display or Display(), Clock()
+    names = tuple(metric for metric in metrics if isinstance(metric, str))
+    own_metrics = {
+        getattr(metric, "__name__", type(metric).__name__): metric for metric in metrics if callable(metric)
+    }
+    prepared = prepare_tokenizer(
+        copy.deepcopy(tokenizer), config=model.config, generation_config=model.generation_config
+    )
+    rows = load_rows(data).rows
+    tokenized = tokenize_rows(
+        rows,
+        prepared.tokenizer,
+        train_on=train_on,
+        max_length=max_length,
+        training_template=prepared.training_template,
+    )
+    kept = {row.origin for row in tokenized.rows}
+    comparison = compare_on(
+        model,
+        prepared,
+        [row for row in rows if row.origin in kept],
+        tokenized.rows,
+        EvaluationConfig(metrics=names, max_answers=max_answers, max_new_tokens=max_new_tokens),
+        display=display,
+        batch_size=batch_size,
+        speed=speed,
+        own_metrics=own_metrics,
+        base=base,
+    )
+    clock.lap("evaluation")
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    return Report(
+        title=title or str(model.config.name_or_path or type(whole).__name__),
+        comparison=comparison,
+        timing=clock.seconds,
+        peak_bytes=peak_bytes(),
+        notes=[f"{skip.origin}: {skip.reason}" for skip in tokenized.skipped],
+    )
