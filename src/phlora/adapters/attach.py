@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -161,7 +162,21 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
         layer = _plain_layer(adapted, module)
         start_blocks(layer, "default", rows, config=start)
     keep_trained(adapted, base)
-    return Attached(adapted, summarize(adapted), targets.notes)
+    return Attached(adapted, summarize(adapted), (*targets.notes, *_trained_narrow(adapted)))
+
+
+def _trained_narrow(model: PeftModel) -> list[str]:
+    """What trains in 16 bits: whole modules of a model that computes in them, as PEFT copies them."""
+    narrow = {
+        name.removeprefix(_PREFIX).split(".modules_to_save")[0]: str(parameter.dtype).removeprefix("torch.")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+    }
+    return [
+        f"{name} trains in {dtype}, to which each step is rounded, small ones to none: dtype: float32 (with "
+        f"storage_dtype: {dtype} it takes little more memory) trains it exactly"
+        for name, dtype in narrow.items()
+    ]
 
 
 def split_adapter(

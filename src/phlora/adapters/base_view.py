@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
-from phlora.models.stored_layers import widen_named
+from phlora.models.stored_layers import is_stored, widen, widen_named, widen_trained
 
 # Initialisations with which PEFT changes the base weight of what they adapt.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
@@ -26,7 +28,8 @@ Kept = dict[str, tuple[nn.Parameter, Tensor]]
 
 
 def widen_what_trains(model: nn.Module, config: PeftConfig) -> None:
-    """Before PEFT copies or reads them: modules of the base that train as a whole are stored as they are computed."""
+    """Before PEFT copies, reads or writes them: what of the base trains as a whole, and what the start of the adapter
+    is taken out of (PiSSA and its kin), is stored as it is computed, so that nothing of it is rounded."""
     tokens = getattr(config, "trainable_token_indices", None)
     names = {
         *(getattr(config, "modules_to_save", None) or ()),
@@ -35,6 +38,56 @@ def widen_what_trains(model: nn.Module, config: PeftConfig) -> None:
     if tokens:
         names.add("embed_tokens")
     widen_named(model, names)
+    if _changes_base(config):
+        widen_named(
+            model, [name for name, module in model.named_modules() if _is_target(config, name, module)]
+        )
+
+
+def widen_adapted(model: nn.Module) -> list[str]:
+    """The same for a model on which an adapter is already, or which trains without one; what is to be said about it.
+
+    What trains has the values that it had, to the bit. What PiSSA has written into 16 bits stays rounded.
+    """
+    said = []
+    layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    layers = [layer for layer in layers if is_stored(layer.get_base_layer())]
+    for layer in layers:
+        dtype = layer.get_base_layer().compute_dtype
+        widen(layer.get_base_layer())
+        for rows in layer.trainable_tokens_delta.values():
+            rows.data = rows.data.to(dtype)
+    num_widened = widen_trained(model) + len(layers)
+    if num_widened:
+        said.append(
+            f"{num_widened} layers stored in 16 bits train and are widened, so that no step is rounded"
+        )
+    rounded = [name for name in getattr(model, "peft_config", {}) if _has_rounded_start(model, name)]
+    if rounded:
+        said.append(
+            f"The start of the adapter {rounded[0]} was taken out of weights stored in 16 bits, which rounded them: "
+            "give peft_config to the trainer, or use phlora.attach or storage_dtype: float32"
+        )
+    return said
+
+
+def _changes_base(config: PeftConfig) -> bool:
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS)
+
+
+def _is_target(config: PeftConfig, name: str, module: nn.Module) -> bool:
+    """Whether PEFT will adapt this stored layer; every linear one where it looks their names up itself."""
+    targets = getattr(config, "target_modules", None)
+    if targets is None or targets == "all-linear":
+        return isinstance(module, nn.Linear)
+    return bool(check_target_module_exists(config, name))
+
+
+def _has_rounded_start(model: nn.Module, adapter: str) -> bool:
+    config: PeftConfig = model.peft_config[adapter]  # type: ignore[index, assignment]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter in m.lora_A]
+    return _changes_base(config) and any(is_stored(layer.get_base_layer()) for layer in layers)
 
 
 def keep_trained(model: PeftModel, base: Mapping[str, nn.Parameter]) -> None:
@@ -54,8 +107,7 @@ def keep_before_load(model: nn.Module, config: LoraConfig) -> Kept:
         kept |= {
             name: (p, p.detach().clone()) for name, p in model.named_parameters() if name.endswith("bias")
         }
-    init = config.init_lora_weights
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+    if _changes_base(config):
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
             if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():

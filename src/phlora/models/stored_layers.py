@@ -5,13 +5,14 @@ the layer, so that PEFT, TRL and what saves a model see a linear layer in bfloat
 Every number of 16 bits is one of 32, so that such a model computes what the same weights in float32 do.
 
 Only matrices are stored so. Norms and biases take a ten-thousandth of a model's memory and have the dtype of the
-computation.
+computation. A weight that trains is widened: the steps of an optimizer are smaller than 16 bits can add.
 
 Legend: `N` out, `K` in, `V` vocabulary, `D` model width.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -25,16 +26,39 @@ from phlora.lora.fused import frozen_linear
 from phlora.lora.operands import WidenedWeight
 
 
-class StoredLinear(nn.Linear):
+class _Stored(nn.Module):
+    """What both kinds of layers do once their weight trains, whoever made it train."""
+
+    weight: Tensor
+    compute_dtype: torch.dtype
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Stored:
+        """A copy of the layer alone is widened: PEFT trains whole layers as copies (`modules_to_save`), and TRL's head
+        reads the weight past `forward`."""
+        alone = not memo
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        if alone:
+            widen(copied)
+        return copied
+
+    def _widen_in_training(self) -> None:
+        """The parameter stays the same one, so that an optimizer which has it already trains it."""
+        trains = self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        if trains and self.weight.dtype != self.compute_dtype and not sees_through():
+            self.weight.data = self.weight.data.to(self.compute_dtype)
+
+
+class StoredLinear(_Stored, nn.Linear):
     """`y = x Wᵀ + b` in the dtype of `x`, with `W (N, K)` stored in a narrower one; keeps nothing for backward but `W`.
 
     Attributes:
-        compute_dtype: of the activations that it is meant for, which a copy of it that trains has.
+        compute_dtype: of the activations that it is meant for, and of its weight once that trains.
     """
 
-    compute_dtype: torch.dtype
-
     def forward(self, x: Tensor) -> Tensor:
+        self._widen_in_training()
         if torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         trains = self.weight.requires_grad and torch.is_grad_enabled()
@@ -44,12 +68,11 @@ class StoredLinear(nn.Linear):
         return frozen_linear(x, WidenedWeight(self.weight), self.bias)
 
 
-class StoredEmbedding(nn.Embedding):
+class StoredEmbedding(_Stored, nn.Embedding):
     """Rows of a weight `(V, D)`, widened to the dtype of the computation once they are chosen: (...) -> (..., D)."""
 
-    compute_dtype: torch.dtype
-
     def forward(self, input: Tensor) -> Tensor:
+        self._widen_in_training()
         rows = super().forward(input)
         return rows.to(torch.promote_types(rows.dtype, self.compute_dtype))
 
@@ -142,13 +165,19 @@ def widen(module: nn.Module) -> None:
 
 
 def widen_named(model: nn.Module, names: Collection[str]) -> None:
-    """Widen the stored layers whose names end in one of these, as PEFT names modules: those that will train.
-
-    The steps of an optimizer are smaller than 16 bits can add.
-    """
+    """Widen the stored layers whose names end in one of these, as PEFT names modules: those that will train."""
     for path, module in list(model.named_modules()):
         if is_stored(module) and any(path == name or path.endswith(f".{name}") for name in names):
             widen(module)
+
+
+def widen_trained(model: nn.Module) -> int:
+    """Widen the stored layers whose own weight trains, before an optimizer or DDP looks at them; returns how many."""
+    layers: list[Any] = [module for module in model.modules() if is_stored(module)]
+    trained = [layer for layer in layers if layer.weight.requires_grad]
+    for layer in trained:
+        widen(layer)
+    return len(trained)
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:

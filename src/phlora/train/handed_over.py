@@ -37,8 +37,8 @@ class HandedOver:
             for name in _SETTINGS
             if config is not None and hasattr(config, name)
         ]
-        self._modules = [(m, type(m), dict(m._modules), set(vars(m)), m.training) for m in given.modules()]
-        self._parameters = [(p, p.requires_grad) for p in given.parameters()]
+        self._modules = [(m, type(m), dict(m._modules), dict(vars(m))) for m in given.modules()]
+        self._parameters = [(p, p.requires_grad, p.dtype) for p in given.parameters()]
 
     def give_back(self) -> None:
         """Leave nothing on the object but a trained adapter."""
@@ -46,7 +46,7 @@ class HandedOver:
             return
         slow_down(self._model)
         if self.is_trained:
-            self._model.train(self._modules[0][4])
+            self._model.train(self._modules[0][3]["training"])
         else:
             self._take_adapter_off()
         self._model.config._attn_implementation = self._attention
@@ -57,15 +57,18 @@ class HandedOver:
         """Whatever of an adapter is there; one that PEFT could not finish has no `PeftModel` yet."""
         if self.adapted is not None:
             restore_base(self.adapted)
-        for module, kind, children, attributes, training in self._modules:
-            module.__class__, module.training = kind, training
+        for module, kind, children, attributes in self._modules:
+            module.__class__ = kind
             module._modules.clear()
             module._modules.update(children)
-            for name in vars(module).keys() - attributes:
+            for name in vars(module).keys() - attributes.keys():
                 delattr(module, name)
-        for parameter, trains in self._parameters:
+            vars(module).update(attributes)
+        for parameter, trains, dtype in self._parameters:
             parameter.requires_grad_(trains)
             parameter.grad = None
+            # What a stored base was widened by for its training; no bit is lost on the way back.
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

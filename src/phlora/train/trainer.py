@@ -13,7 +13,8 @@ What is overridden, and why:
   no weight is ever written with one. The library's own default logs 0.0 and trains on.
 - `train`: resuming a finished run takes no further step.
 - `__init__`: an adapter on a quantised base keeps PEFT's dtype, fp32 unless the caller has set another. TRL 1.16
-  casts it to bf16, to which most of AdamW's updates are too small to be added.
+  casts it to bf16, to which most of AdamW's updates are too small to be added. So are they to weights that are stored
+  in 16 bits: of such a base, what trains is widened.
 - what TRL, accelerate and this class put on the model itself (`forward`) is there while something is computed, and
   taken off again (`worn`): after training the model is an ordinary one, and its copies compute with their own weights.
 - `create_optimizer`: with `loraplus_lr_ratio` every B of the adapter has a learning rate of its own.
@@ -44,6 +45,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
+from phlora.adapters.base_view import widen_adapted, widen_what_trains
 from phlora.data.collate import share_step
 from phlora.errors import ConfigError, NonFiniteError, RunError
 from phlora.files import read_json
@@ -103,6 +105,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         given = args[0] if args else kwargs.get("model")
         if z_loss and isinstance(given, nn.Module):
             refuse_z_loss(why_trls_loss(given))
+        if isinstance(given, nn.Module) and kwargs.get("peft_config") is not None:
+            widen_what_trains(given, kwargs["peft_config"])
         before = _trained_values(given) if isinstance(given, PeftModel) else None
         self._worn = Worn(given if isinstance(given, nn.Module) else None)
         with warnings.catch_warnings():
@@ -114,6 +118,8 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
                 self._worn.take_off()
                 raise
         _keep_dtypes(self.model, before)
+        for line in widen_adapted(self.model):
+            _log.warning("%s", line)
         if loraplus_lr_ratio is not None and self.optimizer is not None:
             raise ConfigError(
                 "An optimizer was given, which has its learning rates already",

@@ -280,3 +280,10 @@ def test_a_full_memory_is_not_called_a_setting_that_peft_refuses(monkeypatch: py
     monkeypatch.setattr("phlora.adapters.attach.get_peft_model", full)
     with pytest.raises(torch.OutOfMemoryError):
         attached(target_modules=["qkv_proj"])
+
+
+def test_whole_modules_that_train_in_16_bits_are_named() -> None:
+    peft_config = {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]}
+    narrow, wide = (attach(model, peft_config) for model in (tiny_phi3()[0].bfloat16(), tiny_phi3()[0]))
+    assert [note for note in narrow.notes if "lm_head trains in bfloat16" in note]
+    assert not wide.notes

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from phlora.display import Display
 from phlora.errors import ConfigError, PhloraError
+from phlora.models.stored_layers import store
 from phlora.testing import chat_rows, tiny_phi3
 from phlora.train.finetune import finetune
 
@@ -112,6 +113,25 @@ def test_an_object_is_as_it_was_after_a_run_that_did_not_end_well(
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     # And so it can be given again.
     run_it(model, tokenizer, tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [{"modules_to_save": ["lm_head", "embed_tokens"]}, {"trainable_token_indices": [5, 9]}],
+    ids=["modules", "tokens"],
+)
+def test_an_object_stored_in_16_bits_is_so_again(
+    given: tuple[nn.Module, Any], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = given
+    store(model, torch.bfloat16)
+    before, weights = look_of(model), copy.deepcopy(model.state_dict())
+    stop = {"peft_config": {"r": 2, **whole}, "callbacks": [Raise(RuntimeError("mine"))]}
+    with pytest.raises(RuntimeError):
+        run_it(model, tokenizer, tmp_path / "run", **stop)
+    assert look_of(model) == before
+    for name, value in model.state_dict().items():
+        assert value.dtype == weights[name].dtype and torch.equal(value, weights[name]), name
 
 
 def test_after_a_success_it_carries_the_adapter_in_layers_of_peft_and_in_its_own_mode(
