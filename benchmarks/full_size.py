@@ -53,7 +53,8 @@ from common import PeerProcess, Worker, add_unsloth_option, find_unsloth, median
 from full_size_sides import demo_rows
 from phi3_folder import LAYERS, model_folder
 from phlora.files import cache_root
-from phlora.runs.folder import RunFolder, read_events
+from phlora.runs.events import read_events
+from phlora.runs.folder import RunFolder
 from resident import end_first_when_memory_is_short, peak_of
 
 DEMO = Path(__file__).parents[1] / "examples" / "home_assistant"

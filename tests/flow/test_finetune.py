@@ -22,6 +22,7 @@ from phlora.display import Display
 from phlora.errors import ConfigError, DataError, EnvironmentProblem, ModelError, NoRoomError, RunError
 from phlora.lora import matmul
 from phlora.runs import folder as checkpoints
+from phlora.runs.events import read_events
 from phlora.train import loop
 from phlora.train.callbacks import GentleStop
 
@@ -77,7 +78,7 @@ def test_a_run_learns_and_leaves_everything_that_was_promised(finished: Any) -> 
     )
     assert json.loads((finished.folder / "report.json").read_text(encoding="utf-8")) == report
     assert "<html" in (finished.folder / "report.html").read_text(encoding="utf-8")
-    events = checkpoints.read_events(finished.folder / "events.jsonl")
+    events = read_events(finished.folder / "events.jsonl")
     assert {"start", "log", "evaluate", "save", "end"} <= {event["event"] for event in events}
     config = yaml.safe_load((finished.folder / "config.yaml").read_text(encoding="utf-8"))
     assert config["training_config"]["learning_rate"] == 2e-2 and config["peft_config"]["r"] == 4
@@ -151,6 +152,28 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     for which in ("best", "last"):
         resumed, whole = adapter(output / "adapter" / which), adapter(finished.folder / "adapter" / which)
         assert all(torch.equal(resumed[name], weight) for name, weight in whole.items()), which
+
+
+class _DieAt(TrainerCallback):
+    """Ends the process behind a checkpoint, as a kill does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 5:
+            raise SystemExit(9)
+
+
+def test_steps_that_were_done_again_stand_once_in_the_report(
+    finished: Any, model_folder: Path, chat_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        run_it(model_folder, chat_file, output, callbacks=[_DieAt()])
+    first = read_events(output / "events.jsonl")
+    resumed = run_it(model_folder, chat_file, output, resume=True).report.to_json()
+    whole = finished.report.to_json()
+    for curve in ("training_curve", "evaluation_curve"):
+        assert resumed[curve] == whole[curve]
+    assert resumed["timing"]["training"] > first[-1]["time"] - first[0]["time"]
 
 
 def test_a_resumed_run_multiplies_by_the_libraries_that_it_began_with(

@@ -32,7 +32,8 @@ from phlora.models.families import longrope_limit
 from phlora.models.generate import generate
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder, read_events
+from phlora.runs.events import lasting_events, read_events
+from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder
 from phlora.runs.reading import rows_or_held_out
 from phlora.runs.resolve import ResolvedAdapter, load_pair, resolve_adapter
 from phlora.runs.trained_rows import TrainedCount, count_trained
@@ -275,7 +276,7 @@ def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, cl
     """The report of a run, from what its folder holds and a fresh comparison."""
     facts = folder.facts()
     data = facts.get("data", {})
-    events = read_events(folder.events)
+    events = lasting_events(read_events(folder.events))
     return Report(
         title=config.model.name,
         comparison=comparison,

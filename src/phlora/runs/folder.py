@@ -3,7 +3,7 @@
     run.json                status, versions, seed, model, data and adapter facts; `identity` is what a resumed
                             run has to share with the one it continues
     config.yaml             the resolved configuration, each value with where it came from; can be run again
-    events.jsonl            one line per event: start, log, evaluate, save, end
+    events.jsonl            what happened, one line each (`runs.events`)
     checkpoints/            adapter + optimizer + scheduler + RNG + data position, as transformers writes them
     heldout.jsonl           the rows of the proof
     trained.keys            digests of the rows that were trained on (`runs.trained_rows`)
@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import shutil
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -414,30 +413,6 @@ def digest(value: Any) -> str:
 
 def _in_order(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
-
-
-def append_event(path: Path, event: str, /, **values: Any) -> None:
-    """Add one line to events.jsonl."""
-    own = {"time": round(time.time(), 3), "event": event}
-    # A metric may have any name.
-    line = json.dumps({**own, **values, **own}, ensure_ascii=False, default=str)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of events.jsonl; a last line that a crash cut short is left out, as is what is no event."""
-    if not path.is_file():
-        return []
-    events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
 
 
 def _remove(path: Path) -> None:

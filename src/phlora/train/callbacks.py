@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from phlora.display import Display
 from phlora.measure import peak_bytes
 from phlora.runs.checkpoints import mark_complete
-from phlora.runs.folder import append_event
+from phlora.runs.events import append_event
 from phlora.stop import STOP_SIGNALS, is_ignored
 
 

@@ -29,6 +29,7 @@ from phlora.files import require_room
 from phlora.measure import Clock
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
+from phlora.runs.events import read_events, trained_seconds
 from phlora.runs.facts import SplitBy, split_of
 from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
 from phlora.train import record
@@ -179,9 +180,11 @@ def finetune(
             start = f", from {checkpoint.name}" if checkpoint else ""
             display.stage(f"Training {plan.num_optimizer_steps} steps{start}")
             task = Training(attached.model, loaded, data, arguments, objects, shared=plan.sharing.on)
+            # Of the processes that this one continues.
+            earlier_seconds = trained_seconds(read_events(folder.events))
             with recorded_status(folder):
                 fit(task, folder, checkpoint=checkpoint, display=display)
-            clock.lap("training")
+            clock.lap("training", also=earlier_seconds)
             report = _proof(request, attached, words, data, arguments, folder, clock, display)
             folder.update_facts(status="finished", timing=clock.seconds)
         given.is_trained = True

@@ -143,14 +143,6 @@ def test_a_full_memory_is_said_with_what_helps(error: Exception, run: RunFolder)
     assert run.facts()["status"] == "failed"
 
 
-def test_a_cut_last_event_is_left_out(run: RunFolder) -> None:
-    runs_folder.append_event(run.events, "log", loss=1.5, text="درود")
-    with run.events.open("a") as file:
-        file.write(f'[1]\n"x"\n{"[" * 100_000}\n{{"time": 1, "eve')
-    (event,) = runs_folder.read_events(run.events)
-    assert event["loss"] == 1.5 and event["text"] == "درود"
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -18,7 +18,8 @@ from transformers.models.phi3.modeling_phi3 import Phi3Model
 from phlora.display import Display
 from phlora.errors import NoRoomError
 from phlora.measure import is_out_of_memory
-from phlora.runs.folder import RunFolder, read_events
+from phlora.runs.events import read_events
+from phlora.runs.folder import RunFolder
 from phlora.testing import tiny_folder
 from phlora.train import lookahead
 from phlora.train.finetune import finetune
