@@ -16,6 +16,8 @@ _DEFINED_IN = {
     # train, prove, use
     "finetune": "phlora.train.finetune",
     "Run": "phlora.train.finetune",
+    "load": "phlora.serve.llm",
+    "LLM": "phlora.serve.llm",
     "evaluate_run": "phlora.evaluate.run",
     "evaluate_model": "phlora.evaluate.in_memory",
     "merge_run": "phlora.export.merge",
@@ -106,6 +108,8 @@ if TYPE_CHECKING:
     from phlora.models.load import load_model as load_model
     from phlora.models.quantization import dequantize as dequantize
     from phlora.models.tokenizer import load_tokenizer as load_tokenizer
+    from phlora.serve.llm import LLM as LLM
+    from phlora.serve.llm import load as load
     from phlora.train.finetune import Run as Run
     from phlora.train.finetune import finetune as finetune
     from phlora.train.trainer import SFTTrainer as SFTTrainer

@@ -55,6 +55,15 @@ def chat(
             show_default=True,
         ),
     ] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option(
+            "--top-k",
+            min=0,
+            help="Above temperature 0: draw among so many of the likeliest tokens; 0: among all.",
+            show_default=True,
+        ),
+    ] = 0,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Makes replies repeatable above temperature 0.")
     ] = None,
@@ -82,6 +91,7 @@ def chat(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             seed=seed,
             display=display,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -89,7 +89,7 @@ def compare_on(
                     max_new_tokens=evaluation.max_new_tokens,
                     stop_token_ids=tokenizer.stop_token_ids,
                     pad_token_id=tokenizer.tokenizer.pad_token_id,
-                    progress=_steps(answered),
+                    progress=answered,
                 ),
                 decode=lambda ids: str(tokenizer.tokenizer.decode(ids, skip_special_tokens=True)),
                 collate=collate,
@@ -306,18 +306,6 @@ def _curve(events: Sequence[Mapping[str, Any]], name: str, **others: float) -> l
             values = (float(event.get(key, default)) for key, default in {name: 0.0, **others}.items())
             points.append((float(event["step"]), *values))
     return points
-
-
-def _steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """A function of (done, total) for a function of the rows since the last call."""
-    before = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal before
-        advance(done - before)
-        before = done
-
-    return progress
 
 
 def _items(rows: Sequence[Row], tokenizer: LoadedTokenizer, most: int) -> list[EvaluationItem]:

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts at once, and streaming of one.
+"""Decoding of many prompts at once, and streaming of one.
 
 Evaluation prompts are short and share a long system prompt. So the tokens that all prompts begin with go
 through the model once, at batch 1; their keys and values are then repeated for every row. Rows are sorted by
@@ -21,6 +21,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phlora.errors import ConfigError
 from phlora.models.causal_lm import CausalLM, as_causal_lm
 from phlora.models.families import context_lengths
+from phlora.models.sampling import GREEDY, Pick, Sampling
 from phlora.models.stored_layers import compute_dtype
 
 # A prefix shorter than this saves less than the extra forward pass costs.
@@ -48,18 +50,22 @@ def generate(
     stop_token_ids: Sequence[int],
     pad_token_id: int,
     batch_size: int | Literal["auto"] = "auto",
-    progress: Callable[[int, int], None] | None = None,
+    sampling: Sampling = GREEDY,
+    progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """The most likely continuation of every prompt, token by token.
+    """The continuation of every prompt, token by token: the likeliest one, or one that is drawn.
+
+    What a prompt gets does not depend on the prompts beside it, nor on `batch_size`.
 
     Args:
         model: causal language model, bare or under PEFT; its mode and `use_cache` are left as they are.
         prompts: token ids, at least one each.
-        max_new_tokens: at most so many new tokens a row, and never more than the model's context holds.
+        max_new_tokens: at most so many new tokens a row, and never more than the model's context holds with its prompt.
         stop_token_ids: ids that end a row; they are not part of the answer.
         pad_token_id: fills the gaps; it is masked and may be any id.
         batch_size: rows decoded together; `auto` fits their keys and values into 1 GiB.
-        progress: called with (finished rows, all rows).
+        sampling: how tokens are chosen; the seed of prompt number n (from 0) is `sampling.seed + n`.
+        progress: called with the number of rows that have been finished since.
 
     Returns:
         The new token ids of each prompt, in the order of the prompts.
@@ -68,22 +74,24 @@ def generate(
         ConfigError: a prompt without tokens, or a batch size below 1.
     """
     _check(prompts, batch_size)
-    max_new_tokens = min(max_new_tokens, context_lengths(model.config).max_tokens or max_new_tokens)
+    most = context_lengths(model.config).max_tokens
+    rooms = [max_new_tokens if most is None else min(max_new_tokens, most - len(p)) for p in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     lm = as_causal_lm(model)
-    together, alone = _split_at_rope_limit(lm, prompts, max_new_tokens)
-    done = 0
+    together, alone = _split_at_rope_limit(lm, prompts, rooms)
+    advance = progress or (lambda done: None)
     with evaluating(model):
         for row in alone:
-            tokens = _tokens(lm, prompts[row], pick=_greedy, stops=frozenset(stop_token_ids))
-            answers[row] = list(itertools.islice(tokens, max_new_tokens))
-            done = _report(progress, done + 1, len(prompts))
-        for rows, shared, cache in _batches(lm, prompts, together, max_new_tokens, batch_size):
-            rests = [list(prompts[row][shared:]) for row in rows]
-            new = _decode(lm, rests, shared, cache, max_new_tokens, frozenset(stop_token_ids), pad_token_id)
-            for row, answer in zip(rows, new, strict=True):
-                answers[row] = answer
-            done = _report(progress, done + len(rows), len(prompts))
+            tokens = _tokens(lm, prompts[row], pick=sampling.picker(row), stops=frozenset(stop_token_ids))
+            answers[row] = list(itertools.islice(tokens, max(0, rooms[row])))
+            advance(1)
+        for rows, shared, cache in _batches(lm, prompts, together, rooms, batch_size):
+            rests = [_Rest(prompts[row][shared:], rooms[row], sampling.picker(row)) for row in rows]
+            stops = frozenset(stop_token_ids)
+            _decode(lm, rests, shared, cache, stops, pad_token_id, is_greedy=sampling.is_greedy)
+            for row, rest in zip(rows, rests, strict=True):
+                answers[row] = rest.answer
+            advance(len(rows))
     return answers
 
 
@@ -95,12 +103,6 @@ def _check(prompts: Sequence[Sequence[int]], batch_size: int | str) -> None:
         raise ConfigError(
             f"The batch has {batch_size} rows", where="batch_size", expected="`auto`, or 1 and more"
         )
-
-
-def _report(progress: Callable[[int, int], None] | None, done: int, total: int) -> int:
-    if progress is not None:
-        progress(done, total)
-    return done
 
 
 @contextmanager
@@ -116,11 +118,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _split_at_rope_limit(
-    model: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: CausalLM, prompts: Sequence[Sequence[int]], rooms: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Rows that stay within the short rotary factors, and rows that may pass them."""
     limit = context_lengths(model.config).original_max_tokens
-    within = [limit is None or len(prompt) + max_new_tokens <= limit for prompt in prompts]
+    within = [limit is None or len(p) + room <= limit for p, room in zip(prompts, rooms, strict=True)]
     rows = range(len(prompts))
     return [r for r in rows if within[r]], [r for r in rows if not within[r]]
 
@@ -129,14 +131,14 @@ def _batches(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
     rows: list[int],
-    max_new_tokens: int,
+    rooms: Sequence[int],
     batch_size: int | Literal["auto"],
 ) -> Iterator[tuple[list[int], int, Any]]:
     """Rows to decode together, how many tokens they share, and the cache of those; long rows first."""
-    if not rows or max_new_tokens < 1:
+    rows = sorted((row for row in rows if rooms[row] > 0), key=lambda row: -len(prompts[row]))
+    if not rows:
         return
-    rows = sorted(rows, key=lambda row: -len(prompts[row]))
-    longest = len(prompts[rows[0]]) + max_new_tokens
+    longest = max(len(prompts[row]) + rooms[row] for row in rows)
     size = _rows_that_fit(model, longest) if batch_size == "auto" else batch_size
     window = context_lengths(model.config).sliding_window_tokens
     if window is not None and longest > window:
@@ -182,27 +184,39 @@ def _prefix_cache(model: CausalLM, prefix: Sequence[int]) -> Any:
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
+@dataclass
+class _Rest:
+    """What of a row comes behind the shared tokens, how much may follow, and what has followed."""
+
+    prompt: Sequence[int]
+    room: int
+    pick: Pick
+    answer: list[int] = field(default_factory=list)
+
+
 def _decode(
     model: CausalLM,
-    rests: list[list[int]],
+    rests: list[_Rest],
     shared: int,
     prefix_cache: Any,
-    max_new_tokens: int,
     stops: frozenset[int],
     pad_token_id: int,
-) -> list[list[int]]:
-    """Greedy decoding of rows whose first `shared` tokens are in `prefix_cache`."""
-    width = max(map(len, rests))
-    ids = torch.tensor([[pad_token_id] * (width - len(rest)) + rest for rest in rests], device=model.device)
-    real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests], device=model.device)
+    *,
+    is_greedy: bool,
+) -> None:
+    """Write the answers of rows whose first `shared` tokens are in `prefix_cache`."""
+    width, device = max(len(rest.prompt) for rest in rests), model.device
+    gaps = [width - len(rest.prompt) for rest in rests]
+    pairs = list(zip(rests, gaps, strict=True))
+    ids = torch.tensor([[pad_token_id] * gap + list(rest.prompt) for rest, gap in pairs], device=device)
+    real = torch.tensor([[0] * gap + [1] * len(rest.prompt) for rest, gap in pairs], device=device)
     positions = shared + (real.cumsum(-1) - 1).clamp(min=0)
     mask = torch.cat([real.new_ones(len(rests), shared), real], dim=-1)
     padded = not real.all()
     cache = copy.deepcopy(prefix_cache)
     if cache is not None:
         cache.batch_repeat_interleave(len(rests))
-    answers: list[list[int]] = [[] for _ in rests]
-    live = list(range(len(rests)))
+    live = rests
     while True:
         out = model(
             input_ids=ids,
@@ -212,22 +226,30 @@ def _decode(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache, tokens = out.past_key_values, out.logits[:, -1].argmax(-1)
+        cache, tokens = out.past_key_values, _picked(out.logits[:, -1], live, is_greedy=is_greedy)
         going = []
-        for place, token in enumerate(tokens.tolist()):
+        for place, (rest, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
             if token not in stops:
-                answers[live[place]].append(token)
-                if len(answers[live[place]]) < max_new_tokens:
+                rest.answer.append(token)
+                if len(rest.answer) < rest.room:
                     going.append(place)
         if not going:
-            return answers
+            return
         positions = positions[:, -1:] + 1
         if len(going) < len(live):
             live = [live[place] for place in going]
-            keep = torch.tensor(going, device=model.device)
+            keep = torch.tensor(going, device=device)
             tokens, positions, mask = tokens[keep], positions[keep], mask[keep]
             cache.batch_select_indices(keep)
         ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
+
+
+def _picked(logits: torch.Tensor, live: list[_Rest], *, is_greedy: bool) -> torch.Tensor:
+    """The next token of every row (B), from its logits (B, V)."""
+    if is_greedy:
+        return logits.argmax(-1)
+    drawn = [rest.pick(row) for rest, row in zip(live, logits, strict=True)]
+    return torch.tensor(drawn, device=logits.device)
 
 
 # --------------------------------------------------------------------------------------------- one prompt
@@ -240,9 +262,8 @@ def stream(
     *,
     max_new_tokens: int,
     stop_token_ids: Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int | None = None,
+    sampling: Sampling = GREEDY,
+    reply: int = 0,
 ) -> Iterator[str]:
     """Yield a reply piece by piece; a character of several tokens comes when it is whole.
 
@@ -252,19 +273,14 @@ def stream(
         tokenizer: turns ids into text; special tokens are left out.
         max_new_tokens: at most so many new tokens.
         stop_token_ids: ids that end the reply.
-        temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
-        top_p: draw among the fewest tokens whose probabilities reach this sum.
-        seed: of the draws; None draws anew each time.
+        sampling: how tokens are chosen.
+        reply: which reply it is; one number on, a seed draws other tokens.
 
     Raises:
-        ConfigError: an empty prompt, a negative temperature, or `top_p` outside (0, 1].
+        ConfigError: an empty prompt.
     """
     _check([prompt_ids], "auto")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ConfigError(
-            f"temperature={temperature}, top_p={top_p}", expected="temperature >= 0 and 0 < top_p <= 1"
-        )
-    pick = _greedy if temperature == 0 else _sampler(temperature, top_p, seed)
+    pick = sampling.picker(reply)
     tokens = _tokens(as_causal_lm(model), prompt_ids, pick=pick, stops=frozenset(stop_token_ids))
     return _text_pieces(_first_tokens(model, tokens, max_new_tokens), tokenizer)
 
@@ -283,7 +299,7 @@ def _tokens(
     model: CausalLM,
     prompt: Sequence[int],
     *,
-    pick: Callable[[torch.Tensor], int],
+    pick: Pick,
     stops: frozenset[int],
 ) -> Iterator[int]:
     """New tokens of one prompt, one by one, without end but for a stop token."""
@@ -305,30 +321,6 @@ def _tokens(
             return
         ids.append(token)
         yield token
-
-
-def _greedy(logits: torch.Tensor) -> int:
-    return int(logits.argmax())
-
-
-def _sampler(temperature: float, top_p: float, seed: int | None) -> Callable[[torch.Tensor], int]:
-    """A function from logits (V) to a token drawn from the nucleus of their softmax."""
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed % 2**63)
-
-    def draw(logits: torch.Tensor) -> int:
-        # On the CPU, so that a seed means the same on every device; from the largest down, in fp64, so that
-        # next to no temperature is next to greedy and not infinite.
-        scores = logits.double().cpu()
-        probs, order = ((scores - scores.max()) / temperature).float().softmax(-1).sort(descending=True)
-        # A token is in the nucleus while the sum before it has not reached top_p; the first always is.
-        probs[1:][(probs.cumsum(-1) - probs >= top_p)[1:]] = 0
-        return int(order[torch.multinomial(probs, 1, generator=generator)])
-
-    return draw
 
 
 def _text_pieces(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

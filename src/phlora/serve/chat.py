@@ -9,21 +9,19 @@ written anywhere.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from phlora.adapters.base_view import as_base
-from phlora.adapters.speed import speed_up
-from phlora.data.prompts import answer_of, encode_chat
-from phlora.data.rendering import TemplateRefusal
-from phlora.display import Display, printable
-from phlora.errors import ConfigError, InputError, ModelError
+from phlora.data.prompts import answer_of
+from phlora.display import Display
+from phlora.errors import InputError
 from phlora.models.families import context_lengths
 from phlora.models.generate import stream
+from phlora.models.sampling import Sampling
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.resolve import Resolved, load_pair, resolve
-from phlora.runs.system_prompt import system_prompts_of
+from phlora.serve.llm import load, piecewise
+from phlora.serve.prompts import chat_as_ids, require_room, require_template
 from phlora.serve.tool_calls import calls_in
 
 Speaker = Literal["base", "tuned"]
@@ -58,6 +56,7 @@ class ChatSession:
         max_new_tokens: longest reply, in tokens.
         temperature: 0 always takes the likeliest token.
         top_p: above temperature 0, draw among the fewest tokens whose probabilities reach this sum.
+        top_k: above temperature 0, draw among so many of the likeliest tokens; 0: among all.
         seed: of the first reply; each further one counts on, so that a whole chat can be repeated.
         speakers: who answers, in order.
         tools: descriptions of tools that the model may call, as in a training row; None for none.
@@ -73,6 +72,7 @@ class ChatSession:
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
     seed: int | None = None
     speakers: tuple[Speaker, ...] = ()
     tools: list[Any] | None = None
@@ -81,11 +81,8 @@ class ChatSession:
     _num_asked: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tokenizer.tokenizer.chat_template:
-            raise ModelError(
-                "The model's tokenizer has no chat template",
-                expected="a model that was made for chats, such as an -instruct variant",
-            )
+        require_template(self.tokenizer)
+        self._sampling()
         self.speakers = self.speakers or (("tuned",) if self.has_adapter else ("base",))
 
     def ask(self, text: str) -> Generator[tuple[Speaker, str], None, None]:
@@ -189,17 +186,9 @@ class ChatSession:
 
     def _prompt_ids(self, speaker: Speaker, asking: Exchange) -> list[int]:
         messages = [*self.messages(speaker), *asking.asked]
-        try:
-            ids = encode_chat(messages, self.tokenizer.tokenizer, tools=self.tools)
-        except TemplateRefusal as refusal:
-            raise InputError(f"The model's chat template refuses the chat: {refusal}") from None
-        most = self._max_tokens()
-        if most is not None and len(ids) >= most:
-            whose = f" with the {speaker} model" if len(self.speakers) > 1 else ""
-            raise InputError(
-                f"The chat{whose} has {len(ids)} tokens, the model holds {most}",
-                fix="/undo, /reset or a shorter text",
-            )
+        ids = chat_as_ids(messages, self.tokenizer, tools=self.tools)
+        whose = f"The chat with the {speaker} model" if len(self.speakers) > 1 else "The chat"
+        require_room(ids, self._max_tokens(), whose=whose, fix="/undo, /reset or a shorter text")
         return ids
 
     def _max_tokens(self) -> int | None:
@@ -209,17 +198,19 @@ class ChatSession:
         is_bare = speaker == "base" and self.has_adapter
         most = self._max_tokens()
         room = self.max_new_tokens if most is None else min(self.max_new_tokens, most - len(prompt_ids))
-        with as_base(self.model) if is_bare else nullcontext():
-            yield from stream(
-                self.model,
-                prompt_ids,
-                self.tokenizer.tokenizer,
-                max_new_tokens=room,
-                stop_token_ids=self.tokenizer.stop_token_ids,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                seed=None if self.seed is None else self.seed + self._num_asked,
-            )
+        pieces = stream(
+            self.model,
+            prompt_ids,
+            self.tokenizer.tokenizer,
+            max_new_tokens=room,
+            stop_token_ids=self.tokenizer.stop_token_ids,
+            sampling=self._sampling(),
+            reply=self._num_asked,
+        )
+        return piecewise(pieces, lambda: as_base(self.model)) if is_bare else pieces
+
+    def _sampling(self) -> Sampling:
+        return Sampling(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
 
 
 # ------------------------------------------------------------------------------------------------- opening
@@ -233,6 +224,7 @@ def open_chat(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int | None = None,
     display: Display | None = None,
 ) -> ChatSession:
@@ -241,53 +233,30 @@ def open_chat(
     Args:
         source: what to open.
         system: the system prompt; None takes the one that the adapter's training rows share, "" none.
-        tools, max_new_tokens, temperature, top_p, seed: as in `ChatSession`.
+        tools, max_new_tokens, temperature, top_p, top_k, seed: as in `ChatSession`.
         display: where progress and notes go.
 
     Raises:
         RunError: a run without an adapter.
         ModelError: no such model, or an adapter that does not fit it.
+        ConfigError: a setting out of range.
     """
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ConfigError(
-            f"temperature={temperature}, top_p={top_p}", expected="temperature >= 0 and 0 < top_p <= 1"
-        )
+    # Refused before a weight is read.
+    Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     display = display or Display()
-    found = resolve(source)
-    display.stage(f"Loading {found.base_name}" + (f" with {found.adapter}" if found.adapter else ""))
-    pair = load_pair(found, use_cache=True, display=display)
-    for note in pair.notes:
-        display.note(note)
-    trained_system = _trained_system(found, display, is_wanted=system is None)
-    speed_up(pair.model.requires_grad_(False))
+    loaded = load(source, system=system, display=display)
+    if loaded.trained_system and system is None:
+        display.note('/system shows it whole and changes it; --system "" begins without one')
     return ChatSession(
-        model=pair.model,
-        tokenizer=pair.tokenizer,
-        has_adapter=found.adapter is not None,
-        system=trained_system if system is None else system or None,
-        trained_system=trained_system,
+        model=loaded.model,
+        tokenizer=loaded.words,
+        has_adapter=loaded.has_adapter,
+        system=loaded.system,
+        trained_system=loaded.trained_system,
         tools=tools,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         seed=seed,
     )
-
-
-def _trained_system(found: Resolved, display: Display, *, is_wanted: bool) -> str | None:
-    """The system prompt that the adapter's rows share; where it is wanted, what is chosen is said."""
-    prompts = system_prompts_of(found)
-    if prompts is None:
-        return None
-    if is_wanted and (note := prompts.note()):
-        display.note(note)
-    if is_wanted and prompts.text:
-        display.note(f"System prompt of the training rows: {shortened(prompts.text)}")
-        display.note('/system shows it whole and changes it; --system "" begins without one')
-    return prompts.text
-
-
-def shortened(text: str, most: int = 160) -> str:
-    """The beginning of a text on one line, safe for a terminal."""
-    line = " ".join(text.split())
-    return printable(line if len(line) <= most else f"{line[: most - 2].rstrip()} …")

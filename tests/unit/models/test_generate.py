@@ -1,3 +1,4 @@
+import dataclasses
 import random
 
 import pytest
@@ -6,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from phlora.errors import ConfigError
 from phlora.models.generate import _text_pieces, generate, stream
+from phlora.models.sampling import Sampling
 from phlora.testing import tiny_phi3
 
 STOPS = (5, 9, 17, 33, 40)
@@ -87,9 +89,9 @@ def test_progress_counts_rows_to_the_end(tiny):
         stop_token_ids=STOPS,
         pad_token_id=0,
         batch_size=3,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=seen.append,
     )
-    assert seen == [(2, 7), (4, 7), (7, 7)]
+    assert seen == [2, 2, 3]
 
 
 def test_nothing_to_do_is_no_error(tiny):
@@ -104,8 +106,8 @@ def test_bad_arguments_are_told(tiny):
         generate(model, [[3], []], max_new_tokens=4, stop_token_ids=STOPS, pad_token_id=0)
     with pytest.raises(ConfigError, match="batch has 0 rows"):
         generate(model, [[3]], max_new_tokens=4, stop_token_ids=STOPS, pad_token_id=0, batch_size=0)
-    with pytest.raises(ConfigError, match="top_p"):
-        stream(model, [3], tokenizer, max_new_tokens=4, stop_token_ids=STOPS, top_p=0)
+    with pytest.raises(ConfigError, match="has no token"):
+        stream(model, [], tokenizer, max_new_tokens=4, stop_token_ids=STOPS)
 
 
 @pytest.mark.parametrize("variant", [{}, {"longrope": True}], ids=str)
@@ -120,13 +122,38 @@ def test_stream_says_what_generate_says(variant):
 def test_seed_repeats_a_draw_and_small_nuclei_are_greedy(tiny):
     model, tokenizer = tiny
 
-    def say(**kwargs):
-        pieces = stream(model, [60, 61, 62], tokenizer, max_new_tokens=25, stop_token_ids=(), **kwargs)
+    def say(**settings):
+        sampling = Sampling(**settings)
+        pieces = stream(
+            model, [60, 61, 62], tokenizer, max_new_tokens=25, stop_token_ids=(), sampling=sampling
+        )
         return "".join(pieces)
 
     assert say(temperature=1.0, seed=3) == say(temperature=1.0, seed=3)
     assert say(temperature=1.0, seed=3) != say(temperature=1.0, seed=4)
-    assert say(temperature=1.0, top_p=1e-6) == say()
+    assert say(temperature=1.0, top_p=1e-6) == say() == say(temperature=1.0, top_k=1)
+
+
+@pytest.mark.parametrize("variant", [{}, {"sliding_window": 24}, {"longrope": True}], ids=str)
+def test_draws_of_a_row_do_not_depend_on_the_rows_beside_it(variant):
+    model, _ = tiny_phi3(**variant)
+    prompts = prompts_with(20, rows=5)
+    options = {"max_new_tokens": 12, "stop_token_ids": STOPS, "pad_token_id": 0}
+    drawn = Sampling(temperature=0.9, top_k=40, top_p=0.95, seed=11)
+    together = generate(model, prompts, **options, sampling=drawn)
+    assert generate(model, prompts, **options, sampling=drawn, batch_size=2) == together
+    for number, prompt in enumerate(prompts):
+        own = dataclasses.replace(drawn, seed=11 + number)
+        assert generate(model, [prompt], **options, sampling=own) == [together[number]]
+    assert generate(model, prompts, **options) != together
+
+
+def test_no_answer_goes_past_the_models_context():
+    model, _ = tiny_phi3()
+    most = model.config.max_position_embeddings
+    prompts = [[60] * (most - 3), [61] * 5, [62] * most]
+    answers = generate(model, prompts, max_new_tokens=8, stop_token_ids=(), pad_token_id=0)
+    assert [len(answer) for answer in answers] == [3, 8, 0]
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_a_damaged_record_of_system_prompts_is_no_record(run_folder: Path, promp
 
 @pytest.mark.parametrize("how", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}])
 def test_impossible_sampling_is_refused_before_anything_is_loaded(how: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="temperature="):
+    with pytest.raises(ConfigError, match="was given"):
         open_chat("no/such/model", **how)
 
 
