@@ -13,16 +13,19 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from phlora.config_values import apply_overrides, kind_of, read_config, written_out
 from phlora.errors import ConfigError, did_you_mean, shown
+from phlora.model_names import OwnWords, in_own_words
 
 # Set to 1 it lets code run that comes with the base model of a run, where the run was trained with it.
 TRUST_VARIABLE = "PHLORA_TRUST_REMOTE_CODE"
 _MOST_TOKENS = 1_000_000
+# Of `RunConfig`, and nothing that a configuration says.
+_NOT_SET = ("origins", "notes")
 TrainOn = Literal["assistant", "last", "all"]
 TooLong = Literal["truncate_history", "drop", "error"]
 Speed = Literal["auto", "reference"]
@@ -133,8 +136,8 @@ class EvaluationConfig:
     metrics: tuple[str, ...] = field(
         default=("auto",),
         metadata={
-            "help": "auto (what fits the expected answers), exact_match, json_valid, json_equal, rouge_l, "
-            "contains:TEXT, regex:PATTERN"
+            "help": "auto (what fits the expected answers), exact_match, json_valid, json_equal, rouge1, rouge2, "
+            "rougeL, rougeLsum, contains:TEXT, regex:PATTERN"
         },
     )
     max_new_tokens: int = field(default=128, metadata={"help": "longest generated answer, in tokens"})
@@ -148,7 +151,8 @@ class EvaluationConfig:
 class RunConfig:
     """One fine-tuning run.
 
-    `origins` maps every dotted key that was set to where: a file, `--set`, an option or an argument.
+    `origins` maps every dotted key that was set to where: a file, `--set`, an option or an argument; `notes` say what
+    was given under another tool's name.
     """
 
     model: ModelConfig
@@ -162,6 +166,7 @@ class RunConfig:
         metadata={"help": "auto: the fastest exact way for the data; reference: plain padded rows or packs"},
     )
     origins: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -181,15 +186,22 @@ def build_config(values: Mapping[str, Any], origins: Mapping[str, str] | None = 
         ConfigError: an unknown key, a missing one, or a value of the wrong type, with the nearest valid name.
     """
     values = {key: value for key, value in written_out(values).items() if value is not None}
-    if "origins" in values:
-        raise ConfigError("Unknown key `origins`", where="configuration")
+    for key in _NOT_SET:
+        if key in values:
+            raise ConfigError(f"Unknown key `{key}`", where="configuration")
     for key in ("model", "data"):
         if key not in values:
             raise ConfigError(
                 f"`{key}` is missing",
                 expected=f"`{key}:` in the configuration, or --{key} on the command line",
             )
+    notes: tuple[str, ...] = ()
+    if isinstance(values["model"], Mapping):
+        own = in_own_words(values["model"])
+        values["model"], notes = own.values, own.notes
+        origins = _renamed(origins or {}, own)
     config: RunConfig = _build(RunConfig, {**values, "origins": dict(origins or {})}, where="")
+    config = replace(config, notes=notes)
     _check_ranges(config)
     return config
 
@@ -243,12 +255,26 @@ def default_output(data: str) -> str:
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain values, without the origins and without what opens a door (`hub_token`): what is
-    written down is meant to be handed on."""
-    values = {name: value for name, value in _plain(config).items() if name != "origins"}
+    """The configuration as plain values, without where they came from and without what opens a door (`hub_token`):
+    what is written down is meant to be handed on."""
+    values = {name: value for name, value in _plain(config).items() if name not in _NOT_SET}
     settings = values["training_config"]
     values["training_config"] = {name: settings[name] for name in settings if not str(name).endswith("token")}
     return values
+
+
+def _renamed(origins: Mapping[str, str], own: OwnWords) -> dict[str, str]:
+    """Where each value of `model` came from, under the name that it has now."""
+    sources = dict(origins)
+    for name, used in own.renamed.items():
+        if found := sources.get(f"model.{used}"):
+            sources.setdefault(f"model.{name}", found)
+    kept = {f"model.{name}" for name in own.values}
+    return {
+        key: source
+        for key, source in sources.items()
+        if not key.startswith("model.") or ".".join(key.split(".")[:2]) in kept
+    }
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -288,7 +314,7 @@ def _can_be_a_path(text: str) -> bool:
 
 def _build(cls: type[Any], values: Mapping[str, Any], *, where: str) -> Any:
     known = {f.name: f for f in fields(cls)}
-    settable = [name for name in known if name != "origins"]
+    settable = [name for name in known if name not in _NOT_SET]
     for key in values:
         if key not in known:
             raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from phlora.errors import ConfigError, did_you_mean, shown
+from phlora.model_names import other_spellings
 
 Origins = dict[str, str]
 # What a value that is no mapping means where a section belongs.
@@ -92,8 +93,17 @@ def apply_overrides(
 def set_value(
     values: Mapping[str, Any], key: str, value: Any, origins: Mapping[str, str], *, origin: str
 ) -> tuple[dict[str, Any], Origins]:
-    """Set one dotted key and its origin. Returns new objects."""
+    """Set one dotted key and its origin. Returns new objects.
+
+    What an earlier source said of the same thing under another name gives way.
+    """
     result = copy.deepcopy(written_out(values))
+    if key.startswith("model.") and isinstance(result.get("model"), dict):
+        for other in other_spellings(key.split(".")[1]) & result["model"].keys():
+            said = {place for place in origins if f"{place}.".startswith(f"model.{other}.")}
+            if any(origins[place] != origin for place in said):
+                del result["model"][other]
+                origins = {place: source for place, source in origins.items() if place not in said}
     _assign(result, key.split("."), value, where=origin)
     if not isinstance(value, Mapping):
         key = _SHORT_KEYS.get(key, key)

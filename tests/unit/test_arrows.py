@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "phlora"
 # Lowest first; a unit may import its own floor's lower neighbours and itself, never a later floor.
 FLOORS = [
     {"errors"},
+    {"model_names"},
     {"config_values"},
     {"config", "display", "files", "extras", "measure", "patterns", "stop"},
     {"lora", "data"},

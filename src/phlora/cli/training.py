@@ -222,7 +222,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--metric",
-            help="auto, exact_match, json_valid, json_equal, rouge_l, contains:TEXT, regex:PATTERN; repeatable.",
+            help="auto, exact_match, json_valid, json_equal, rouge1, rouge2, rougeL, rougeLsum, contains:TEXT, "
+            "regex:PATTERN; repeatable.",
         ),
     ] = None,
     max_answers: Annotated[

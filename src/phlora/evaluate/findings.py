@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from phlora.evaluate.compare import Comparison, ModelScores
+from phlora.evaluate.metrics import KNOWN_AS
 from phlora.evaluate.statistics import MIN_ROWS
 
 Number = float | None
@@ -18,6 +19,7 @@ _LABELS = {
     "rouge_l": "ROUGE-L",
     "rouge_1": "ROUGE-1",
     "rouge_2": "ROUGE-2",
+    "rouge_lsum": "ROUGE-Lsum",
     "loss": "Loss",
     "perplexity": "Perplexity",
     "token_accuracy": "Token accuracy",
@@ -179,7 +181,7 @@ def _interval_words(line: Line) -> str:
 def label_of(name: str) -> str:
     """A metric as people call it."""
     kind, colon, parameter = name.partition(":")
-    return f"{kind.capitalize()} “{parameter}”" if colon else _LABELS.get(name, name)
+    return f"{kind.capitalize()} “{parameter}”" if colon else _LABELS.get(KNOWN_AS.get(name, name), name)
 
 
 def duration(seconds: float) -> str:

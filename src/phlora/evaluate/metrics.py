@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from phlora.errors import ConfigError, did_you_mean, shown
+from phlora.errors import ConfigError, did_you_mean, nearest, shown
 from phlora.patterns import PatternProblem, compiled, matches
 
 Metric = Callable[[str, str], float | None]
@@ -63,16 +63,25 @@ def rouge_l(prediction: str, reference: str) -> float:
     return _rouge("rougeL", prediction, reference)
 
 
+def rouge_lsum(prediction: str, reference: str) -> float:
+    """F1 of the words that the longest common subsequences of each line with all lines of the other text cover."""
+    return _rouge("rougeLsum", prediction, reference)
+
+
 METRICS: dict[str, Metric] = {
-    metric.__name__: metric for metric in (exact_match, json_valid, json_equal, rouge_l, rouge_1, rouge_2)
+    metric.__name__: metric
+    for metric in (exact_match, json_valid, json_equal, rouge_l, rouge_1, rouge_2, rouge_lsum)
 }
+
+# The names that rouge-score and `evaluate` give them -> ours; a report has the name that was asked for.
+KNOWN_AS = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l", "rougeLsum": "rouge_lsum"}
 
 
 def resolve_metrics(names: Iterable[str], *, auto: Iterable[str] = ()) -> dict[str, Metric]:
     """The metrics behind their names, in the order given; `contains:TEXT` and `regex:PATTERN` carry a parameter.
 
     Args:
-        names: names of `METRICS`, names with a parameter, or `auto`.
+        names: names of `METRICS` or `KNOWN_AS`, names with a parameter, or `auto`.
         auto: what stands for `auto`: the metrics that fit the task.
 
     Raises:
@@ -107,12 +116,15 @@ def _resolve(name: str) -> Metric:
                 f"`{name}` names nothing to look for", where="evaluation.metrics", expected=f"{kind}:TEXT"
             )
         return _PARAMETERISED[kind](parameter)
-    if name not in METRICS:
-        candidates = [AUTO, *METRICS, *(f"{kind}:" for kind in _PARAMETERISED)]
-        raise ConfigError(
-            f"Unknown metric `{name}`", where="evaluation.metrics", fix=did_you_mean(name, candidates)
-        )
-    return METRICS[name]
+    if name not in METRICS and name not in KNOWN_AS:
+        candidates = {
+            known.casefold(): known
+            for known in (AUTO, *KNOWN_AS, *METRICS, *(f"{kind}:" for kind in _PARAMETERISED))
+        }
+        meant = candidates.get(nearest(name.casefold(), candidates) or "")
+        fix = f"did you mean `{meant}`?" if meant else did_you_mean(name, candidates.values())
+        raise ConfigError(f"Unknown metric {shown(name)}", where="evaluation.metrics", fix=fix)
+    return METRICS[KNOWN_AS.get(name, name)]
 
 
 def _contains(text: str) -> Metric:

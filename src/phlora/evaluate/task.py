@@ -50,7 +50,7 @@ class Task:
 
     def judges(self, metric: str) -> bool:
         """Whether a metric can call an answer right or wrong here; word overlap never can."""
-        if metric.startswith("rouge_"):
+        if metric.startswith("rouge"):
             return False
         return self.kind != "open" or metric not in ("exact_match", "json_valid", "json_equal")
 

@@ -22,6 +22,7 @@ from phlora.config import ModelConfig
 from phlora.display import Display
 from phlora.errors import ModelError, NoRoomError
 from phlora.extras import require
+from phlora.model_names import in_own_words
 from phlora.models.causal_lm import embedding_weight
 from phlora.models.checkpoint import Checkpoint, open_checkpoint, pickled_numbers
 from phlora.models.device import (
@@ -95,7 +96,7 @@ def load_model(
         model: embedded name, folder, `.gguf` file or hub id, or all settings as a `ModelConfig`.
         tokenizer: the model's own, where it is loaded already; it is not read again, and no hub is asked again.
         display: where the progress of reading a large model goes; nowhere by default.
-        fields: settings in the place of those of `model`:
+        fields: settings in the place of those of `model`, also under the names of `phlora.model_names`:
             dtype: what is computed with: `auto`, or a key of `DTYPES`; `auto` takes what is fastest and sound here and
                 says why.
             storage_dtype: what the weights are stored as: `auto`, or one of `STORAGES`; `auto` takes what loses
@@ -116,6 +117,7 @@ def load_model(
         NoRoomError: the weights do not fit into memory, however they may be stored.
         NetworkError: the model is not on this machine and no hub may or can be asked.
     """
+    told = in_own_words(fields, where="load_model").notes
     wanted = storage_settings(model_config(model, fields))
     require(needed_by_model(wanted))
     device = choose_device(wanted.device)
@@ -138,7 +140,7 @@ def load_model(
         attention=attention,
         storage=storage,
         fingerprint=fingerprint(weights),
-        notes=tokenizer.notes + notes,
+        notes=told + tokenizer.notes + notes,
     )
 
 

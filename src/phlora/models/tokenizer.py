@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 from transformers import (
     CONFIG_MAPPING,
@@ -19,6 +19,7 @@ from transformers import (
 
 from phlora.config import TRUST_VARIABLE, ModelConfig, QuantizationConfig, quantization_config
 from phlora.errors import ConfigError, ModelError, did_you_mean
+from phlora.model_names import in_own_words
 from phlora.models import families
 from phlora.models.locate import Location, ModelSource, locate, reading, resolve_source
 
@@ -90,6 +91,7 @@ def model_config(model: ModelConfig | str | os.PathLike[str], fields: ModelField
         ConfigError: a field that there is not, with the nearest name that there is.
     """
     known = ModelFields.__annotations__
+    fields = cast(ModelFields, in_own_words(fields, where="load_model").values)
     for name in fields:
         if name not in known:
             raise ConfigError(f"A model has no setting `{name}`", fix=did_you_mean(name, known))

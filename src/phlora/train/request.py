@@ -95,7 +95,8 @@ def collect_request(
             raise ConfigError(
                 f"Both `config` and {', '.join(f'`{n}`' for n in given)} were given", fix="give one"
             )
-        return Request(_derived(config, notes), Objects(**beside), tuple(notes))
+        derived = _derived(config, notes)
+        return Request(derived, Objects(**beside), (*config.notes, *notes))
     origins: dict[str, str] = {}
     for name in given:
         value = sections[name]
@@ -123,7 +124,7 @@ def collect_request(
     objects = Objects(
         train, held_out, model if isinstance(model, nn.Module) else None, metrics=metrics, **beside
     )
-    return Request(built, objects, tuple(notes))
+    return Request(built, objects, (*built.notes, *notes))
 
 
 def require_rows_outside(config: RunConfig, objects: Objects, *, overwrite: bool) -> None:

@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 
 from phlora.errors import ConfigError
-from phlora.evaluate.metrics import METRICS, resolve_metrics, split_words
+from phlora.evaluate.metrics import KNOWN_AS, METRICS, resolve_metrics, split_words
 
 SENTENCES = {
     "persian": "چراغ آشپزخانه را روشن می‌کنم",
@@ -49,6 +49,31 @@ def test_rouge_is_the_reference_implementation_for_english() -> None:
     oracle = RougeScorer(["rouge1", "rouge2", "rougeL"]).score(reference, prediction)
     for ours, theirs in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
         assert score(ours, prediction, reference) == oracle[theirs].fmeasure
+
+
+@pytest.mark.parametrize("name", KNOWN_AS)
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("The cat sat.\nOn the mat today.", "the cat, today, sat on a mat\nand slept"),
+        ("It's 5 o'clock; go-to_bed!", "go to bed at 5 o'clock"),
+        ("def f(x):\n    return x + 1\n\nprint(f(2))", "def f(x):\n    return 1 + x"),
+        ("one two three", "three two one"),
+        ("", "something"),
+        ("a b c", "a b c"),
+    ],
+)
+def test_the_known_names_give_the_values_of_rouge_score(name: str, prediction: str, reference: str) -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    oracle = RougeScorer([name]).score(reference, prediction)[name].fmeasure
+    assert score(name, prediction, reference) == oracle
+    assert score(KNOWN_AS[name], prediction, reference) == oracle
+
+
+def test_a_summary_is_compared_line_by_line() -> None:
+    swapped = ("slept all day\nthe cat sat", "the cat sat\nslept all day")
+    assert score("rougeLsum", *swapped) == 1.0 and score("rougeL", *swapped) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -116,7 +141,11 @@ def test_metrics_keep_their_order() -> None:
     ("name", "message"),
     [
         ("exact_mach", "did you mean `exact_match`"),
-        ("rougel", "did you mean `rouge_l`"),
+        ("rougel", "did you mean `rougeL`"),
+        ("ROUGE-L", "did you mean `rouge"),
+        ("ROUGE1", "did you mean `rouge1`"),
+        ("RougeLSum", "did you mean `rougeLsum`"),
+        ("bleu", "`rougeLsum`"),
         ("contain:x", "did you mean `contains:`"),
         ("contains", "contains:TEXT"),
         ("regex:", "regex:TEXT"),
