@@ -169,8 +169,9 @@ def _rename(values: dict[str, Any], key: str, where: str, notes: list[str], rena
 
 def _dtype(value: Any) -> Any:
     """A dtype of torch or one of its words, as its name; anything else as it is, for whoever reads it next."""
-    name = str(value).removeprefix("torch.") if not isinstance(value, bool | int | float) else value
-    return _DTYPE_WORDS.get(name, name) if isinstance(name, str) else value
+    name = str(value).removeprefix("torch.")
+    is_dtype = isinstance(value, str) or type(value).__module__ == "torch"
+    return _DTYPE_WORDS.get(name, name) if is_dtype else value
 
 
 def _device(value: Any, where: str) -> str:
