@@ -164,8 +164,9 @@ def _entry(path: str, name: str, value: Any) -> str:
 
 
 def _fields(value: type) -> list[str]:
-    """What the fields of a configuration say of themselves."""
-    fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+    """What the fields of a configuration say of themselves; those of another library are told there."""
+    is_own = dataclasses.is_dataclass(value) and "__dataclass_fields__" in vars(value)
+    fields = dataclasses.fields(value) if is_own else ()
     told = [
         f"- `{field.name}`: {_inline(field.metadata['help'])}" for field in fields if "help" in field.metadata
     ]

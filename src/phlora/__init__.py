@@ -22,7 +22,10 @@ _DEFINED_IN = {
     "evaluate_model": "phlora.evaluate.in_memory",
     "merge_run": "phlora.export.merge",
     "convert": "phlora.export.convert",
-    "SFTTrainer": "phlora.train.trainer",
+    "SFTTrainer": "phlora.dropin.trainer",
+    "SFTConfig": "phlora.dropin.config",
+    "TrainingArguments": "phlora.dropin.config",
+    "get_peft_model": "phlora.dropin.targets",
     # models and adapters
     "load_model": "phlora.models.load",
     "load_tokenizer": "phlora.models.tokenizer",
@@ -85,6 +88,10 @@ if TYPE_CHECKING:
     from phlora.data.collate import SharedPrefixCollator as SharedPrefixCollator
     from phlora.data.dataset import load_rows as load_rows
     from phlora.data.tokenize import tokenize_rows as tokenize_rows
+    from phlora.dropin.config import SFTConfig as SFTConfig
+    from phlora.dropin.config import TrainingArguments as TrainingArguments
+    from phlora.dropin.targets import get_peft_model as get_peft_model
+    from phlora.dropin.trainer import SFTTrainer as SFTTrainer
     from phlora.errors import ConfigError as ConfigError
     from phlora.errors import DataError as DataError
     from phlora.errors import EnvironmentProblem as EnvironmentProblem
@@ -112,7 +119,6 @@ if TYPE_CHECKING:
     from phlora.serve.llm import load as load
     from phlora.train.finetune import Run as Run
     from phlora.train.finetune import finetune as finetune
-    from phlora.train.trainer import SFTTrainer as SFTTrainer
 
 __all__ = ["__version__", *_DEFINED_IN]
 

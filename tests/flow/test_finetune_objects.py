@@ -181,7 +181,7 @@ def test_an_output_dir_that_gives_way_is_named(
     run_it(model_folder, tmp_path / "run", training_config=settings, dry_run=True, display=Display())
     told = " ".join(capsys.readouterr().err.split())
     assert f"training_config.output_dir ({tmp_path / 'other'}) gives way to output" in told
-    assert "group_by_length is now train_sampling_strategy" in told and "no effect" not in told
+    assert "group_by_length is now called train_sampling_strategy" in told and "no effect" not in told
 
 
 def test_objects_of_another_kind_are_refused_by_their_name(model_folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "phlora"
 FLOORS = [
     {"errors"},
     {"model_names"},
-    {"config_values"},
+    {"config_values", "names"},
     {"config", "display", "files", "extras", "measure", "patterns", "stop"},
     {"lora", "data"},
     {"models"},
@@ -22,6 +22,7 @@ FLOORS = [
     {"forecast"},
     {"evaluate", "export"},
     {"train", "serve"},
+    {"dropin"},
     {"cli"},
     {"testing"},
     {"__main__"},

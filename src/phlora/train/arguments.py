@@ -22,6 +22,7 @@ from phlora.config import TrainOn
 from phlora.errors import ConfigError, did_you_mean, masked, shown
 from phlora.extras import require
 from phlora.models.activation_memory import LEVELS
+from phlora.names import SETTINGS, by_todays_names, one_message
 from phlora.train.backends import check_checkpointing, check_compiler, check_trackers
 from phlora.train.field_values import (
     WHERE,
@@ -57,40 +58,6 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "disable_tqdm": (True, "Phlora shows its own progress"),
     "report_to": ("none", "nothing is sent anywhere unless asked for"),
     "remove_unused_columns": (False, "rows carry weights that the model's signature does not name"),
-}
-
-RENAMED = {
-    "evaluation_strategy": "eval_strategy",
-    "max_seq_length": "max_length",
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "warmup_ratio": "warmup_steps",
-}
-
-# Accepted and left out, with what to say about it.
-REMOVED = {
-    "overwrite_output_dir": "a run folder is replaced only by overwrite=True or --overwrite",
-    "use_mps_device": "the device is chosen by model.device",
-    "logging_dir": "logs go into the run folder",
-    "save_safetensors": "adapters are always saved as safetensors",
-    "tokenizer": "the tokenizer is the model's own",
-    "processing_class": "the tokenizer is the model's own",
-    "torch_dtype": "the precision is set by model.dtype",
-    "dtype": "the precision is set by model.dtype",
-    "ray_scope": "transformers no longer has it",
-    "half_precision_backend": "transformers no longer has it",
-    "fp16_opt_level": "transformers no longer has it",
-    "fp16_backend": "transformers no longer has it",
-    "tpu_num_cores": "transformers no longer has it",
-    "past_index": "transformers no longer has it",
-    "mp_parameters": "transformers no longer has it",
-    "push_to_hub_token": "use hub_token",
-    "dataset_batch_size": "rows are read in one pass",
-    "num_of_sequences": "TRL no longer has it",
-    "chars_per_token": "TRL no longer has it",
-    "use_liger": "use use_liger_kernel",
-    "group_by_length": 'use train_sampling_strategy: "group_by_length"',
 }
 
 # Phlora's own, beside the fields of TRL's configuration.
@@ -251,31 +218,17 @@ def _refuse(key: str, value: Any, device: str) -> None:
 
 
 def _current_names(training_config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    known = set(field_types())
-    values: dict[str, Any] = {}
-    for key, value in training_config.items():
-        if key in REMOVED and key not in known:
-            if key == "group_by_length" and value is True:
-                values["train_sampling_strategy"] = "group_by_length"
-                notes.append(f"{WHERE}.{key} is now train_sampling_strategy: group_by_length")
-            else:
-                notes.append(f"{WHERE}.{key} has no effect: {REMOVED[key]}")
-        elif key in RENAMED and key not in known:
-            notes.append(f"{WHERE}.{key} is now called {RENAMED[key]}")
-            values.setdefault(RENAMED[key], value)
-        elif key == LORAPLUS:
-            raise ConfigError(
-                f"`{key}` cannot be set here", where=WHERE, fix="say it in `peft_config`, beside the adapter"
-            )
-        elif key in known:
-            values[key] = value
-        else:
-            raise ConfigError(
-                f"Unknown key {shown(key)}",
-                where=WHERE,
-                fix=did_you_mean(str(key), known | RENAMED.keys() | {*_OWN}),
-            )
-    return values
+    if LORAPLUS in training_config:
+        raise ConfigError(
+            f"`{LORAPLUS}` cannot be set here", where=WHERE, fix="say it in `peft_config`, beside the adapter"
+        )
+    today = by_todays_names(
+        SETTINGS, training_config, known={*field_types(), *_OWN}, where=f"{WHERE}.", in_a_run=True
+    )
+    if today.problems:
+        raise ConfigError(one_message(today.problems))
+    notes += today.notes
+    return today.values
 
 
 def _activation_memory(value: Any, values: Mapping[str, Any]) -> str:
