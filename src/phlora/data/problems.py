@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,12 +54,19 @@ def merge_problems(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 def render_problem(problem: Problem) -> str:
     """One problem as plain text, with the rows concerned."""
-    origins = [str(origin) for origin in problem.origins]
-    shown = ", ".join(origins[:NUM_SHOWN_ORIGINS])
-    more = f" and {len(origins) - NUM_SHOWN_ORIGINS} more" if len(origins) > NUM_SHOWN_ORIGINS else ""
     unit = "files" if problem.kind in _OF_FILES else "rows"
     times = f" ({problem.count} {unit})" if problem.count > 1 else ""
-    return f"{problem.severity}: {problem.message}{times}" + (f"\n    {shown}{more}" if origins else "")
+    where = f"\n    {named_origins(problem.origins, problem.count)}" if problem.origins else ""
+    return f"{problem.severity}: {problem.message}{times}{where}"
+
+
+def named_origins(
+    origins: Sequence[Origin], count: int | None = None, *, most: int = NUM_SHOWN_ORIGINS
+) -> str:
+    """The first origins, and how many more there are; `count` where some were counted without being named."""
+    shown = origins[:most]
+    num_more = (len(origins) if count is None else count) - len(shown)
+    return ", ".join(map(str, shown)) + (f" and {num_more} more" if num_more > 0 else "")
 
 
 def problems_json(problems: Iterable[Problem]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from phlora.data.dataset import RowIndex, RowSubset
 from phlora.data.inspection import SplitSettings, inspect_data
 from phlora.data.lengths import limits_text, percentiles, percentiles_text, whole_at
 from phlora.data.packing import TokenSequences
-from phlora.data.problems import merge_problems
-from phlora.data.rows import Origin, Problem, Row, fingerprint_of, sentence
+from phlora.data.problems import merge_problems, named_origins
+from phlora.data.rows import Problem, Row, fingerprint_of, sentence
 from phlora.data.similarity import KEY_BYTES
 from phlora.data.split import split_keys
 from phlora.data.system_prompt import SystemPrompts, SystemPromptWatch, find_system_prompts
@@ -280,13 +280,15 @@ def _require_none(problems: Iterable[Problem]) -> None:
 def _told(problem: Problem) -> str:
     if not problem.origins:
         return problem.message
-    return f"{problem.message} ({problem.count} rows: {_named(problem.origins, problem.count)})"
+    return (
+        f"{problem.message} ({problem.count} rows: {named_origins(problem.origins, problem.count, most=3)})"
+    )
 
 
 def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display: Display) -> None:
     for note in tokenized.notes:
         (display.warn if note.severity == "warning" else display.note)(
-            f"{note.message} ({note.count} {name} rows: {_named(note.origins, note.count)})"
+            f"{note.message} ({note.count} {name} rows: {named_origins(note.origins, note.count, most=3)})"
         )
     limit = arguments.args.max_length
     if name == "training" and tokenized.full_lengths:  # the cache keeps none
@@ -296,12 +298,12 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display
     if tokenized.cut:
         display.warn(
             f"{len(tokenized.cut)} {name} rows lost their oldest turns to fit max_length="
-            f"{arguments.args.max_length}: {_named(tokenized.cut)}"
+            f"{arguments.args.max_length}: {named_origins(tokenized.cut, most=3)}"
         )
     if tokenized.skipped:
         origins = [skip.origin for skip in tokenized.skipped]
         display.warn(
-            f"{len(origins)} {name} rows were left out: {_named(origins)}; {tokenized.skipped[0].reason}"
+            f"{len(origins)} {name} rows were left out: {named_origins(origins, most=3)}; {tokenized.skipped[0].reason}"
         )
         # A weight of 0 is a choice.
         dropped = [skip for skip in tokenized.skipped if skip.kind != "weight_zero"]
@@ -315,9 +317,3 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display
                     dropped[0].kind, "correct or remove the rows; `phlora data check FILE` lists them"
                 ),
             )
-
-
-def _named(origins: Sequence[Origin], count: int | None = None) -> str:
-    shown = ", ".join(str(origin) for origin in origins[:3])
-    count = len(origins) if count is None else count
-    return shown + (f" and {count - 3} more" if count > 3 else "")
