@@ -36,6 +36,7 @@ from phlora.models.families import widest_product
 from phlora.models.fingerprint import WeightsIdentity, fingerprint, identity_of, keep_identity
 from phlora.models.locate import ModelSource, reading
 from phlora.models.quantization import (
+    layers_to_quantize,
     quantize,
     require_bitsandbytes,
     require_unquantized,
@@ -201,15 +202,17 @@ class _Loading:
         narrow = narrow and storage.quantization is None
         model, notes = self._by_transformers(storage.dtype if narrow else self.dtype)
         identity = identity_of(model)
-        if narrow and storage.dtype != self.dtype:
-            compute_wider(model, self.dtype)
-        else:
-            store(model, storage.dtype)
-        # Where the tensors lie now, so that quantising does not count every byte again.
-        keep_identity(model, identity)
         with self._needing_room(model):
+            layers = None
             if storage.quantization:
-                notes += (str(quantize(model, storage.quantization, device=self.device)),)
+                # What is quantised is not rounded to the dtype of the rest before.
+                layers = layers_to_quantize(model, storage.quantization, device=self.device)
+                layers.put_all()
+            if narrow and storage.dtype != self.dtype:
+                compute_wider(model, self.dtype)
+            else:
+                store(model, storage.dtype)
+            notes += () if layers is None else (str(layers.report()),)
             nn.Module.to(model, self.device)
         _keep(model, identity, storage)
         return model, notes

@@ -85,22 +85,30 @@ def quantize(
     """Store every linear layer of the blocks in 4 or 8 bits, in place; the layers are on `device` afterwards.
 
     Raises:
+        MissingExtraError, ConfigError, ModelError: as `layers_to_quantize`.
+    """
+    layers = layers_to_quantize(model, quantization, device=device)
+    keep_identity(model, identity_of(model), storage=storage_name(quantization))
+    layers.put_all()
+    return layers.report()
+
+
+def layers_to_quantize(
+    model: PreTrainedModel, quantization: QuantizationConfig, *, device: torch.device
+) -> QuantizedLayers:
+    """The linear layers of the blocks of a model that has its weights; none is quantised yet.
+
+    Raises:
         MissingExtraError: bitsandbytes is not installed.
         ConfigError: the model is quantised already.
         ModelError: it has no linear layers.
     """
     require_bitsandbytes()
     require_unquantized(model, setting="quantization")
-    names = block_linears(model)
-    if not names:
-        raise ModelError("The model has no linear layer that could be quantised", where=_WHERE)
-    keep_identity(model, identity_of(model), storage=storage_name(quantization))
     layers = QuantizedLayers(model, quantization, device=device)
-    for name in names:
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        layers.put(name, weight.detach())
-    return layers.report()
+    if not layers.names:
+        raise ModelError("The model has no linear layer that could be quantised", where=_WHERE)
+    return layers
 
 
 class QuantizedLayers:
@@ -129,6 +137,13 @@ class QuantizedLayers:
         linear.weight = nn.Parameter(weight, requires_grad=False)
         layer = _quantized_linear(linear, self._quantization, self._device, name=f"{name}.weight")
         self._model.set_submodule(name, layer)
+
+    def put_all(self) -> None:
+        """Quantise each with the weight that it has."""
+        for name in sorted(self.names):
+            weight = self._model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            self.put(name, weight.detach())
 
     def report(self) -> QuantizationReport:
         """What changed, once every layer has its weight."""

@@ -188,6 +188,19 @@ def test_every_tensor_is_counted_once(
     assert sorted(counted) == sorted(tensors)
 
 
+def test_what_is_quantised_does_not_depend_on_the_kind_of_file(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = {"device": "cpu", "dtype": "float32", "storage_dtype": "bfloat16", "quantization": "nf4"}
+    folder = tiny_folder(tmp_path)
+    streamed = load_model(folder, **settings)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    whole = load_model(folder, **settings)
+    theirs = dict(streamed.model.named_parameters())
+    assert all(torch.equal(p, theirs[name]) for name, p in whole.model.named_parameters())
+    assert whole.notes == streamed.notes and whole.fingerprint == streamed.fingerprint
+
+
 # -------------------------------------------------------------------------------------------------- bad files
 
 
