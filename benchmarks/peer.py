@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -279,14 +278,10 @@ def main() -> None:
     peer: Peer | None = None
     for line in sys.stdin:
         method, values, options = json.loads(line)
-        try:
-            if peer is None:
-                peer, answer = Peer(*values, **options), None
-            else:
-                answer = getattr(peer, method)(*values, **options)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
+        if peer is None:
+            peer, answer = Peer(*values, **options), None
+        else:
+            answer = getattr(peer, method)(*values, **options)
         results.write(json.dumps(answer) + "\n")
         results.flush()
 
