@@ -10,7 +10,6 @@ from typing import Any
 import loralib
 import torch
 import trl
-from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -19,7 +18,20 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import phlora
 from common import Shapes, synchronize
-from peer import ALPHA, LAYOUTS, LINEARS, RANK, Row, leaks, measured_step, parts, set_adapter
+from peer import (
+    ALPHA,
+    LAYOUTS,
+    LINEARS,
+    RANK,
+    Row,
+    leaks,
+    lora_settings,
+    make_trainer,
+    measured_step,
+    parts,
+    set_adapter,
+    unsloth_model,
+)
 from phlora.adapters.attach import attach
 from phlora.adapters.speed import speed_up
 from phlora.data.collate import Collator, SharedPrefixCollator
@@ -59,12 +71,6 @@ def build_tokenizer(size: str) -> Any:
     return tiny_tokenizer() if size == "tiny" else load_tokenizer("smollm2-135m").tokenizer
 
 
-def lora_settings(rank: int = RANK, targets: Sequence[str] = LINEARS) -> LoraConfig:
-    return LoraConfig(
-        r=rank, lora_alpha=ALPHA * rank // RANK, target_modules=list(targets), task_type="CAUSAL_LM"
-    )
-
-
 def with_phlora(base: nn.Module, lora: LoraConfig | None = None) -> nn.Module:
     """The adapted model with everything that Phlora does for speed."""
     model = attach(base, lora or lora_settings()).model
@@ -86,26 +92,6 @@ def with_loralib(base: nn.Module) -> nn.Module:
     return base
 
 
-def make_trainer(
-    trainer_class: Any, model: nn.Module, rows: Sequence[Row], *, tokenizer: Any, **settings: Any
-) -> Any:
-    """A trainer over tokenised rows that are neither cut nor changed."""
-    on_gpu = torch.cuda.is_available()
-    # TRL's own default on a GPU is mixed precision.
-    settings = {"bf16": on_gpu and trainer_class is trl.SFTTrainer, **settings}
-    arguments = trl.SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=not on_gpu,
-        max_length=None,
-        dataloader_pin_memory=on_gpu,
-        report_to="none",
-        disable_tqdm=True,
-        **settings,
-    )
-    data = Dataset.from_list([{key: row[key] for key in ("input_ids", "labels")} for row in rows])
-    return trainer_class(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
-
-
 class Candidate:
     """One side, ready to step. Lives in a process of its own.
 
@@ -121,18 +107,11 @@ class Candidate:
         self.pad = self.tokenizer.pad_token_id
         if size in ("phi3-layers", "phi3-mini"):
             self.pad = 0
-        first = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+        on_gpu = torch.cuda.is_available()
         self.trainer = None
         if side.startswith("phlora"):
             self.model = with_phlora(base)
-            self.trainer = make_trainer(
-                phlora.SFTTrainer,
-                self.model,
-                first,
-                tokenizer=self.tokenizer,
-                bf16=False,
-                gradient_checkpointing=False,
-            )
+            self.trainer = make_trainer(phlora.SFTTrainer, self.model, self.tokenizer, on_gpu=on_gpu)
         elif side in ("trl-best", "trl-default", "liger", "unsloth"):
             if size == "phi3-mini" and side == "trl-best" and importlib.util.find_spec("flash_attn"):
                 base.set_attn_implementation("flash_attention_2")
@@ -140,8 +119,10 @@ class Candidate:
             self.trainer = make_trainer(
                 trl.SFTTrainer,
                 self.model,
-                first,
-                tokenizer=self.tokenizer,
+                self.tokenizer,
+                on_gpu=on_gpu,
+                # TRL's own default on a GPU is mixed precision.
+                bf16=on_gpu,
                 gradient_checkpointing=side == "trl-default",
                 use_liger_kernel=side == "liger",
             )
@@ -231,19 +212,7 @@ class Candidate:
 
 def _unsloth_model(size: str) -> Any:
     """The same random weights, through a folder: Unsloth loads models itself."""
-    from unsloth import FastLanguageModel
-
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     with tempfile.TemporaryDirectory() as folder:
         save_base(size, folder)
-        model, _ = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=False
-        )
-    return FastLanguageModel.get_peft_model(
-        model,
-        r=RANK,
-        lora_alpha=ALPHA,
-        lora_dropout=0,
-        bias="none",
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        use_gradient_checkpointing=False,
-    )
+        return unsloth_model(folder, torch.bfloat16, None, False, longest=2048, targets=linears)

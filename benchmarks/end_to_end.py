@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import Worker, print_table, quiet
-from peer import LAYOUTS, Row, set_adapter
+from peer import LAYOUTS, Row, lora_settings, set_adapter
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("phlora", "trl")
@@ -79,7 +79,7 @@ class Side:
         from datasets.utils.logging import disable_progress_bar
         from peft import get_peft_model
 
-        from candidates import lora_settings, with_phlora
+        from candidates import with_phlora
         from phlora.models.load import load_model
 
         disable_progress_bar()

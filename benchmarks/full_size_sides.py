@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import Shapes, flops_of, gemm_rate, timed, work_of_rows, work_of_segments
-from peer import ALPHA, LINEARS, RANK, Row, measured_step, set_adapter, trained_steps
+from peer import Row, lora_settings, make_trainer, measured_step, set_adapter, trained_steps
 from phlora.data.collate import SharedPrefixCollator
 from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
@@ -36,10 +35,6 @@ class Steps:
     """
 
     def __init__(self, folder: str, fields: dict[str, Any], start: bool = False) -> None:
-        import trl
-        from datasets import Dataset
-        from peft import LoraConfig
-
         import phlora
         from phlora.adapters.attach import attach
         from phlora.adapters.speed import speed_up
@@ -54,27 +49,11 @@ class Steps:
             "dtype": str(loaded.dtype.value).removeprefix("torch."),
             "why": loaded.dtype.reason,
         }
-        lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS), task_type="CAUSAL_LM")
-        self.model = attach(loaded.model, lora).model
+        self.model = attach(loaded.model, lora_settings()).model
         speed_up(self.model)
         set_adapter(self.model, start=start)
         self.model.train()
-        arguments = trl.SFTConfig(
-            output_dir=str(Path(folder) / "unused"),
-            use_cpu=True,
-            bf16=False,
-            max_length=None,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        self.trainer = phlora.SFTTrainer(
-            model=self.model,
-            args=arguments,
-            train_dataset=Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]),
-            processing_class=loaded.tokenizer.tokenizer,
-        )
+        self.trainer = make_trainer(phlora.SFTTrainer, self.model, loaded.tokenizer.tokenizer)
         self.dtype = loaded.dtype.value
 
     def loading(self) -> dict[str, Any]:

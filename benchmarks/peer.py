@@ -15,7 +15,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from resident import end_first_when_memory_is_short, forget_peak, peak_bytes
@@ -67,10 +66,16 @@ class Peer:
         end_first_when_memory_is_short()
         started = time.perf_counter()
         kind = getattr(torch, dtype)
-        make = _unsloth_model if side == "unsloth" else _peft_model
+        make = unsloth_model if side == "unsloth" else _peft_model
         self.model = make(folder, kind, quantization, checkpointing)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.trainer = None if side == "peft" else _trainer(self.model, self.tokenizer, checkpointing)
+        self.trainer = None
+        if side != "peft":
+            from trl import SFTTrainer
+
+            self.trainer = make_trainer(
+                SFTTrainer, self.model, self.tokenizer, gradient_checkpointing=checkpointing
+            )
         if side == "trl" and checkpointing:
             self.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
             self.model.get_base_model().enable_input_require_grads()
@@ -124,7 +129,7 @@ class Peer:
 
 
 def _peft_model(folder: str, dtype: Any, quantization: str | None, checkpointing: bool) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype}
@@ -139,15 +144,23 @@ def _peft_model(folder: str, dtype: Any, quantization: str | None, checkpointing
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS), task_type="CAUSAL_LM")
-    return get_peft_model(base, lora)
+    return get_peft_model(base, lora_settings())
 
 
-def _unsloth_model(folder: str, dtype: Any, quantization: str | None, checkpointing: bool) -> Any:
+def unsloth_model(
+    folder: str,
+    dtype: Any,
+    quantization: str | None,
+    checkpointing: bool,
+    *,
+    longest: int = 4096,
+    targets: Sequence[str] = LINEARS,
+) -> Any:
+    """A model that Unsloth loads, with its adapter."""
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
-        folder, max_seq_length=4096, dtype=dtype, load_in_4bit=bool(quantization)
+        folder, max_seq_length=longest, dtype=dtype, load_in_4bit=bool(quantization)
     )
     return FastLanguageModel.get_peft_model(
         model,
@@ -155,30 +168,45 @@ def _unsloth_model(folder: str, dtype: Any, quantization: str | None, checkpoint
         lora_alpha=ALPHA,
         lora_dropout=0,
         bias="none",
-        target_modules=list(LINEARS),
+        target_modules=list(targets),
         use_gradient_checkpointing=checkpointing,
     )
 
 
-def _trainer(model: Any, tokenizer: Any, checkpointing: bool) -> Any:
+# ---------------------------------------------------------------------- what Phlora's own side does in the same way
+
+
+def lora_settings(rank: int = RANK, targets: Sequence[str] = LINEARS) -> Any:
+    """PEFT's `LoraConfig` of every side."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=ALPHA * rank // RANK, target_modules=list(targets), task_type="CAUSAL_LM"
+    )
+
+
+def make_trainer(
+    trainer_class: Any, model: Any, tokenizer: Any, *, on_gpu: bool = False, **settings: Any
+) -> Any:
+    """A trainer for single steps on tokenised rows, which are neither cut nor changed.
+
+    Args:
+        settings: of `SFTConfig`; without mixed precision or checkpointing unless they say so.
+    """
     import trl
     from datasets import Dataset
 
     arguments = trl.SFTConfig(
         output_dir=tempfile.mkdtemp(),
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not on_gpu,
         max_length=None,
-        gradient_checkpointing=checkpointing,
-        dataloader_pin_memory=False,
+        dataloader_pin_memory=on_gpu,
         report_to="none",
         disable_tqdm=True,
+        **{"bf16": False, "gradient_checkpointing": False, **settings},
     )
     first = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
-    return trl.SFTTrainer(model=model, args=arguments, train_dataset=first, processing_class=tokenizer)
-
-
-# ---------------------------------------------------------------------- what Phlora's own side does in the same way
+    return trainer_class(model=model, args=arguments, train_dataset=first, processing_class=tokenizer)
 
 
 def set_adapter(model: Any, *, start: bool = False) -> None:
@@ -287,5 +315,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

@@ -37,7 +37,7 @@ from common import (
     step_flops,
     work_of_segments,
 )
-from peer import LINEARS, RANK, Row, set_adapter
+from peer import LINEARS, RANK, Row, lora_settings, set_adapter
 from resident import forget_peak, peak_bytes
 
 PLOTS = Path(__file__).parent / "results" / "plots"
@@ -111,7 +111,7 @@ class Cases:
         ]
 
     def model(self, rank: int = RANK, targets: tuple[str, ...] = LINEARS) -> Any:
-        from candidates import lora_settings, with_phlora
+        from candidates import with_phlora
 
         base = copy.deepcopy(self.base, memo={id(weight): weight for weight in self.base.parameters()})
         model = with_phlora(base, lora_settings(rank, targets))
