@@ -91,20 +91,17 @@ def model_of(size: str, work: Path) -> str:
     folder = work / size
     if not folder.exists():
         import torch
-        from transformers import Phi3Config, Phi3ForCausalLM
+        from transformers import Phi3ForCausalLM
 
+        from phi3_folder import phi3_mini_config
         from phlora.models.tiny import tiny_phi3
 
         model, tokenizer = tiny_phi3()
         if size == "phi3-layers":
-            shape = dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=2)
-            heads = dict(num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096)
-            ids = {
-                name: getattr(model.config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-            }
-            torch.set_default_dtype(torch.bfloat16)
-            model = Phi3ForCausalLM(Phi3Config(**shape, **heads, **ids))
-            torch.set_default_dtype(torch.float32)
+            config = phi3_mini_config(layers=2)
+            for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                setattr(config, name, getattr(model.config, name))
+            model = Phi3ForCausalLM._from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return str(folder)
