@@ -14,7 +14,14 @@ Nothing here reads a network, needs a GPU or imports pytest; Phlora itself never
 """
 
 from phlora.testing.command_line import Outcome, invoke
-from phlora.testing.models import tiny_adapter, tiny_folder, tiny_gemma2, tiny_phi3, tiny_tokenizer
+from phlora.testing.models import (
+    tiny_adapter,
+    tiny_folder,
+    tiny_gemma2,
+    tiny_llama,
+    tiny_phi3,
+    tiny_tokenizer,
+)
 from phlora.testing.rows import LANGUAGES, chat_rows, write_rows
 from phlora.testing.tokenizers import chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
 
@@ -29,6 +36,7 @@ __all__ = [
     "tiny_adapter",
     "tiny_folder",
     "tiny_gemma2",
+    "tiny_llama",
     "tiny_phi3",
     "tiny_tokenizer",
     "write_rows",

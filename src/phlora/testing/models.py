@@ -7,11 +7,25 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from phlora.models.tiny import tiny_phi3, tiny_tokenizer
 
-__all__ = ["tiny_adapter", "tiny_folder", "tiny_gemma2", "tiny_phi3", "tiny_tokenizer"]
+__all__ = ["tiny_adapter", "tiny_folder", "tiny_gemma2", "tiny_llama", "tiny_phi3", "tiny_tokenizer"]
+
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def tiny_folder(path: str | Path, **options: Any) -> Path:
@@ -22,26 +36,33 @@ def tiny_folder(path: str | Path, **options: Any) -> Path:
     return path
 
 
-def tiny_gemma2(*, vocab_size: int = 300, seed: int = 1) -> Gemma2ForCausalLM:
+def tiny_gemma2(*, vocab_size: int = 300, seed: int = 1, **config: Any) -> Gemma2ForCausalLM:
     """A random Gemma-2 of 2 layers, which caps its logits after the head as no Phi-3 does; no file is read.
 
     Args:
         vocab_size: rows of its embedding.
         seed: of the weights; the caller's random state is left as it was.
+        **config: other fields of `Gemma2Config` than the tiny ones.
     """
-    config = Gemma2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        final_logit_softcapping=0.5,
-    )
+    fields = {**_SIZES, "head_dim": 8, "final_logit_softcapping": 0.5, "vocab_size": vocab_size, **config}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Gemma2ForCausalLM = Gemma2ForCausalLM(config).eval()
+        model: Gemma2ForCausalLM = Gemma2ForCausalLM(Gemma2Config(**fields)).eval()
+    return model
+
+
+def tiny_llama(*, vocab_size: int = 300, seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    """A random Llama of 2 layers, where q, k, v, gate and up are linear layers of their own; no file is read.
+
+    Args:
+        vocab_size: rows of its embedding.
+        seed: of the weights; the caller's random state is left as it was.
+        **config: other fields of `LlamaConfig` than the tiny ones.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fields = {**_SIZES, "vocab_size": vocab_size, **config}
+        model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**fields)).eval()
     return model
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from phlora.adapters.attach import attach, lora_settings
 from phlora.adapters.targets import Targets, resolve_targets
 from phlora.errors import ConfigError
 from phlora.models.families import fused_row_blocks
-from phlora.testing import tiny_phi3
+from phlora.testing import tiny_llama, tiny_phi3
 
 LLAMA_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -110,10 +110,7 @@ def test_row_blocks_are_known_for_the_sizes_of_the_configuration(model: Any) -> 
 
 
 def test_a_model_with_separate_projections_is_taken_by_its_own_names() -> None:
-    sizes = dict(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    llama = LlamaForCausalLM(LlamaConfig(**sizes))
+    llama = tiny_llama(num_hidden_layers=1)
     assert counts(resolve_targets(llama, ["q_proj", "v_proj"])) == {"q_proj": 1, "v_proj": 1}
     assert sorted(counts(resolve_targets(llama))) == sorted(LLAMA_NAMES)
 

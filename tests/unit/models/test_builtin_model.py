@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import phi3_chat_template
 
 from phlora.errors import ConfigError, EnvironmentProblem, MissingExtraError, NoRoomError
 from phlora.models import builtin
 from phlora.models.builtin import embedded_folder
-from phlora.testing import tiny_phi3
+from phlora.testing import tiny_llama, tiny_phi3
 
 CHATS = [
     [{"role": "user", "content": "hi"}],
@@ -108,29 +108,18 @@ def test_unknown_name_gets_the_nearest():
         embedded_folder("smollm2-136m")
 
 
-def tiny_llama(*, tied: bool) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_converted_llama_answers_as_before_and_reads_the_same(
+    tied: bool, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = tiny_llama(
         max_position_embeddings=64,
         rope_theta=5000.0,
         rms_norm_eps=1e-3,
         initializer_range=0.2,
         tie_word_embeddings=tied,
     )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_converted_llama_answers_as_before_and_reads_the_same(
-    tied: bool, tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    llama, folder = tiny_llama(tied=tied), tmp_path / "converted"
+    folder = tmp_path / "converted"
     with monkeypatch.context() as patch:
         patch.setattr(builtin.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: llama)
         patch.setattr(builtin.AutoTokenizer, "from_pretrained", lambda *_, **__: tiny_tokenizer)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config
+from transformers import AutoModelForCausalLM, Phi3Config
 
 from phlora.config import ModelConfig
 from phlora.errors import ConfigError, EnvironmentProblem, ModelError
@@ -20,7 +20,7 @@ from phlora.models.fingerprint import IdentityMaker
 from phlora.models.load import load_model
 from phlora.models.quantization import dequantize
 from phlora.models.tokenizer import find_files
-from phlora.testing import tiny_folder, tiny_phi3
+from phlora.testing import tiny_folder, tiny_llama, tiny_phi3
 
 
 @pytest.fixture
@@ -90,17 +90,7 @@ def test_a_tied_head_is_tied(tmp_path: Path) -> None:
 
 def llama_folder(path: Path) -> Path:
     folder = tiny_folder(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=288,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama(attention_bias=True).save_pretrained(folder)
     return folder
 
 
