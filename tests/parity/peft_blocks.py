@@ -14,11 +14,7 @@ from phlora.testing import tiny_phi3
 
 # fp32 products of at most 112 terms in another order.
 ROUNDING = dict(rtol=1e-4, atol=1e-5)
-
-
 IDS = torch.arange(3, 51).view(2, 24)
-
-
 BLOCKS = ["q_proj", "v_proj", "up_proj", "o_proj"]
 
 

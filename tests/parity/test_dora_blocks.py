@@ -1,4 +1,4 @@
-"""DoRA, PiSSA and OLoRA on row blocks: against the formula, and stock PEFT on the unfused layers of a Llama."""
+"""DoRA on row blocks: against the formula, and stock PEFT on the unfused layers of a Llama."""
 
 from __future__ import annotations
 
@@ -10,34 +10,16 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import layer as peft_lora
-from peft.utils.hotswap import hotswap_adapter
+from peft_blocks import BLOCKS, ROUNDING, logits
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from unfused_blocks import UNEQUAL, by_block, fused, llama, loss_of, qkv, randomize, train, weights
 
-from phlora.adapters.attach import Attached, attach, split_adapter
-from phlora.adapters.block_modules import BlockMagnitude, BlockUp, StartedUp
-from phlora.adapters.peft_layer import LoraLinear, fuse_lora, unfuse_lora
+from phlora.adapters.attach import split_adapter
+from phlora.adapters.block_modules import BlockMagnitude
+from phlora.adapters.peft_layer import fuse_lora
 from phlora.errors import ModelError
 from phlora.testing import tiny_phi3
-
-# fp32 products of at most 112 terms in another order.
-ROUNDING = dict(rtol=1e-4, atol=1e-5)
-IDS = torch.arange(3, 51).view(2, 24)
-SIZES = {
-    "self_attn.qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32},
-    "mlp.gate_up_proj": {"gate_proj": 112, "up_proj": 112},
-}
-BLOCKS = ["q_proj", "v_proj", "up_proj", "o_proj"]
-UNEQUAL = {"rank_pattern": {"q_proj": 6}, "alpha_pattern": {"up_proj": 3}}
-DORA = {"use_dora": True}
-
-
-def fused(model: Any, lora: dict[str, Any]) -> Attached:
-    """A fresh adapter whose layers are Phlora's."""
-    attached = attach(model, lora)
-    fuse_lora(attached.model)
-    return attached
 
 
 def dora(**fields: Any) -> PeftModel:
@@ -45,45 +27,6 @@ def dora(**fields: Any) -> PeftModel:
     torch.manual_seed(0)
     fields = {"r": 4, "target_modules": BLOCKS, "use_dora": True, **fields}
     return randomize(fused(tiny_phi3()[0], fields).model)
-
-
-def randomize(model: Any) -> Any:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-            if "lora_magnitude_vector" in name and parameter.requires_grad:
-                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
-    return model
-
-
-def qkv(model: Any) -> Any:
-    return model.get_submodule("base_model.model.model.layers.0.self_attn.qkv_proj")
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS.to(next(model.parameters()).device)).logits
-
-
-def loss_of(model: nn.Module) -> Tensor:
-    ids = IDS.to(next(model.parameters()).device)
-    return model(input_ids=ids, labels=ids).loss
-
-
-def train(model: nn.Module, steps: int = 5) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
-    model.eval()
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
 
 
 # ------------------------------------------------------------------------------------------------------ the formula
@@ -159,28 +102,6 @@ def test_a_fresh_adapter_is_the_base(dtype: torch.dtype, init: Any) -> None:
 # --------------------------------------------------------------------------------------- stock PEFT, unfused layers
 
 
-def llama(phi3: nn.Module) -> LlamaForCausalLM:
-    """The same weights in a Llama, where q, k, v, gate and up are linear layers of their own."""
-    ours = phi3.config
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    more = ("num_key_value_heads", "max_position_embeddings", "rope_parameters", "rms_norm_eps")
-    config = LlamaConfig(
-        **{name: getattr(ours, name) for name in (*shared, *more)},
-        **{f"{name}_token_id": getattr(ours, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    )
-    tensors = {}
-    for name, tensor in phi3.state_dict().items():
-        fused = next((fused for fused in SIZES if fused in name), None)
-        if fused is None:
-            tensors[name] = tensor
-            continue
-        for block, rows in zip(SIZES[fused], tensor.split(list(SIZES[fused].values())), strict=True):
-            tensors[name.replace(fused, f"{fused.partition('.')[0]}.{block}")] = rows
-    model = LlamaForCausalLM(config).eval()
-    model.load_state_dict(tensors)
-    return model
-
-
 def unfused(model: PeftModel, **fields: Any) -> PeftModel:
     """Stock PEFT's DoRA on a Llama with the values of an adapter on row blocks."""
     config = {"r": 4, "lora_alpha": 8, "target_modules": BLOCKS, "use_dora": True, **fields}
@@ -191,26 +112,6 @@ def unfused(model: PeftModel, **fields: Any) -> PeftModel:
     for name, parameter in parameters.items():
         parameter.data = values[name]
     return theirs
-
-
-def by_block(model: PeftModel, *, of: Any) -> dict[str, Tensor]:
-    """A value of every trained parameter, row blocks apart, under the names of the unfused layers."""
-    values = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        module, _, kind = name.partition(".lora_")
-        value, up = of(parameter), model.get_submodule(module).lora_B["default"]
-        parent = module.rpartition(".")[0]
-        if not isinstance(up, BlockUp):
-            values[name] = value
-        elif name.endswith(".weight"):
-            for block, part in zip(up.blocks, value.split([b.r for b in up.blocks]), strict=True):
-                values[f"{parent}.{block.name}.lora_{kind}"] = part
-        else:
-            kind, _, block_name = kind.partition(".weight_")
-            values[f"{parent}.{block_name}.lora_{kind}.weight"] = value
-    return values
 
 
 @pytest.mark.parametrize(
@@ -407,131 +308,3 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         loss_of(model).backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
-# ----------------------------------------------------------- initialisations that take their start out of the base
-
-
-def started(init: str, **fields: Any) -> PeftModel:
-    torch.manual_seed(0)
-    fields = {"r": 4, "target_modules": BLOCKS, "init_lora_weights": init, **fields}
-    return fused(tiny_phi3()[0], fields).model.eval()
-
-
-STARTS = [("pissa", {}), ("olora", {}), ("pissa", UNEQUAL), ("pissa", {"use_rslora": True}), ("olora", DORA)]
-
-
-@pytest.mark.parametrize(("init", "fields"), STARTS)
-def test_started_blocks_train_like_stock_peft_on_unfused_layers(
-    init: str, fields: dict[str, Any], device: str
-) -> None:
-    ours = started(init, **fields)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": BLOCKS, "init_lora_weights": init, **fields}
-    theirs = get_peft_model(llama(tiny_phi3()[0]), LoraConfig(task_type="CAUSAL_LM", **config)).eval()
-    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
-    assert not any(
-        type(m) is not LoraLinear
-        for m in ours.modules()
-        if isinstance(m, peft_lora.Linear) and not m.lora_variant
-    )
-    base, ours, theirs = (model.to(device) for model in (tiny_phi3()[0], ours, theirs))
-    torch.testing.assert_close(logits(ours), logits(base), **ROUNDING)
-    losses = []
-    for model in (ours, theirs):
-        loss = loss_of(model)
-        loss.backward()
-        losses.append(loss.detach())
-    torch.testing.assert_close(*losses)
-    values, gradients = by_block(ours, of=lambda p: p.detach()), by_block(ours, of=lambda p: p.grad)
-    for name, parameter in theirs.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(values[name], parameter.detach(), **ROUNDING)
-            torch.testing.assert_close(gradients.pop(name), parameter.grad, rtol=1e-3, atol=1e-4)
-    assert not gradients
-    for model in (ours, theirs):
-        optimizer = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1
-        )
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss_of(model).backward()
-            optimizer.step()
-    assert (logits(ours) - logits(base)).abs().max() > 0.1
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(("init", "fields"), [*STARTS, ("pissa_niter_3", {})])
-def test_a_started_adapter_is_a_plain_one_for_the_untouched_base(
-    init: str, fields: dict[str, Any], tmp_path: Path
-) -> None:
-    model = started(init, **fields)
-    base = {n: p for n, p in tiny_phi3()[0].named_parameters()}
-    train(model)
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    stock = PeftModel.from_pretrained(tiny_phi3()[0], tmp_path).eval()
-    assert stock.peft_config["default"].init_lora_weights is True
-    torch.testing.assert_close(logits(stock), expected, **ROUNDING)
-    for peft_model in (model, stock):
-        for name, weight in weights(peft_model).items():
-            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            assert torch.equal(weight, base[plain]), name
-
-    back = fuse_lora(split_adapter(stock, tmp_path))
-    assert sum(type(m) is BlockUp for m in back.modules()) == 6
-    torch.testing.assert_close(logits(back), expected, **ROUNDING)
-    back.save_pretrained(tmp_path / "again")
-    files = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again")]
-    assert all(torch.equal(files[1][name], tensor) for name, tensor in files[0].items())
-
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(tiny_phi3()[0]))
-    model.merge_adapter(safe_merge=True)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-4)
-    model.unmerge_adapter()
-    torch.testing.assert_close(logits(model), expected, **ROUNDING)
-    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_a_state_dict_brings_back_what_was_started_from() -> None:
-    model, other = (started("pissa_niter_1", **UNEQUAL) for _ in range(2))
-    train(model)
-    tensors = {n: t for n, t in model.state_dict().items() if "lora_" in n}
-    with torch.no_grad():
-        for module in other.modules():
-            if isinstance(module, StartedUp):
-                for start in module.starts:
-                    start.zero_()
-    other.load_state_dict(tensors, strict=False)
-    assert torch.equal(logits(other), logits(model))
-    assert all(torch.equal(t, other.state_dict()[n]) for n, t in tensors.items())
-
-
-def test_slowed_down_started_blocks_are_computed_by_peft() -> None:
-    model = started("pissa")
-    train(model)
-    copied = unfuse_lora(copy.deepcopy(model))
-    torch.testing.assert_close(logits(copied), logits(model), **ROUNDING)
-
-
-def test_swapping_into_started_blocks_works_at_their_ranks_and_is_refused_at_others(tmp_path: Path) -> None:
-    fields = {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8}
-    model, other = started("pissa", **fields), started("olora", **fields)
-    train(other)
-    other.save_pretrained(tmp_path / "other")
-    hotswap_adapter(model, str(tmp_path / "other"), "default")
-    torch.testing.assert_close(logits(model), logits(other), **ROUNDING)
-    started("olora", r=5, **fields).save_pretrained(tmp_path / "larger")
-    with pytest.raises(ModelError, match="(?s)lora_A has the shape .*load the adapter instead"):
-        hotswap_adapter(model, str(tmp_path / "larger"), "default")
-
-
-def test_a_bfloat16_base_stays_as_it_is() -> None:
-    model = fused(
-        tiny_phi3()[0].bfloat16(), {"r": 4, "target_modules": BLOCKS, "init_lora_weights": "pissa"}
-    ).model
-    layer, x = qkv(model), torch.randn(5, 64, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=2**-7, atol=1e-3)
-    assert not layer.get_delta_weight("default")[64:96].any()
-    assert layer.get_delta_weight("default").abs().max() < 1e-5
