@@ -1,4 +1,4 @@
-"""Runs every benchmark in turn and keeps its JSON line, with commit and versions, in benchmarks/results/.
+"""Runs the benchmarks of `make bench` in turn; keeps the JSON line of each in results/, with commit and versions.
 
 python benchmarks/run.py [--only train_step --only scaling]
 """
