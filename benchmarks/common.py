@@ -1,4 +1,4 @@
-"""What the benchmarks share: the GEMM floor of a step, peak memory, a process for each candidate, tables."""
+"""What the benchmarks share: sets and sides by name, the GEMM floor of a step, a process for each candidate, tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `full_size.py` runs in processes of their own on Phlora's side: training steps, a chat, a merged model."""
+"""What `full_size.py` runs in processes of their own on Phlora's side: loading, training steps, a chat."""
 
 from __future__ import annotations
 
@@ -113,18 +113,11 @@ class Loading:
         from phlora.models.load import load_model
 
         before = time.perf_counter()
-        self.loaded = load_model(folder, device="cpu", **fields)
+        load_model(folder, device="cpu", **fields)
         self.result = {"seconds": time.perf_counter() - before, "peak": peak_bytes()}
 
     def loading(self) -> dict[str, Any]:
         return self.result
-
-    def next_tokens(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """The most likely next token of each prompt."""
-        self.loaded.model.eval()
-        with torch.inference_mode():
-            outs = [self.loaded.model(torch.tensor([list(p)]), logits_to_keep=1) for p in prompts]
-        return [int(out.logits[0, -1].argmax()) for out in outs]
 
 
 class Chat:
