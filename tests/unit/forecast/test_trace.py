@@ -50,6 +50,10 @@ def real_model(layers: int, settings: dict[str, Any], dtype: torch.dtype) -> nn.
     return model.train()
 
 
+def without_numbers() -> list[Any]:
+    return [x for x in gc.get_objects() if type(x) is FakeTensor]
+
+
 @contextmanager
 def at_level(model: Any, level: str) -> Iterator[None]:
     if level == "recompute":
@@ -163,10 +167,12 @@ def test_nothing_of_a_forecast_stays_behind(layout: str, changes: dict[str, Any]
     speed_up(model)
     before = trained_tokens(model, batch).losses
     blueprint = draw_up(tiny_phi3(**changes)[0].config, lora_settings({"r": 4}), dtype=torch.float32)
+    # A compiler that ran earlier in this process may have left some of its own.
+    earlier = without_numbers()
     for level in ("keep", "recompute_mlp", "recompute"):
         step_bytes(blueprint, shape_of(batch), device=CPU, level=level)
     gc.collect()
-    assert not [x for x in gc.get_objects() if type(x) is FakeTensor]
+    assert not [x for x in without_numbers() if all(x is not y for y in earlier)]
     after = trained_tokens(model, batch).losses
     assert before is not None and after is not None and torch.equal(before, after)
 
