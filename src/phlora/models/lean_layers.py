@@ -16,7 +16,8 @@ optimizer, a checkpoint) sees no difference.
 - `LastLayer`: what follows the last attention runs only on the positions that `models.lm_head` asks for, those that
   predict a trained token.
 
-All compute with torch's own operations on any device, in the same precision as the layers that they stand for.
+All compute in the same precision as the layers that they stand for: with torch's own operations on any device, and
+where there is a compiler with chains of them in one pass over memory (`models.kernels`).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from phlora.lora import matmul
 from phlora.lora.autograd import is_recorded_backward, recorded_gradients, sees_through
 from phlora.lora.frozen import FrozenLinear
 from phlora.lora.recompute import Recompute, attach_recompute, recompute_of
+from phlora.models import kernels
 from phlora.models.activation_memory import computed_again, with_same_randomness
 from phlora.models.allocator import keep_freed_memory
 
@@ -58,19 +60,21 @@ class SpeedPass:
         layers: name of the replacement -> how many layers it stands for.
         products: the library that multiplies matrices.
         threads: threads of a product on the CPU.
+        chains: what computes chains of element-wise operations.
         keeps_memory: whether freed memory is kept for the next step instead of being given back to the system.
     """
 
     layers: dict[str, int]
     products: str
     threads: int
+    chains: str
     keeps_memory: bool
 
     def describe(self) -> str:
         """One line for the log."""
         layers = ", ".join(f"{count} {name}" for name, count in self.layers.items()) or "no layers replaced"
         memory = ", freed memory kept" if self.keeps_memory else ""
-        return f"{layers}; products by {self.products}, {self.threads} threads{memory}"
+        return f"{layers}; products by {self.products}, {self.threads} threads; {self.chains}{memory}"
 
 
 def speed_pass(model: nn.Module) -> SpeedPass:
@@ -84,8 +88,16 @@ def speed_pass(model: nn.Module) -> SpeedPass:
         layers=replaced,
         products=matmul.backend(device),
         threads=torch.get_num_threads(),
+        chains=_describe_chains(device),
         keeps_memory=device.type == "cpu" and keep_freed_memory(),
     )
+
+
+def _describe_chains(device: torch.device) -> str:
+    if device.type != "cpu":
+        return "element-wise chains by torch"
+    obstacle = kernels.obstacle()
+    return "element-wise chains compiled" if obstacle is None else f"element-wise chains by torch: {obstacle}"
 
 
 def exchange_layers(model: nn.Module) -> dict[str, int]:
@@ -253,6 +265,8 @@ def _is_recorded(x: Tensor) -> bool:
 
 
 def _normalize(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    if kernels.fits(x, weight):
+        return kernels.normalize(x, rstd, weight)
     return weight * (x.float() * rstd).to(x.dtype)
 
 
@@ -286,12 +300,16 @@ class _RMSNorm(torch.autograd.Function):
         if is_recorded_backward():
             (dx,) = recorded_gradients(lambda x: _normalize(x, _rstd(x, ctx.eps), weight), [x], dy)
             return dx, None, None
+        if kernels.fits(dy, x, weight):
+            return kernels.normalize_backward(dy, x, rstd, weight), None, None
         c, n = dy.float() * weight.float(), x.float() * rstd
         mean = (c * n).mean(-1, keepdim=True)
         return c.addcmul_(n, mean, value=-1).mul_(rstd).to(x.dtype), None, None
 
 
 def _gate(gate_up: Tensor) -> Tensor:
+    if kernels.fits(gate_up):
+        return kernels.gate(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -309,6 +327,8 @@ class _Gate(torch.autograd.Function):
         (gate_up,) = ctx.saved_tensors
         if is_recorded_backward():
             return recorded_gradients(_gate, [gate_up], dy)[0]
+        if kernels.fits(dy, gate_up):
+            return kernels.gate_backward(dy, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         gradient = torch.empty_like(gate_up)
         d_gate, d_up = gradient.chunk(2, dim=-1)
@@ -329,10 +349,14 @@ class _SplitAndRotate(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.num_kv_heads = num_kv_heads
-        q, k, v = _heads(qkv, num_kv_heads, head_dim)
-        rotated = (_rotate(x, cos, sin, direction=1) for x in (q, k))
-        # Gaps between the rows of v would keep the whole of qkv.
-        return tuple(x.transpose(1, 2) for x in (*rotated, v.contiguous()))
+        heads: tuple[Tensor, ...]
+        if kernels.fits(qkv, cos, sin):
+            heads = kernels.split_and_rotate(qkv, cos, sin, num_kv_heads, head_dim)
+        else:
+            q, k, v = _heads(qkv, num_kv_heads, head_dim)
+            # Gaps between the rows of v would keep the whole of qkv.
+            heads = *(_rotate(x, cos, sin, direction=1) for x in (q, k)), v.contiguous()
+        return tuple(x.transpose(1, 2) for x in heads)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -340,6 +364,8 @@ class _SplitAndRotate(torch.autograd.Function):
         if is_recorded_backward():
             return _recorded_join(gradients, cos, sin, ctx.num_kv_heads), None, None, None, None
         dq, dk, dv = (x.transpose(1, 2) for x in gradients)
+        if kernels.fits(dq, dk, dv, cos, sin):
+            return kernels.join_and_rotate_back(dq, dk, dv, cos, sin), None, None, None, None
         num_heads = dq.shape[2] + 2 * ctx.num_kv_heads
         d_qkv = dq.new_empty(*dq.shape[:2], num_heads * dq.shape[3])
         q, k, v = _heads(d_qkv, ctx.num_kv_heads, dq.shape[3])

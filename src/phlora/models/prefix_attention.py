@@ -45,9 +45,9 @@ _WIDEST_BLOCK = 2
 _ALONE = 32
 # Queries of a long row that meet their keys in one call of the CPU's kernel: a sixth of the row, within these bounds.
 _NARROWEST_STRETCH, _WIDEST_STRETCH = 64, 256
-# Up to this many queries times keys the CPU's kernel computes the gradients of 16 bits slower than those of float32, up
-# to five times where there are 45 of each.
-_FEW_PAIRS = 1 << 15
+# Gradients in bfloat16, of which the CPU's kernel is up to five times slower than of float32: of up to so many queries
+# times keys in a row by that kernel in float32, of more by plain products, of so many scores of all heads at once.
+_FEW_PAIRS, _MOST_SCORES = 1 << 12, 1 << 20
 # K and V of all heads against all that a layer keeps of a position: a twelfth in Phi-3-mini's plain layers, twice that
 # in lean ones.
 _COPY_COST = 1 / 6
@@ -259,7 +259,7 @@ class _MergedAttention(torch.autograd.Function):
             spans = (behind, shared, shared)
             q, k, v = (x[:, :, span] for x, span in zip(saved[:3], spans, strict=True))
             out, lse, above = (x[:, :, behind] for x in (*saved[3:], grad))
-            theirs = _flash_gradients([above, q, k, v, out], lse, None, ctx.scaling, causal=False)
+            theirs = _gradients([above, q, k, v, out], lse, None, ctx.scaling, causal=False)
             for whole, span, x in zip(grads, spans, theirs, strict=True):
                 whole[:, :, span] += x
         return *grads, None, None
@@ -296,7 +296,7 @@ def _causal_backward(grad: Tensor, saved: Sequence[Tensor], scaling: float) -> S
             value[:, :, :stop],
             output[:, :, span],
         ]
-        ours = _flash_gradients(met, norm[:, :, span], mask, scaling, causal=mask is None)
+        ours = _gradients(met, norm[:, :, span], mask, scaling, causal=True)
         if mask is None:
             return ours
         grads[0][:, :, span] = ours[0]
@@ -305,17 +305,56 @@ def _causal_backward(grad: Tensor, saved: Sequence[Tensor], scaling: float) -> S
     return grads
 
 
-def _flash_gradients(
+def _gradients(
     tensors: Sequence[Tensor], norm: Tensor, mask: Tensor | None, scaling: float, *, causal: bool
 ) -> Sequence[Tensor]:
-    """Gradients of q, k and v from dy, q, k, v and y; of few pairs in 16 bits in float32, rounded once."""
-    dtype, pairs = tensors[0].dtype, tensors[1].shape[2] * tensors[2].shape[2]
+    """Gradients of q, k and v from dy, q, k, v and y, and the log-sum-exp (B, H, S) of the whole softmax.
+
+    Args:
+        mask: what the kernel adds to the scores; the causal one where there is one.
+        causal: whether the last query sees all keys, the one before it all but one, and so on.
+    """
+    _, query, key, *_ = tensors
+    dtype, pairs = query.dtype, query.shape[2] * key.shape[2]
     in_float32 = dtype.itemsize == 2 and pairs <= _FEW_PAIRS
+    if dtype is torch.bfloat16 and not in_float32 and query.shape[1] == key.shape[1]:
+        return _gradients_by_products(tensors, norm, scaling, causal=causal)
     if in_float32:
         tensors = [x.float() for x in tensors]
         mask = None if mask is None else mask.float()
-    gradients: Sequence[Tensor] = _flash_backward(*tensors, norm, 0.0, causal, **_extra(mask, scaling))
+    is_causal = causal and mask is None
+    gradients: Sequence[Tensor] = _flash_backward(*tensors, norm, 0.0, is_causal, **_extra(mask, scaling))
     return [x.to(dtype) for x in gradients] if in_float32 else gradients
+
+
+def _gradients_by_products(
+    tensors: Sequence[Tensor], norm: Tensor, scaling: float, *, causal: bool
+) -> Sequence[Tensor]:
+    """`_gradients` in bfloat16 by plain products, as precise as those of torch's kernel and faster.
+
+    With scale s, `P = exp(s Q Kᵀ - l)` and `Z = s P ⊙ (dY Vᵀ - rowsum(dY ⊙ Y))`: `dQ = Z K`, `dK = Zᵀ Q`, `dV = Pᵀ dY`.
+    Scores and Z are made in float32; P and Z are rounded to 16 bits for the products that sum over them.
+    """
+    query, key, value = tensors[1:4]
+    grads = tuple(torch.empty_like(x) for x in (query, key, value))
+    queries, keys = query.shape[2], key.shape[2]
+    heads = max(1, _MOST_SCORES // (queries * keys))
+    for row in range(len(query)):
+        for first in range(0, query.shape[1], heads):
+            part = slice(first, first + heads)
+            dy, q, k, v, y = (x[row, part] for x in tensors)
+            wide_dy = dy.float()
+            sums = (wide_dy * y).sum(-1, keepdim=True)
+            p = torch.baddbmm(
+                norm[row, part, :, None], q.float(), k.float().mT, beta=-1, alpha=scaling
+            ).exp_()
+            if causal:
+                p.tril_(keys - queries)
+            z = torch.baddbmm(sums, wide_dy, v.float().mT, beta=-scaling, alpha=scaling).mul_(p)
+            z, p = z.to(q.dtype), p.to(q.dtype)
+            for whole, x in zip(grads, (z @ k, z.mT @ q, p.mT @ dy), strict=True):
+                whole[row, part] = x
+    return grads
 
 
 def _extra(mask: Tensor | None, scaling: float) -> dict[str, Any]:
@@ -374,8 +413,10 @@ class _Block:
         """(1, H, T, ...) -> (num_rows, H, width, ...); with `padding`, that value where padding is."""
         if self.num_rows == 1:
             return x[:, :, self.span]
-        flat = x[0, :, self.span] if self.padded is None else x[0].index_select(1, self.padded)
-        taken: Tensor = flat.unflatten(1, (self.num_rows, self.width)).transpose(0, 1)
+        # By position and not by head: all numbers of a position lie together.
+        flat = x[0].transpose(0, 1)
+        flat = flat[self.span] if self.padded is None else flat.index_select(0, self.padded)
+        taken: Tensor = flat.unflatten(0, (self.num_rows, self.width)).transpose(1, 2)
         if padding is None or self.is_real is None:
             return taken
         real = self.is_real.view(self.num_rows, 1, self.width, *[1] * (x.dim() - 3))
@@ -390,8 +431,8 @@ class _Block:
         """(num_rows, H, width, ...) -> (1, H, span, ...)."""
         if self.num_rows == 1:
             return x
-        flat = x.transpose(0, 1).flatten(1, 2)
-        return (flat if self.real is None else flat.index_select(1, self.real)).unsqueeze(0)
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return (flat if self.real is None else flat.index_select(0, self.real)).transpose(0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""Compiled chains of element-wise operations compute what torch's operations do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from phlora.models import kernels, lean_layers
+
+needs_compiler = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Widths that no vector of a CPU divides, and enough numbers for several threads.
+SHAPES = [(1, 1, 5), (2, 3, 7), (3, 70, 333)]
+
+
+@pytest.fixture
+def by_torch(monkeypatch):
+    """Calls a function while nothing is compiled."""
+
+    def call(function, *tensors):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "fits", lambda *tensors: False)
+            return function(*tensors)
+
+    return call
+
+
+def assert_no_less_exact(ours: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> None:
+    error, tolerated = ((x.double() - truth).norm() for x in (ours, theirs))
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    assert error <= 1.1 * tolerated + 1e-7 * truth.norm()
+
+
+@needs_compiler
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gated_product_and_its_gradient(dtype, shape, by_torch):
+    gate_up = (3 * torch.randn(*shape[:-1], 2 * shape[-1])).to(dtype)
+    dy = torch.randn(shape).to(dtype)
+    exact = gate_up.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=-1)
+    truth = F.silu(gate) * up
+    assert_no_less_exact(lean_layers._gate(gate_up), by_torch(lean_layers._gate, gate_up), truth.detach())
+
+    def gradient(gate_up: torch.Tensor) -> torch.Tensor:
+        gate_up = gate_up.clone().requires_grad_()
+        return torch.autograd.grad(lean_layers._Gate.apply(gate_up), gate_up, dy)[0]
+
+    (truth,) = torch.autograd.grad(truth, exact, dy.double())
+    assert_no_less_exact(gradient(gate_up), by_torch(gradient, gate_up), truth)
+
+
+@needs_compiler
+@dtypes
+def test_a_gate_that_is_far_from_zero(dtype):
+    gate = torch.tensor([-1e4, -200.0, -90.0, -87.0, 87.0, 90.0, 1e4, float("nan")]).to(dtype)
+    y = lean_layers._gate(torch.cat([gate, torch.ones_like(gate)]))
+    torch.testing.assert_close(y, F.silu(gate), rtol=1e-6, atol=1e-30, equal_nan=True)
+    dx = kernels.gate_backward(torch.ones_like(gate), torch.cat([gate, torch.ones_like(gate)]))
+    slopes = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, float("nan")]).to(dtype)
+    torch.testing.assert_close(dx[:8], slopes, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+@needs_compiler
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normalizing_to_the_bits_of_torch_and_its_gradient(dtype, shape, by_torch):
+    x, weight, dy = (torch.randn(size).to(dtype) for size in (shape, shape[-1:], shape))
+    rstd = lean_layers._rstd(x, 1e-5)
+    assert torch.equal(kernels.normalize(x, rstd, weight), by_torch(lean_layers._normalize, x, rstd, weight))
+
+    def gradient(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(lean_layers._RMSNorm.apply(x, weight, 1e-5)[0], x, dy)[0]
+
+    exact = x.double().requires_grad_()
+    normal = weight.double() * exact * (exact.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    (truth,) = torch.autograd.grad(normal, exact, dy.double())
+    assert_no_less_exact(gradient(x), by_torch(gradient, x), truth)
+
+
+@needs_compiler
+@dtypes
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "rotated"), [(1, 1, 2, 2), (4, 2, 8, 4), (6, 3, 96, 96)]
+)
+@pytest.mark.parametrize("angles", [1, 2], ids="angles of {} rows".format)
+def test_q_k_and_v_out_of_one_projection_and_back(dtype, heads, kv_heads, width, rotated, angles, by_torch):
+    rows, tokens = 2, 37
+    qkv = torch.randn(rows, tokens, (heads + 2 * kv_heads) * width).to(dtype)
+    # Halves that differ, which the rotary embeddings of today do not use.
+    cos, sin = (torch.randn(angles, tokens, rotated).to(dtype) for _ in range(2))
+
+    def split(qkv, cos, sin):
+        return lean_layers._SplitAndRotate.apply(qkv, cos, sin, kv_heads, width)
+
+    ours, theirs = split(qkv, cos, sin), by_torch(split, qkv, cos, sin)
+    for a, b, truth in zip(ours, theirs, split(qkv.double(), cos.double(), sin.double()), strict=True):
+        assert_no_less_exact(a, b, truth)
+
+    # One gradient as attention gives it, one laid out by head and one with gaps between its numbers.
+    above = [torch.randn_like(x) for x in ours]
+    above[1], above[2] = above[1].contiguous(), torch.randn(*above[2].shape, 2).to(dtype)[..., 0]
+
+    def join(qkv, cos, sin, *above):
+        qkv = qkv.clone().requires_grad_()
+        return torch.autograd.grad(split(qkv, cos, sin), qkv, above)[0]
+
+    exact = join(*(x.double() for x in (qkv, cos, sin, *above)))
+    assert_no_less_exact(join(qkv, cos, sin, *above), by_torch(join, qkv, cos, sin, *above), exact)
+
+
+def test_where_torch_computes():
+    x = torch.ones(2, 4)
+    assert not kernels.fits(x.double()) and not kernels.fits(x.half())
+    assert not kernels.fits(x, x.bfloat16())
+    assert not kernels.fits(x.to("meta"))
+    assert not kernels.fits(x.clone().requires_grad_())
+    assert not kernels.fits(x[:0])
+    assert torch.func.vmap(lambda row: lean_layers._gate(row))(x).shape == (2, 2)
+
+
+@needs_compiler
+def test_a_forecast_s_tensors_are_made_and_not_computed():
+    with FakeTensorMode():
+        x = torch.empty(2, 4)
+        assert kernels.fits(x) and kernels.gate(x).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("PHLORA_KERNELS", "0", "PHLORA_KERNELS is 0"),
+        ("CC", "false", "false failed: it said nothing"),
+        ("CC", "/no/such/compiler", "/no/such/compiler"),
+    ],
+)
+def test_without_a_compiler_torch_computes_and_the_reason_is_said(
+    setting, value, said, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("PHLORA_CACHE", str(tmp_path))
+    monkeypatch.setenv(setting, value)
+    found = kernels._library.__wrapped__()
+    assert isinstance(found, str) and (said in found or "Linux" in found)
+    assert not list(tmp_path.glob("*.so"))
+
+
+@needs_compiler
+def test_what_was_compiled_is_kept_and_compiled_again_where_it_does_not_load(monkeypatch, tmp_path):
+    for folder in ("first", "second"):
+        monkeypatch.setenv("PHLORA_CACHE", str(tmp_path / folder))
+        assert not isinstance(kernels._library.__wrapped__(), str)
+        (file,) = (tmp_path / folder).iterdir()
+        # A library that is loaded is not read again, so the second one is that of another folder.
+        if folder == "first":
+            (tmp_path / "second").mkdir()
+            (tmp_path / "second" / file.name).write_bytes(b"not a library")
+    monkeypatch.setenv("CC", "false")
+    assert not isinstance(kernels._library.__wrapped__(), str)
