@@ -241,6 +241,7 @@ AGING: Mapping[str, Mapping[str, str]] = {
     SETTINGS: {
         "gradient_checkpointing": "activation_checkpointing",
         "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+        "fsdp": "say true, and what the words said in fsdp_config",
         "pad_token": "set tokenizer.pad_token, and pass the tokenizer as processing_class",
         "truncation_mode": "keep_end is dropped: make rows that fit",
         "use_liger_kernel": 'model_init_kwargs={"use_kernels": True}',

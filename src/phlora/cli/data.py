@@ -140,7 +140,7 @@ def preview_data(
     """
     if offline:
         forbid_network()
-    from phlora.data.checks import preview
+    from phlora.data.checks import preview, preview_text
 
     display = make_display(quiet)
     with standard_output_kept():
@@ -159,7 +159,7 @@ def preview_data(
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     display.note(f"Tokens of {model}; trained ones {'are green' if colour else 'stand in ⟦ ⟧'}")
-    print_result("\n\n".join(_preview_text(row, colour=colour, plain=plain) for row in shown))
+    print_result("\n\n".join(preview_text(row, colour=colour, plain=plain) for row in shown))
 
 
 @commands.command(
@@ -250,20 +250,3 @@ def _first_rows(file: DataFile, format: str, num_rows: int) -> list[Row]:
 def _preview_json(row: PreviewRow) -> dict[str, Any]:
     tokens = [{"text": text, "trained": trained, "weight": weight} for text, trained, weight in row.tokens]
     return {"origin": str(row.origin), "skipped": row.skipped, "tokens": tokens}
-
-
-def _preview_text(row: PreviewRow, *, colour: bool, plain: bool = False) -> str:
-    """A row's tokens, between bars unless plain, stretches of trained ones in green or in brackets."""
-    from itertools import groupby
-
-    if row.skipped:
-        return printable(f"── {row.origin}\nleft out: {row.skipped}")
-    text = ""
-    for (trained, weight), group in groupby(row.tokens, key=lambda token: token[1:]):
-        pieces = ("" if plain else "│").join(printable(piece) for piece, _, _ in group)
-        factor = "" if weight in (0.0, 1.0) else f"×{weight:g} "
-        if not trained:
-            text += f"\x1b[2m{pieces}\x1b[0m" if colour else pieces
-        else:
-            text += f"\x1b[1;32m{factor}{pieces}\x1b[0m" if colour else f"⟦{factor}{pieces}⟧"
-    return f"── {printable(str(row.origin))}\n{text}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
 from phlora.config import TooLong, TrainOn
@@ -28,6 +29,7 @@ from phlora.data.tokenize import (
     tokenize_row,
     tokenize_rows,
 )
+from phlora.display import printable
 from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT
 
 # Of training, where nothing else is said.
@@ -213,7 +215,7 @@ def preview(
         if isinstance(result, Skipped):
             shown.append(PreviewRow(row.origin, [], result.reason))
         else:
-            shown.append(PreviewRow(row.origin, _pieces(result, tokenizer)))
+            shown.append(PreviewRow(row.origin, pieces_of(result, tokenizer)))
     return shown
 
 
@@ -282,7 +284,22 @@ def _report(
 # ------------------------------------------------------------------------------------------------ preview
 
 
-def _pieces(row: TokenizedRow, tokenizer: Tokenizer) -> list[tuple[str, bool, float]]:
+def preview_text(row: PreviewRow, *, colour: bool = False, plain: bool = False) -> str:
+    """A row's tokens, between bars unless plain, stretches of trained ones in green or in brackets."""
+    if row.skipped:
+        return printable(f"── {row.origin}\nleft out: {row.skipped}")
+    text = ""
+    for (trained, weight), group in groupby(row.tokens, key=lambda token: token[1:]):
+        pieces = ("" if plain else "│").join(printable(piece) for piece, _, _ in group)
+        factor = "" if weight in (0.0, 1.0) else f"×{weight:g} "
+        if not trained:
+            text += f"\x1b[2m{pieces}\x1b[0m" if colour else pieces
+        else:
+            text += f"\x1b[1;32m{factor}{pieces}\x1b[0m" if colour else f"⟦{factor}{pieces}⟧"
+    return f"── {printable(str(row.origin))}\n{text}"
+
+
+def pieces_of(row: TokenizedRow, tokenizer: Tokenizer) -> list[tuple[str, bool, float]]:
     """Decode token by token, keeping tokens together that only together spell a character."""
     pieces: list[tuple[str, bool, float]] = []
     start = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import warnings
 from typing import Any
 
@@ -11,10 +10,9 @@ import transformers
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 
 from phlora.dropin.machine import fit_machine
+from phlora.dropin.tell import warn
 from phlora.errors import ConfigError
-from phlora.names import ARGUMENTS, SETTINGS, Today, by_todays_names, one_message
-
-_log = logging.getLogger(__name__)
+from phlora.names import ARGUMENTS, DATASET_KWARGS, SETTINGS, Today, by_todays_names, one_message
 
 
 class SFTConfig(TrlConfig):
@@ -35,7 +33,7 @@ class SFTConfig(TrlConfig):
                 # TRL says it of its own default.
                 warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
             super().__init__(**values)
-        self.given = frozenset(values)
+        self.given = _written_down(self, values)
 
 
 class TrainingArguments(transformers.TrainingArguments):
@@ -48,7 +46,13 @@ class TrainingArguments(transformers.TrainingArguments):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         values = settings_of(transformers.TrainingArguments, args, kwargs)
         super().__init__(**values)
-        self.given = frozenset(values)
+        self.given = _written_down(self, values)
+
+
+def _written_down(config: transformers.TrainingArguments, values: dict[str, Any]) -> frozenset[str]:
+    """The settings that somebody wrote down; parsers and copies give all of them, and so say nothing."""
+    every = {field.name for field in dataclasses.fields(config) if field.init}
+    return frozenset() if every <= values.keys() else frozenset(values)
 
 
 def settings_of(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -65,8 +69,12 @@ def settings_of(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     if problems:
         raise ConfigError(one_message(problems), where=kind.__name__)
     values = fit_machine(today.values, today.notes, is_sft=issubclass(kind, TrlConfig))
+    keywords = values.get("dataset_kwargs")
+    for name in keywords if isinstance(keywords, dict) else ():
+        if name in DATASET_KWARGS:
+            today.notes.append(f"dataset_kwargs: {name} has no effect: {DATASET_KWARGS[name]}")
     for note in today.notes:
-        _log.warning("%s", note)
+        warn(note)
     return values
 
 

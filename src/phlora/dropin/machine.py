@@ -36,6 +36,8 @@ def fit_machine(values: Mapping[str, Any], notes: list[str], *, is_sft: bool = T
     fitting = dict(values)
     check_trackers(fitting.get("report_to"))
     device = "cpu" if fitting.get("use_cpu") else choose_device().type
+    if device == "cpu":
+        fitting.setdefault("dataloader_pin_memory", False)
     if device != "cuda":
         _without_cuda(fitting, notes, device, is_sft=is_sft)
     optim = word_of(fitting.get("optim", ""))

@@ -8,7 +8,6 @@ where none is among them, PEFT makes the adapter as it always does.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -17,10 +16,12 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from phlora.adapters.attach import attach
-from phlora.adapters.targets import adaptable_modules, matching, resolve_targets, row_block_names
+from phlora.adapters.targets import ALL_LINEAR, adaptable_modules, matching, resolve_targets, row_block_names
+from phlora.dropin.tell import warn
 from phlora.errors import ConfigError, nearest
+from phlora.patterns import matches
+from phlora.train.optimizer import is_lora_B
 
-_log = logging.getLogger(__name__)
 _WHERE = "peft_config.target_modules"
 
 
@@ -62,14 +63,37 @@ def require_whole(model: PeftModel) -> None:
         if not isinstance(config, LoraConfig) or not config.target_modules:
             continue
         base = model.get_base_model()
-        missing = _missed_by_peft(base, config)
-        if missing:
+        missing = _left_by_peft(base, config)
+        if missing and _is_trained(model):
+            warn(f"This adapter has no {_joined(missing)}: PEFT made it without these parts of fused weights")
+        elif missing:
             raise ConfigError(
                 f"{_joined(missing)} matched nothing when PEFT made this adapter: they are parts of "
                 f"{_joined(_fused(base, missing))}",
                 where=_WHERE,
                 fix="make it with phlora.get_peft_model, or pass the base model with peft_config to phlora.SFTTrainer",
             )
+
+
+def _left_by_peft(base: nn.Module, config: LoraConfig) -> list[str]:
+    """The names of row blocks that a configuration asks for, of fused weights on which PEFT has put no adapter."""
+    parts, targets = list(row_block_names(base)), config.target_modules
+    if isinstance(targets, str):
+        found = (
+            []
+            if targets == ALL_LINEAR
+            else [part for part, named in zip(parts, matches(targets, parts), strict=True) if named]
+        )
+    else:
+        names = targets or ()
+        found = [part for part in parts if any(part == name or part.endswith(f".{name}") for name in names)]
+    return list(dict.fromkeys(map(_leaf, found)))
+
+
+def _is_trained(model: PeftModel) -> bool:
+    """Whether an adapter has been trained already: a fresh one has a B of zeros."""
+    ups = [parameter for name, parameter in model.named_parameters() if is_lora_B(name)]
+    return any(bool(parameter.any()) for parameter in ups)
 
 
 def config_with_blocks(model: nn.Module, config: PeftConfig | None) -> LoraConfig | None:
@@ -86,13 +110,12 @@ def config_with_blocks(model: nn.Module, config: PeftConfig | None) -> LoraConfi
     missed = _missed_by_peft(model, config)
     if not missed:
         return None
-    stock = sorted(_matched_by_peft(model, targets))
+    matched = _matched_by_peft(model, targets)
+    stock = [name for name in dict.fromkeys(map(_leaf, adaptable_modules(model))) if name in matched]
     alone = (
         f"stock PEFT would have adapted {_joined(stock)} only" if stock else "stock PEFT knows none of them"
     )
-    _log.warning(
-        "%s are parts of %s: adapted as such; %s", ", ".join(missed), _joined(_fused(model, missed)), alone
-    )
+    warn(f"{', '.join(missed)} are parts of {_joined(_fused(model, missed))}: adapted as such; {alone}")
     return config
 
 
@@ -100,15 +123,15 @@ def _in_the_model(model: nn.Module, names: list[str]) -> list[str]:
     pool = [*adaptable_modules(model), *row_block_names(model)]
     there = [name for name in names if any(full == name or full.endswith(f".{name}") for full in pool)]
     for name in sorted(set(names) - set(there)) if there else ():
-        match = nearest(name, {full.rpartition(".")[2] for full in pool})
+        match = nearest(name, {_leaf(full) for full in pool})
         hint = f"; did you mean {match}?" if match else ""
-        _log.warning("%s: this model has no module %s, so none is adapted%s", _WHERE, name, hint)
+        warn(f"{_WHERE}: this model has no module {name}, so none is adapted{hint}")
     return there or names
 
 
 def _missed_by_peft(model: nn.Module, config: LoraConfig) -> list[str]:
     """The names of row blocks that are asked for, and that PEFT does not find."""
-    if not row_block_names(model) or config.target_modules == "all-linear":
+    if not row_block_names(model) or config.target_modules == ALL_LINEAR:
         return []
     try:
         blocks = resolve_targets(model, _names(config.target_modules)).blocks
@@ -122,17 +145,19 @@ def _matched_by_peft(model: nn.Module, targets: Any) -> set[str]:
         found = matching(targets, adaptable_modules(model), row_block_names(model))
     except ConfigError:
         return set()
-    return {name.rpartition(".")[2] for name in found - row_block_names(model).keys()}
+    return {_leaf(name) for name in found - row_block_names(model).keys()}
 
 
 def _fused(model: nn.Module, parts: Collection[str]) -> list[str]:
     return list(
         dict.fromkeys(
-            module.rpartition(".")[2]
-            for name, module in row_block_names(model).items()
-            if name.rpartition(".")[2] in parts
+            _leaf(module) for name, module in row_block_names(model).items() if _leaf(name) in parts
         )
     )
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
 
 
 def _names(targets: Any) -> Any:

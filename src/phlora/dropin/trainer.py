@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,16 +18,21 @@ from transformers import set_seed
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import SFTTrainer as TrlTrainer
 
-from phlora.adapters.attach import attach
+from phlora.adapters.attach import attach, summarize
 from phlora.config import Speed
 from phlora.dropin import layout
+from phlora.dropin.columns import Rows, columns_of
 from phlora.dropin.config import SFTConfig, settings_of
+from phlora.dropin.loading import loaded
+from phlora.dropin.masks import lacks_markers, with_answers_marked
+from phlora.dropin.preparation import look_at, look_at_collator, ready, with_trained_columns
+from phlora.dropin.rows import RowProblems
 from phlora.dropin.targets import config_with_blocks, require_whole
+from phlora.dropin.tell import tell, warn
 from phlora.errors import ConfigError
 from phlora.names import LORA, SETTINGS, TRAINER, by_todays_names, one_message
 from phlora.train import trainer as exact
 
-_log = logging.getLogger(__name__)
 _ARGUMENTS = [name for name in inspect.signature(TrlTrainer.__init__).parameters if name != "self"]
 
 
@@ -50,6 +54,8 @@ class SFTTrainer(exact.SFTTrainer):
     `loss_weights` (float, the shape of `labels`). A forward hook on the model finds `models.lm_head.TrainedTokens`.
 
     Args:
+        row_problems: `refuse`: rows that would be trained as something else than what they say are an error; `warn`:
+            they are told and trained.
         speed: `auto`: the fastest exact way for the data; `reference`: batches as TRL makes them.
         loraplus_lr_ratio: the learning rate of every `lora_B`, as a multiple of that of all else (LoRA+).
         z_loss: weight of the squared log-normaliser of each trained token; the held-out loss is without it. The other
@@ -65,16 +71,55 @@ class SFTTrainer(exact.SFTTrainer):
     def __init__(
         self,
         *args: Any,
+        row_problems: RowProblems = "refuse",
         speed: Speed = "auto",
         loraplus_lr_ratio: float | None = None,
         z_loss: float = 0.0,
         **kwargs: Any,
     ) -> None:
-        call = arguments_of(args, kwargs)
-        call = with_adapter(call)
-        self.speed = speed
+        call = with_trained_columns(with_adapter(loaded(arguments_of(args, kwargs))))
+        self.row_problems, self.speed = row_problems, speed
+        settings: TrlConfig = call["args"]
+        self._marks_answers = settings.assistant_only_loss and lacks_markers(call.get("processing_class"))
+        if self._marks_answers:
+            call["args"] = copy.copy(settings)
+            call["args"].assistant_only_loss = False
         super().__init__(loraplus_lr_ratio=loraplus_lr_ratio, z_loss=z_loss, **call)
+        self.args.assistant_only_loss = settings.assistant_only_loss
+        tell(what_trains(self.model))
+        look_at_collator(self)
         layout.choose(self)
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: TrlConfig,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        """As TRL does, with a look at the rows between its tokens and its cuts."""
+        if self._is_vlm or not isinstance(dataset, Rows):
+            return super()._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
+        rows = ready(self, dataset, args, formatting_func, dataset_name)
+        if self._marks_answers and "input_ids" not in columns_of(rows):
+            rows = with_answers_marked(rows, self._tokenizer, name=dataset_name)
+        whole = copy.copy(args)
+        whole.max_length = None
+        prepared = super()._prepare_dataset(rows, processing_class, whole, False, None, dataset_name)
+        look_at(self, prepared, args, packing, dataset_name)
+        return super()._prepare_dataset(prepared, processing_class, args, packing, None, dataset_name)
+
+
+def what_trains(model: nn.Module) -> str:
+    """What of a model trains, in a few lines."""
+    if isinstance(model, PeftModel):
+        return "What will be trained:\n" + summarize(model).render()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"No peft_config: all {trained:,} parameters are trained (full fine-tuning); peft_config trains an adapter"
 
 
 def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +137,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, 
     if today.problems:
         raise ConfigError(one_message(today.problems), where="SFTTrainer")
     for note in today.notes:
-        _log.warning("%s", note)
+        warn(note)
     call = today.values
     call["args"] = _configured(call, today.elsewhere.get(SETTINGS, {}))
     if isinstance(call.get("peft_config"), Mapping):
@@ -126,7 +171,7 @@ def _lora_config(values: Mapping[str, Any]) -> LoraConfig:
     if today.problems:
         raise ConfigError(one_message(today.problems))
     for note in today.notes:
-        _log.warning("%s", note)
+        warn(note)
     return LoraConfig(**today.values)
 
 
