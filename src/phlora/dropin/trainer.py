@@ -20,9 +20,9 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlTrainer
 
 from phlora.adapters.attach import attach, summarize
 from phlora.config import Speed
-from phlora.dropin import layout
 from phlora.dropin.columns import Rows, columns_of
 from phlora.dropin.config import SFTConfig, settings_of
+from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded
 from phlora.dropin.masks import lacks_markers, with_answers_marked
 from phlora.dropin.preparation import look_at, look_at_collator, ready, with_trained_columns
@@ -31,12 +31,11 @@ from phlora.dropin.targets import config_with_blocks, require_whole
 from phlora.dropin.tell import tell, warn
 from phlora.errors import ConfigError
 from phlora.names import LORA, SETTINGS, TRAINER, by_todays_names, one_message
-from phlora.train import trainer as exact
 
 _ARGUMENTS = [name for name in inspect.signature(TrlTrainer.__init__).parameters if name != "self"]
 
 
-class SFTTrainer(exact.SFTTrainer):
+class SFTTrainer(LaidOutTrainer):
     """A drop-in for `trl.SFTTrainer`: same arguments, of any version of it, same results to rounding, less work.
 
     - Arguments by their old names are taken, each with a line in the log that says the new one; what is gone for good
@@ -56,7 +55,8 @@ class SFTTrainer(exact.SFTTrainer):
     Args:
         row_problems: `refuse`: rows that would be trained as something else than what they say are an error; `warn`:
             they are told and trained.
-        speed: `auto`: the fastest exact way for the data; `reference`: batches as TRL makes them.
+        speed: `auto`: rows share their common starts, and layers are fused, wherever that is exact, while the trainer
+            computes (one line in the log says what was chosen); `reference`: neither.
         loraplus_lr_ratio: the learning rate of every `lora_B`, as a multiple of that of all else (LoRA+).
         z_loss: weight of the squared log-normaliser of each trained token; the held-out loss is without it. The other
             arguments are those of `trl.SFTTrainer`, now or earlier.
@@ -78,17 +78,16 @@ class SFTTrainer(exact.SFTTrainer):
         **kwargs: Any,
     ) -> None:
         call = with_trained_columns(with_adapter(loaded(arguments_of(args, kwargs))))
-        self.row_problems, self.speed = row_problems, speed
+        self.row_problems = row_problems
         settings: TrlConfig = call["args"]
         self._marks_answers = settings.assistant_only_loss and lacks_markers(call.get("processing_class"))
         if self._marks_answers:
             call["args"] = copy.copy(settings)
             call["args"].assistant_only_loss = False
-        super().__init__(loraplus_lr_ratio=loraplus_lr_ratio, z_loss=z_loss, **call)
+        super().__init__(speed=speed, loraplus_lr_ratio=loraplus_lr_ratio, z_loss=z_loss, **call)
         self.args.assistant_only_loss = settings.assistant_only_loss
         tell(what_trains(self.model))
         look_at_collator(self)
-        layout.choose(self)
 
     def _prepare_dataset(
         self,
