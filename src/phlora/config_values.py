@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.model_names import other_spellings
 
 Origins = dict[str, str]
+# Values in a configuration, and levels of them: far more than one has, and far fewer than a trap.
+_MOST_VALUES, _DEEPEST = 100_000, 100
 # What a value that is no mapping means where a section belongs.
 _SHORT_KEYS = {"model": "model.name", "data": "data.files", "model.quantization": "model.quantization.type"}
 
@@ -24,11 +29,15 @@ def read_config(path: str | Path) -> tuple[dict[str, Any], Origins]:
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file (JSON is a subset of YAML)."""
+    """The mapping in a YAML or JSON file: UTF-8, or with the byte order mark of UTF-16.
+
+    Raises:
+        ConfigError: there is no such file, it is neither, or it is made to be larger than it looks.
+    """
     path = Path(path)
     try:
-        # Safe: _UniqueKeys is a SafeLoader.
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        values = _parsed(_text_of(path.read_bytes()))
+        _require_reasonable(values, str(path))
     except (FileNotFoundError, NotADirectoryError):
         siblings = (
             [str(path.with_name(p.name)) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -44,7 +53,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"The file cannot be read: {error.strerror}", where=str(path)) from None
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"The file is not UTF-8 text (byte {error.start})", where=str(path), fix="save it as UTF-8"
+            f"The file is not {error.encoding.upper()} text (byte {error.start})",
+            where=str(path),
+            fix="save it as UTF-8",
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -61,6 +72,48 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
             expected="a mapping with keys such as `model`, `data`, `training_config`, `peft_config`",
         )
     return values
+
+
+def _text_of(content: bytes) -> str:
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8").removeprefix("\ufeff")
+
+
+def _parsed(text: str) -> Any:
+    # YAML takes JSON but for tabs between its values.
+    if text.lstrip().startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(text, object_pairs_hook=_unique)
+    # Safe: _UniqueKeys is a SafeLoader.
+    return yaml.load(text, Loader=_UniqueKeys)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key `{key}` stands here a second time")
+        found[key] = value
+    return found
+
+
+def _require_reasonable(values: Any, where: str) -> None:
+    """Anchors of YAML can refer to themselves, or to one another until nothing has room for what they stand for."""
+    left = _MOST_VALUES
+    waiting: list[tuple[Any, int]] = [(values, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        left -= 1
+        if left < 0 or depth > _DEEPEST:
+            raise ConfigError(
+                "The file is too large for a configuration: its anchors refer to one another again and again"
+                if left < 0
+                else "The file is nested too deeply, or an anchor of it refers to itself",
+                where=where,
+                fix="write it without anchors",
+            )
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | set) else ()
+        waiting += [(entry, depth + 1) for entry in inner]
 
 
 def apply_overrides(

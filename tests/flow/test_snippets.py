@@ -37,6 +37,13 @@ IN_PLACE_OF = {
     "PHI3": "base",
     "bfloat16": "float32",
 }
+# Configurations of other tools, as the pages call them.
+THEIRS = {
+    "llama3_lora_sft.yaml": "llamafactory/lora_sft.yaml",
+    "sft.yaml": "llamafactory/qlora_packed.yaml",
+    "lora.yml": "axolotl/lora_chat.yaml",
+    "mini_qlora_single_device.yaml": "torchtune/mini_qlora.yaml",
+}
 # Commands that are checked word by word and not run, with the reason.
 NOT_RUN = {
     "phlora data convert table.xlsx": "needs a program that writes spreadsheets",
@@ -106,8 +113,13 @@ def furnished(tiny_models: Path) -> Path:
     (folder / "conversations.json").write_text(f"[{chat}]", encoding="utf-8")
     lines = ["12/24/25, 9:41 PM - Ben: How are you?", "12/24/25, 9:42 PM - Ana: Fine."]
     (folder / "WhatsApp Chat.txt").write_text("\n".join(lines), encoding="utf-8")
-    for name in ("run.yaml", "config.yaml"):
+    for name in ("run.yaml", "config.yaml", "phlora.yaml"):
         (folder / name).write_text(guide.replace("smollm2-135m", "base"), encoding="utf-8")
+    for name, theirs in THEIRS.items():
+        shutil.copy(ROOT / "tests" / "unit" / "importing" / "configs" / theirs, folder / name)
+    shutil.copytree(
+        ROOT / "tests" / "unit" / "importing" / "configs" / "llamafactory" / "data", folder / "data"
+    )
     qkv = "model.layers.0.self_attn.qkv_proj"
     files = {
         "phi3": {f"{qkv}.lora_A": torch.randn(4, 64), f"{qkv}.lora_B": torch.randn(96, 2)},
@@ -199,6 +211,8 @@ def test_commands_run(line: str, place: Path) -> None:
         pytest.importorskip("bitsandbytes")
     if words[0] == "train" and "--resume" not in words:
         shutil.rmtree("runs")
+    if words[0] == "import-config":
+        Path("phlora.yaml").unlink()
     if words[0] == "merge":
         shutil.rmtree("models")
     if words[:2] == ["data", "convert"]:

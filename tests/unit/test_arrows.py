@@ -15,7 +15,7 @@ FLOORS = [
     {"model_names"},
     {"config_values", "names"},
     {"config", "display", "files", "extras", "measure", "patterns", "stop"},
-    {"lora", "data"},
+    {"lora", "data", "importing"},
     {"models"},
     {"adapters"},
     {"runs"},

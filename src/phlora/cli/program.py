@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import phlora
-from phlora.cli import chat, data, export, training
+from phlora.cli import chat, data, export, imports, training
 
 app = typer.Typer(
     name="phlora",
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(training.commands)
 app.add_typer(chat.commands)
 app.add_typer(export.commands)
+app.add_typer(imports.commands)
 app.add_typer(data.commands, name="data")
 
 

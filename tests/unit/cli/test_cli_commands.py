@@ -45,6 +45,8 @@ RUNS = [
     "convert vision.pt --to peft -o a --lora-alpha 4 --kernel conv1=3,3",
     "convert runs/file --to merged -o m --base full --dtype float16 --rows train.jsonl --quiet --json",
     f"convert runs/file --to merged -o m --base full --rows fragen.csv --format qa {COLUMNS} --quiet",
+    "import-config sft.json --from llamafactory --dataset-info info.json -o new.yaml --overwrite --quiet",
+    "import-config sft.json --dataset-info info.json --json",
     "data check train.jsonl --eval-data heldout.jsonl --model base --format messages --max-length 64 --offline",
     "data check train.jsonl --train-on last --quiet --json",
     "data check twice.jsonl --strict -> 1",
@@ -101,6 +103,10 @@ def furnished(trained: Path) -> Path:
     said = "1/9/24, 09:01 - Ana: When?\n1/9/24, 09:02 - Shop: At ten\n"
     (trained / "log.txt").write_text(said, encoding="utf-8")
     tool = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
+    sft = {"stage": "sft", "model_name_or_path": "base", "dataset": "chats", "template": "phi"}
+    (trained / "sft.json").write_text(json.dumps(sft), encoding="utf-8")
+    table = {"chats": {"file_name": "train.jsonl", "formatting": "openai"}}
+    (trained / "info.json").write_text(json.dumps(table), encoding="utf-8")
     (trained / "tools.json").write_text(json.dumps([tool]), encoding="utf-8")
     return trained
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from command_line import CommandLine
 
-COMMANDS = ["train", "evaluate", "chat", "merge", "convert", "data check", "data preview", "data convert"]
+COMMANDS = ["train", "evaluate", "chat", "merge", "convert", "import-config"]
+COMMANDS += ["data check", "data preview", "data convert"]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, "data"], ids=lambda command: command or "-")
