@@ -9,8 +9,7 @@ from peft import LoraConfig
 
 _CARD = """\
 ---
-base_model: {base_model}
-library_name: peft
+{named_base}library_name: peft
 pipeline_tag: text-generation
 tags: [lora, phlora]
 ---
@@ -47,6 +46,8 @@ def model_card(lora: LoraConfig, facts: Mapping[str, Any], *, kind: str = "hub")
     is_embedded = kind == "embedded"
     return _CARD.format(
         base_model=facts["base_model"],
+        # A hub takes no card whose base it cannot find by its name.
+        named_base=f"base_model: {facts['base_model']}\n" if kind == "hub" else "",
         base=f'embedded_folder("{facts["base_model"]}")' if is_embedded else f'"{facts["base_model"]}"',
         imports="from phlora import embedded_folder\n" if is_embedded else "",
         r=lora.r,

@@ -35,6 +35,7 @@ from phlora.train.field_values import (
 )
 from phlora.train.fields import HONOURED, MAPPED, REFUSED
 from phlora.train.optimizer import LORAPLUS, check_optimizer
+from phlora.train.upload import Upload, take_upload
 
 # Phlora's default, and why it is not TRL's.
 DEFAULTS: dict[str, tuple[Any, str]] = {
@@ -86,6 +87,7 @@ class Arguments:
         loraplus_lr_ratio: learning rate of every lora_B, as a multiple of that of all else; None: the same.
         z_loss: weight of the squared log-normaliser of each trained token, see `models.lm_head.LossTerms`.
         activation_memory: `auto`, until the forecast has decided, or a level of `models.activation_memory`.
+        upload: where the best adapter is sent; None: nowhere.
     """
 
     args: SFTConfig
@@ -94,6 +96,7 @@ class Arguments:
     loraplus_lr_ratio: float | None = None
     z_loss: float = 0.0
     activation_memory: str = "auto"
+    upload: Upload | None = None
 
     def with_activation_memory(self, level: str) -> Arguments:
         """The same with `activation_memory` decided."""
@@ -124,6 +127,7 @@ def training_arguments(
     notes: list[str] = []
     z_loss = _z_loss(training_config.get(_Z_LOSS), notes)
     values = _current_names({k: v for k, v in training_config.items() if k not in _OWN}, notes)
+    values, upload = take_upload(values, notes)
     values = _for_the_trainer(values, notes, device)
     activation_memory = _activation_memory(training_config.get(ACTIVATION_MEMORY), values)
     if activation_memory == "recompute":
@@ -147,7 +151,7 @@ def training_arguments(
     values |= {"output_dir": str(output_dir), "dataloader_pin_memory": device == "cuda"}
     args = _sft_config(values, [name for name, origin in origins.items() if origin == "user"])
     notes += check_optimizer(args)
-    return Arguments(args, tuple(notes), origins, loraplus_lr_ratio, z_loss, activation_memory)
+    return Arguments(args, tuple(notes), origins, loraplus_lr_ratio, z_loss, activation_memory, upload)
 
 
 def _sft_config(values: Mapping[str, Any], given: Sequence[str]) -> SFTConfig:

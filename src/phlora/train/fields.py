@@ -72,12 +72,11 @@ MAPPED: Mapping[str, str] = {
     "do_train": "phlora train trains; --dry-run does not",
     "do_eval": "eval_strategy decides about the held-out loss, evaluation.enabled about the proof",
     "do_predict": "`phlora evaluate` answers rows with a trained adapter",
-    "hub_token": "nothing is sent to a hub",
-    "hub_private_repo": "nothing is sent to a hub",
-    "hub_model_id": "nothing is sent to a hub",
-    "hub_strategy": "nothing is sent to a hub",
-    "hub_always_push": "nothing is sent to a hub",
-    "hub_revision": "nothing is sent to a hub",
+    "push_to_hub": "the best adapter is sent once, when the run is complete",
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "nothing is sent to a hub without push_to_hub",
+    ),
     "local_rank": "a run is one process",
     "ddp_find_unused_parameters": "a run is one process",
     "ddp_bucket_cap_mb": "a run is one process",
@@ -137,7 +136,6 @@ REFUSED: Mapping[str, Refused] = {
         "a run that is told to stop (SIGTERM, Ctrl-C) writes a checkpoint by itself"
     ),
     "auto_find_batch_size": Refused("the plan counts the steps ahead; set per_device_train_batch_size"),
-    "push_to_hub": Refused("upload the adapter afterwards: hf upload REPO RUN/adapter/best"),
     "resume_from_checkpoint": Refused(
         "--resume, or finetune(resume=True), continues from the last whole checkpoint"
     ),

@@ -44,6 +44,7 @@ from phlora.train.optimizer import LORAPLUS, take_loraplus
 from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import PreparedData, prepare_data
 from phlora.train.request import Request, collect_request, require_one_process, require_rows_outside
+from phlora.train.upload import require_sender, send
 
 Rows: TypeAlias = str | Path | Sequence[Any] | Mapping[str, Any] | Dataset | DatasetDict | IterableDataset
 
@@ -144,6 +145,8 @@ def finetune(
     config, objects = request.config, request.objects
     device = device_of(config.model, objects)
     arguments, lora = _settings(config, folder, device=device.type)
+    if not dry_run:
+        require_sender(arguments.upload)
 
     with handed_over(objects.model) as given:
         split_by = _split_of(folder, resume=resume)
@@ -188,6 +191,8 @@ def finetune(
             report = _proof(request, attached, words, data, arguments, folder, clock, display)
             folder.update_facts(status="finished", timing=clock.seconds)
         given.is_trained = True
+    if arguments.upload is not None:
+        send(folder.best_adapter, arguments.upload, run=folder.path, display=display)
     return Run(folder.path, report, attached.model, words.tokenizer, config_text, plan)
 
 

@@ -184,6 +184,8 @@ def config_text(config: RunConfig, arguments: Arguments, lora: LoraConfig) -> st
     }
     if arguments.z_loss:
         values["training_config"]["z_loss"] = arguments.z_loss
+    if arguments.upload is not None:
+        values["training_config"] |= arguments.upload.settings()
     _tell_activation_memory(values["training_config"], origins, config, arguments)
     for name, origin in arguments.origins.items():
         if origin == "phlora":
