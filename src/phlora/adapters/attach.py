@@ -281,12 +281,14 @@ def _recorded_rows(entry: Mapping[str, Any], *, rank: int, scaling: float) -> tu
     )
 
 
-def _plain_layer(model: PeftModel, module: str) -> peft_lora.Linear:
+def _plain_layer(model: PeftModel, module: str) -> Any:
+    """PEFT's LoRA layer for a linear weight, dense or of bitsandbytes."""
     try:
         layer = model.get_submodule(_PREFIX + module)
     except AttributeError:
         raise ModelError(f"The model has no module {module}", where="blocks") from None
-    if isinstance(layer, peft_lora.Linear):
+    # Importing that module imports bitsandbytes.
+    if isinstance(layer, peft_lora.Linear) or type(layer).__module__ == "peft.tuners.lora.bnb":
         return layer
     raise ConfigError(
         f"PEFT's layer for {module} is `{type(layer).__name__}`, which cannot have row blocks",

@@ -21,6 +21,15 @@ _WITHOUT_BITSANDBYTES = {
     "adamw_8bit": "adamw_torch",
     "adamw_bnb_8bit": "adamw_torch",
 }
+# Optimizers whose states move between a GPU and main memory -> the same without that.
+UNPAGED = {
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw_8bit": "adamw_8bit",
+    "paged_ademamix_32bit": "ademamix",
+    "paged_ademamix_8bit": "ademamix_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+}
 _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
@@ -41,6 +50,12 @@ def fit_machine(values: Mapping[str, Any], notes: list[str], *, is_sft: bool = T
     if device != "cuda":
         _without_cuda(fitting, notes, device, is_sft=is_sft)
     optim = word_of(fitting.get("optim", ""))
+    if device == "cpu" and optim in UNPAGED:
+        fitting["optim"] = UNPAGED[optim]
+        notes.append(
+            f"optim: {optim} pages the memory of a GPU: {fitting['optim']} takes the same steps here"
+        )
+        optim = fitting["optim"]
     if optim in _WITHOUT_BITSANDBYTES and not is_installed("bitsandbytes"):
         fitting["optim"] = _WITHOUT_BITSANDBYTES[optim]
         notes.append(

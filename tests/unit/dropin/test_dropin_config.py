@@ -14,6 +14,7 @@ import torch
 import transformers
 import trl
 from transformers import HfArgumentParser
+from transformers.training_args import OptimizerNames
 
 import phlora
 from phlora.dropin import machine
@@ -126,10 +127,19 @@ def test_quantised_loading_moves_into_its_own_configuration() -> None:
 def test_paged_optimizers_without_bitsandbytes(
     tmp_path: Path, notes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert phlora.SFTConfig(str(tmp_path), optim="paged_adamw_32bit").optim == "paged_adamw_32bit"
     monkeypatch.setattr(machine, "is_installed", lambda module: False)
-    args = phlora.SFTConfig(str(tmp_path), optim="paged_adamw_32bit")
+    args = phlora.SFTConfig(str(tmp_path), optim="paged_adamw_8bit")
     assert args.optim == "adamw_torch" and "needs bitsandbytes" in notes()[-1]
+
+
+@on_a_cpu
+@pytest.mark.parametrize("paged", machine.UNPAGED)
+def test_paged_optimizers_on_a_cpu(tmp_path: Path, notes: Any, paged: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    args = phlora.SFTConfig(str(tmp_path), optim=paged)
+    assert args.optim == machine.UNPAGED[paged] and f"optim: {paged} pages the memory" in notes()[0]
+    named = {member.value for member in OptimizerNames if member.value.startswith("paged")}
+    assert named == machine.UNPAGED.keys()
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:

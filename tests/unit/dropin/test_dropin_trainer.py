@@ -232,6 +232,36 @@ def test_a_model_by_its_name_is_adapted_in_its_parts_too(
     assert trainer.train().global_step == 2
 
 
+def test_the_parts_of_a_base_in_4_bits_are_adapted_too(model_folder: Path, make: Any, tmp_path: Path) -> None:
+    """As PEFT's own layers compute a plain adapter of the same values."""
+    pytest.importorskip("bitsandbytes")
+    quantised = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder, quantization_config=quantised)
+    base = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    trainer = make(
+        model=base,
+        peft_config=LoraConfig(r=4, target_modules=SEVEN, task_type="CAUSAL_LM"),
+        settings={"optim": "paged_adamw_8bit", "learning_rate": 1e-2, "activation_checkpointing": False},
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    fused = trainer.model.base_model.model.model.layers[0].self_attn.qkv_proj
+    x = torch.randn(3, fused.in_features)
+    with torch.no_grad():
+        ours = fused.train()(x)
+        A, B = fused.lora_A["default"].weight, fused.lora_B["default"].weight
+        plain = fused.base_layer(x) + x @ A.T @ B.T * fused.scaling["default"]
+    assert bool(B.any()) and {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {
+        torch.float32
+    }
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    stock = PeftModel.from_pretrained(stock, str(tmp_path / "adapter"))
+    loaded = stock.base_model.model.model.layers[0].self_attn.qkv_proj
+    torch.testing.assert_close(loaded.lora_B["default"].weight.detach(), B.detach(), rtol=0, atol=0)
+    assert type(stock.merge_and_unload()) is type(stock.get_base_model())
+
+
 def test_full_fine_tuning_is_said(make: Any, told: Any) -> None:
     make()
     assert "No peft_config: all" in told() and "full fine-tuning" in told()
