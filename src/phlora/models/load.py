@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
@@ -20,7 +20,7 @@ from transformers import (
 
 from phlora.config import ModelConfig
 from phlora.display import Display
-from phlora.errors import ModelError, NoRoomError
+from phlora.errors import ConfigError, EnvironmentProblem, ModelError, NetworkError, NoRoomError
 from phlora.extras import require
 from phlora.model_names import in_own_words
 from phlora.models.causal_lm import embedding_weight
@@ -32,9 +32,10 @@ from phlora.models.device import (
     choose_device,
     choose_dtype,
 )
-from phlora.models.families import widest_product
+from phlora.models.families import has_plain_layout, widest_product
 from phlora.models.fingerprint import WeightsIdentity, fingerprint, identity_of, keep_identity
 from phlora.models.locate import ModelSource, reading
+from phlora.models.packed import PackedCheckpoint, Packing, method_of, open_packed, packing_of, plain_config
 from phlora.models.quantization import (
     layers_to_quantize,
     quantize,
@@ -45,7 +46,7 @@ from phlora.models.quantization import (
     use_operands,
 )
 from phlora.models.requirements import needed_by_model
-from phlora.models.storage import Storage, asked_dtype, choose_storage, storage_settings
+from phlora.models.storage import QUANTIZED, Storage, asked_dtype, choose_storage, storage_settings
 from phlora.models.stored_layers import compute_wider, require_finite, store
 from phlora.models.streaming import Skeleton, empty_model, fill, sizes_of, skeleton
 from phlora.models.tokenizer import (
@@ -158,13 +159,50 @@ class _Loading:
 
     def load(self) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
         """The model on its device, what it is stored as, and notes."""
+        packing = packing_of(self.files.config)
+        if packing is not None and not self.files.runs_code:
+            return self._unpacked(packing)
         if self.files.runs_code or getattr(self.files.config, "quantization_config", None) is not None:
             return self._as_transformers_does()
         with reading(self.files.location, "The weights"):
-            empty = empty_model(self.files, dtype=self.dtype, attention=self.attention)
             checkpoint = open_checkpoint(self.files.location)
+        return self._from(checkpoint)
+
+    def _unpacked(self, packing: Packing) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
+        """Weights of GPTQ or AWQ as the dense ones that they stand for, where the layout is one that is read here."""
+        source = self.files.location.source.location
+        asked = "quantization" if self.wanted.quantization is not None else "storage_dtype"
+        if self.wanted.quantization is not None or self.wanted.storage_dtype in QUANTIZED:
+            raise ConfigError(
+                f"The model is quantised already, by {packing.method}",
+                where=f"model.{asked}",
+                fix=f"leave `{asked}` out, or name its 16-bit original",
+            )
+        with reading(self.files.location, "The weights"):
+            checkpoint = open_checkpoint(self.files.location)
+        if checkpoint is None or not has_plain_layout(self.files.config):
+            return self._as_transformers_does()
+        dense = open_packed(checkpoint, packing, where=source)
+        plain = replace(self, files=replace(self.files, config=plain_config(self.files.config)))
+        model, storage, notes = plain._from(dense)
+        told = (
+            f"{packing.method}: {len(dense.parts)} packed matrices are read as the dense ones that they compute with, "
+            f"stored in {storage.value}"
+        )
+        return model, storage, (told, *notes)
+
+    def _from(self, checkpoint: Checkpoint | None) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
+        """A model of dense weights."""
+        with reading(self.files.location, "The weights"):
+            empty = empty_model(self.files, dtype=self.dtype, attention=self.attention)
             numbers = _numbers(self.files, checkpoint)
             bones = skeleton(empty, checkpoint, self.files.location)
+        if bones is None and isinstance(checkpoint, PackedCheckpoint):
+            raise ModelError(
+                "The packed weights are not those that the configuration calls for",
+                where=self.files.location.source.location,
+                fix="copy or download the model again, or name its 16-bit original",
+            )
         sizes = sizes_of(empty, _most_common(numbers, self.files))
         storage = choose_storage(self.wanted, sizes, dtype=self.dtype, device=self.device)
         if storage.value.quantization is not None:
@@ -219,7 +257,8 @@ class _Loading:
 
     def _as_transformers_does(self) -> tuple[PreTrainedModel, Choice[str], tuple[str, ...]]:
         """A model that is quantised already, or that brings its own code."""
-        model, notes = self._by_transformers(self.dtype)
+        with _naming_method(self.files):
+            model, notes = self._by_transformers(self.dtype)
         use_operands(model)
         storage = Choice(value=str(self.dtype).removeprefix("torch."), reason="what is computed with")
         if getattr(model, "is_quantized", False):
@@ -271,6 +310,22 @@ class _Loading:
 
     def _needing_room(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         return _needing_room(model, self.device)
+
+
+@contextlib.contextmanager
+def _naming_method(files: ModelFiles) -> Iterator[None]:
+    """An error about a quantised model says by what, and that its original needs nothing of the kind."""
+    method = method_of(files.config)
+    try:
+        yield
+    except (EnvironmentProblem, ModelError) as error:
+        if method is None or isinstance(error, NoRoomError | NetworkError):
+            raise
+        raise type(error)(
+            f"The model is quantised by `{method}`. {error.found}",
+            where=error.where or files.location.source.location,
+            fix=f"{error.fix or 'install what it asks for'}, or name its 16-bit original",
+        ) from error
 
 
 def _keep(model: PreTrainedModel, identity: WeightsIdentity, storage: Storage) -> None:
