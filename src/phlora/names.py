@@ -92,12 +92,14 @@ def _gone(name: str, says: str, harmless: Iterable[Any] = (None, False), **more:
 
 _NOT_THERE = "transformers no longer has it"
 _ON_OFF = {False: None, None: None}
+# Meant the default.
+_UNSAID = {None: None}
 _OWN_TOKENIZER = "the tokenizer is the model's own"
 
 _SETTINGS = (
     _renamed("evaluation_strategy", "eval_strategy"),
-    _renamed("max_seq_length", "max_length"),
-    _renamed("no_cuda", "use_cpu"),
+    _renamed("max_seq_length", "max_length", values=_UNSAID),
+    _renamed("no_cuda", "use_cpu", values=_ON_OFF),
     _renamed("per_gpu_train_batch_size", "per_device_train_batch_size"),
     _renamed("per_gpu_eval_batch_size", "per_device_eval_batch_size"),
     # Below 1 `warmup_steps` is a share of all steps.
@@ -181,8 +183,8 @@ _SETTINGS = (
 
 _TRAINER = (
     _renamed("tokenizer", "processing_class"),
-    Old("max_seq_length", "moved", "max_length", SETTINGS),
-    Old("dataset_text_field", "moved", "dataset_text_field", SETTINGS),
+    Old("max_seq_length", "moved", "max_length", SETTINGS, values=_UNSAID),
+    Old("dataset_text_field", "moved", "dataset_text_field", SETTINGS, values=_UNSAID),
     Old("packing", "moved", "packing", SETTINGS),
     Old("eval_packing", "moved", "eval_packing", SETTINGS),
     Old("dataset_num_proc", "moved", "dataset_num_proc", SETTINGS),
@@ -344,9 +346,10 @@ def by_todays_names(
         elif old.fate == "renamed":
             _rename(old, value, where, today)
         elif old.fate == "moved" and not in_a_run:
-            today.elsewhere.setdefault(old.to, {})[old.new] = _todays_value(
-                old.new, value, where, today.notes
-            )
+            # What meant the default is said by saying nothing.
+            if not (value is None and None in old.values):
+                moved = today.elsewhere.setdefault(old.to, {})
+                moved[old.new] = _todays_value(old.new, value, where, today.notes)
             today.notes.append(f"{where}{name} is now an argument of {old.to}: {old.spelled}{_and(old.says)}")
         elif old.fate == "gone" and not _asks_for_nothing(old, value):
             today.problems.append(f"{where}{name} is gone: {old.says}")

@@ -189,6 +189,8 @@ def test_a_renamed_argument_is_said_by_its_new_name() -> None:
         ({"optim": "adamw_hf"}, {"optim": "adamw_torch"}),
         ({"save_safetensors": False}, {}),
         ({"dispatch_batches": None}, {}),
+        ({"max_seq_length": None}, {}),
+        ({"no_cuda": False, "use_cpu": True}, {"use_cpu": True}),
     ],
     ids=str,
 )
@@ -219,6 +221,7 @@ def test_all_that_cannot_be_done_is_said_at_once() -> None:
 
 
 def test_what_has_moved_is_kept_for_the_call_that_takes_it() -> None:
+    assert today(TRAINER, max_seq_length=None, dataset_text_field=None).elsewhere == {}
     found = today(TRAINER, max_seq_length=128, packing=True, tokenizer="x", infinite=True)
     assert found.values == {"processing_class": "x"}
     assert found.elsewhere == {SETTINGS: {"max_length": 128, "packing": True}}

@@ -48,6 +48,7 @@ def as_meant(rows: Rows, *, name: str, text_field: str, is_text_named: bool) -> 
     there = columns_of(rows)
     if "input_ids" in there:
         return rows
+    _require_lists(rows, name, [column for column in CHATS if column in there and column != text_field])
     chats, has_pair = [column for column in CHATS if column in there], set(PAIR) <= set(there)
     if text_field in there and is_text_named:
         kept, others = [text_field], [*chats, *(column for column in PAIR if column in there)]
@@ -181,6 +182,25 @@ def _advice(rows: Rows, there: Sequence[str]) -> str:
         if answers:
             return f'dataset.rename_column("{answers[0]}", "completion")'
     return "rename the column, name it in dataset_text_field, or write texts with formatting_func"
+
+
+def _require_lists(rows: Rows, name: str, columns: Sequence[str]) -> None:
+    """TRL asks the first row what a data set is."""
+    first: Mapping[str, Any] = next(iter(rows), {})
+    for column in columns:
+        turns = first.get(column)
+        if isinstance(turns, list) and not turns:
+            raise DataError(
+                f"The first chat in `{column}` is empty", where=name, fix="leave out chats without turns"
+            )
+        if isinstance(turns, str):
+            raise DataError(
+                f"`{column}` holds texts",
+                where=name,
+                expected="lists of messages",
+                fix=f'dataset.map(lambda row: {{"{column}": json.loads(row["{column}"])}}) where they are JSON, '
+                f'or SFTConfig(dataset_text_field="{column}")',
+            )
 
 
 def _are(columns: Sequence[str]) -> str:

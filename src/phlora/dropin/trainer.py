@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -22,6 +23,8 @@ from phlora.adapters.attach import attach, summarize
 from phlora.config import Speed
 from phlora.dropin.columns import Rows, columns_of
 from phlora.dropin.config import SFTConfig, settings_of
+from phlora.dropin.hub import name_base
+from phlora.dropin.hub import one_message as one_hub_message
 from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded
 from phlora.dropin.masks import lacks_markers, with_answers_marked
@@ -111,6 +114,33 @@ class SFTTrainer(LaidOutTrainer):
         prepared = super()._prepare_dataset(rows, processing_class, whole, False, None, dataset_name)
         look_at(self, prepared, args, packing, dataset_name)
         return super()._prepare_dataset(prepared, processing_class, args, packing, None, dataset_name)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """As the library's.
+
+        Raises:
+            NetworkError: the hub cannot be reached or refuses; what was trained is kept.
+        """
+        folder = self.args.output_dir
+        is_trained = bool(getattr(self, "state", None) and self.state.global_step)
+        with one_hub_message(self.args.hub_model_id or Path(folder).name, folder, is_trained=is_trained):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's.
+
+        Raises:
+            NetworkError: the hub cannot be reached or refuses; what was trained is kept.
+        """
+        folder = self.args.output_dir
+        with one_hub_message(self.args.hub_model_id or Path(folder).name, folder, is_trained=True):
+            return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            base = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+            name_base(Path(self.args.output_dir) / "README.md", Path(base).name)
 
 
 def what_trains(model: nn.Module) -> str:

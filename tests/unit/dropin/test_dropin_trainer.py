@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 import phlora
-from phlora.errors import ConfigError, DataError
+from phlora.errors import ConfigError, DataError, NetworkError
 from phlora.testing import chat_rows, tiny_phi3, tiny_tokenizer
 
 
@@ -317,6 +317,13 @@ def test_columns_of_which_nothing_can_be_trained(make: Any) -> None:
         make(Dataset.from_list([{"quote": "a"}]))
 
 
+def test_chats_that_are_no_lists(make: Any) -> None:
+    with pytest.raises(DataError, match="json.loads"):
+        make(Dataset.from_list([{"messages": '[{"role": "user", "content": "a"}]'}]))
+    with pytest.raises(DataError, match="is empty"):
+        make(Dataset.from_list([{"messages": []}, *chats()]))
+
+
 def test_masked_training_that_masks_nothing_is_refused(make: Any) -> None:
     with pytest.raises(DataError, match="assistant_only_loss"):
         make(settings={"completion_only_loss": True})
@@ -459,6 +466,20 @@ def test_subclasses_callbacks_optimizers_and_metrics_keep_working(
     assert trainer.calls >= 2 and Counting.steps == 2 and seen
     assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is optimizer
     assert pickle.loads(pickle.dumps(trainer.args)).max_steps == 2
+
+
+def test_a_hub_that_is_not_to_be_had_is_one_message(make: Any, model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match="train without push_to_hub"):
+        make(settings={"push_to_hub": True, "hub_model_id": "us/shop"})
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    trainer = make(model=base, peft_config=LoraConfig(r=2, target_modules=["o_proj"]))
+    trainer.train()
+    with pytest.raises(NetworkError, match="hf upload out "):
+        trainer.push_to_hub()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "[None]" not in card and model_folder.name in card
 
 
 def test_nothing_global_is_left_changed(make: Any) -> None:
