@@ -35,6 +35,7 @@ PACKAGES: dict[str, Package] = {
     "sentencepiece": Package(requirement="sentencepiece", extra="gguf"),
     "python_calamine": Package(requirement="python-calamine", extra="tables"),
     "tensorboard": Package(requirement="tensorboard", extra="track"),
+    "libcst": Package(requirement="libcst", extra="migrate"),
     "liger_kernel": Package(requirement="liger-kernel", extra="gpu"),
     "gradio": Package(requirement="gradio", extra="studio"),
     "wandb": Package(requirement="wandb"),

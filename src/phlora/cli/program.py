@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import phlora
-from phlora.cli import chat, data, export, imports, training
+from phlora.cli import chat, data, export, imports, migrate, training
 
 app = typer.Typer(
     name="phlora",
@@ -27,6 +27,7 @@ app.add_typer(training.commands)
 app.add_typer(chat.commands)
 app.add_typer(export.commands)
 app.add_typer(imports.commands)
+app.add_typer(migrate.commands)
 app.add_typer(data.commands, name="data")
 
 

@@ -1,0 +1,182 @@
+"""Files migrated one by one, and what is said about them: a diff, what was changed, and what is left to the user."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phlora.errors import InputError
+from phlora.extras import require
+from phlora.migrate.sources import Notebook, Script, files_of, read_source, write_changed
+
+# A file that mentions none of these has nothing to migrate.
+_MENTIONED = re.compile(rb"\b(trl|peft|transformers|loralib|unsloth|datasets|phlora|SFTTrainer|TrainingArguments)\b")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was done, or is left, at a place of the original file."""
+
+    where: str
+    text: str
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a migration makes of one file.
+
+    Attributes:
+        path: the file.
+        diffs: unified diffs, of each cell for a notebook.
+        changes: what was changed.
+        left: what cannot be decided; each has a comment in the file.
+        notes: parts that were not read.
+        original: where the original is kept, if the file was written.
+        problem: why it could not be read.
+    """
+
+    path: Path
+    diffs: tuple[str, ...] = ()
+    changes: tuple[Line, ...] = ()
+    left: tuple[Line, ...] = ()
+    notes: tuple[str, ...] = ()
+    original: Path | None = None
+    problem: str = ""
+
+    @property
+    def is_changed(self) -> bool:
+        return bool(self.diffs)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "changed": self.is_changed,
+            "written": self.original is not None,
+            "original": None if self.original is None else str(self.original),
+            "changes": [{"where": line.where, "text": line.text} for line in self.changes],
+            "left": [{"where": line.where, "text": line.text} for line in self.left],
+            "notes": list(self.notes),
+            "problem": self.problem or None,
+            "diff": "".join(self.diffs),
+        }
+
+
+def migrate_files(paths: Sequence[Path | str], *, write: bool = False) -> list[FileReport]:
+    """Migrate scripts and notebooks, and those in folders, to Phlora and today's names; nothing in them is run.
+
+    Args:
+        paths: files and folders.
+        write: put the changed files in place; each original is kept as NAME.orig.
+
+    Returns:
+        A report on every file, on one that cannot be read as well; of a folder on those that mention a library.
+
+    Raises:
+        InputError: a path that is not there, or a single file that cannot be read.
+        MissingExtraError: libcst is not installed.
+    """
+    require({"libcst": "reading Python with its layout"}, where="phlora migrate")
+    files = list(files_of([Path(path) for path in paths]))
+    is_one = len(paths) == 1 and files == [Path(paths[0])]
+    reports = []
+    for file in files:
+        try:
+            report = migrate_file(file, write=write)
+        except InputError as error:
+            if is_one:
+                raise
+            report = FileReport(file, problem=" ".join(str(error).split("\n")))
+        reports.append(report)
+    return reports
+
+
+def migrate_file(path: Path, *, write: bool = False) -> FileReport:
+    """Migrate one script or notebook.
+
+    Raises:
+        InputError: it cannot be read, or holds no Python of today.
+    """
+    import libcst
+
+    from phlora.migrate.migration import migrate_text
+
+    source = read_source(path)
+    if not _MENTIONED.search(source.text.encode("utf-8", "replace")):
+        return FileReport(path, notes=source.notes)
+    try:
+        migrated = migrate_text(source.text)
+    except libcst.ParserSyntaxError as error:
+        raise _no_python(source, error) from None
+    except RecursionError:
+        raise InputError("The code is nested too deeply to be read", where=str(path)) from None
+    pieces = source.pieces(migrated.text)
+    lines = {
+        is_left: tuple(
+            Line(source.where(remark.line), remark.text)
+            for remark in migrated.remarks
+            if remark.is_left is is_left
+        )
+        for is_left in (False, True)
+    }
+    original = write_changed(path, source.content(migrated.text)) if write and pieces else None
+    return FileReport(
+        path,
+        diffs=tuple(_diff(*piece) for piece in pieces),
+        changes=lines[False],
+        left=lines[True],
+        notes=source.notes,
+        original=original,
+    )
+
+
+def _no_python(source: Script | Notebook, error: Any) -> InputError:
+    line = str(error.context or "").split("\n")[0].strip()
+    place = source.where(error.raw_line)
+    return InputError(
+        f"{place[0].upper()}{place[1:]} is no Python 3" + (f": `{line}`" if line else ""),
+        where=str(source.path),
+        expected="code that Python reads",
+        fix="mend the line; code for Python 2 is converted by: 2to3 -w FILE",
+    )
+
+
+def _diff(name: str, old: str, new: str) -> str:
+    """As `diff -u` shows it; the ends of lines are not shown, and stay as they are."""
+    before, after = (text.replace("\r\n", "\n").split("\n") for text in (old, new))
+    lines = difflib.unified_diff(before, after, name, f"{name} (migrated)", lineterm="")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def summary(reports: Sequence[FileReport], *, is_written: bool) -> str:
+    """What was changed and what is left, for a person."""
+    parts: list[str] = []
+    for report in reports:
+        if report.problem:
+            parts.append(f"{report.path}: not read. {report.problem}")
+            continue
+        if not (report.is_changed or report.left or report.notes):
+            continue
+        parts.append(
+            f"{report.path}: {_count(len(report.changes), 'change')}, {len(report.left)} left to you"
+        )
+        parts += [f"  {line.where}: {line.text}" for line in report.changes]
+        if report.left:
+            parts.append("  Left to you, with a comment `# phlora: ...` above each:")
+            parts += [f"  {line.where}: {line.text}" for line in report.left]
+        parts += [f"  {note}" for note in report.notes]
+        if report.original is not None:
+            parts.append(f"  written; the original is {report.original.name}")
+    changed = sum(report.is_changed for report in reports)
+    if not changed:
+        parts.append("Nothing to migrate.")
+    elif not is_written:
+        parts.append(f"{_count(changed, 'file')} to migrate. Nothing was written: --write does it.")
+    return "\n".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,289 @@
+"""Scripts and notebooks as files: how they are encoded, where their lines end, and how they are written again."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+import os
+import re
+import shutil
+import tokenize
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from phlora.errors import InputError, shown
+from phlora.files import replaced_file
+from phlora.migrate.cells import Cells, join
+
+SUFFIXES = (".py", ".ipynb")
+# Folders that hold what others wrote.
+_NOT_OURS = frozenset({"__pycache__", "node_modules", "site-packages", "build", "dist", "venv", "env"})
+
+
+class Source(Protocol):
+    """A file with Python in it.
+
+    Attributes:
+        path: where it is.
+        text: the Python in it, as one module.
+        notes: what is left unread, by cell.
+    """
+
+    path: Path
+    text: str
+    notes: tuple[str, ...]
+
+    def where(self, line: int) -> str:
+        """A line of the text, as the file's reader counts it."""
+
+    def pieces(self, text: str) -> list[tuple[str, str, str]]:
+        """What differs in a changed text: name, old and new text of each piece."""
+
+    def content(self, text: str) -> bytes:
+        """The file with a changed text in it."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """A Python file."""
+
+    path: Path
+    text: str
+    encoding: str
+    has_mark: bool
+    notes: tuple[str, ...] = ()
+
+    def where(self, line: int) -> str:
+        return f"line {line}"
+
+    def pieces(self, text: str) -> list[tuple[str, str, str]]:
+        return [(str(self.path), self.text, text)] if text != self.text else []
+
+    def content(self, text: str) -> bytes:
+        return (codecs.BOM_UTF8 if self.has_mark else b"") + text.encode(self.encoding)
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A Jupyter notebook; outputs, markdown and metadata stay as they are."""
+
+    path: Path
+    cells: Cells
+    raw: bytes
+    content_of: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return self.cells.text
+
+    def where(self, line: int) -> str:
+        cell, within = self.cells.place(line)
+        return f"cell {cell + 1}, line {within}"
+
+    def pieces(self, text: str) -> list[tuple[str, str, str]]:
+        old, new = self.cells.split(self.text), self.cells.split(text)
+        return [
+            (f"{self.path}, cell {number + 1}", f"{old[number]}\n", f"{new[number]}\n")
+            for number in old
+            if old[number] != new[number]
+        ]
+
+    def content(self, text: str) -> bytes:
+        old, new = self.cells.split(self.text), self.cells.split(text)
+        cells = [
+            _with_source(cell, new[number]) if number in new and new[number] != old[number] else cell
+            for number, cell in enumerate(self.content_of["cells"])
+        ]
+        return _as_json({**self.content_of, "cells": cells}, like=self.raw, same=self.content_of)
+
+
+def read_source(path: Path) -> Script | Notebook:
+    """Open a script or a notebook.
+
+    Raises:
+        InputError: it cannot be read, is not encoded as it says, or is no notebook of Python.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"The file cannot be read ({error.strerror})", where=str(path)) from None
+    return _notebook(path, raw) if path.suffix == ".ipynb" else _script(path, raw)
+
+
+def _script(path: Path, raw: bytes) -> Script:
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        text = raw.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError, LookupError) as error:
+        raise InputError(
+            f"The file is not encoded as Python reads it ({error})",
+            where=str(path),
+            fix="save it in UTF-8, or name its encoding in the first line: # -*- coding: latin-1 -*-",
+        ) from None
+    has_mark = encoding == "utf-8-sig"
+    return Script(path, text, "utf-8" if has_mark else encoding, has_mark)
+
+
+def _notebook(path: Path, raw: bytes) -> Notebook:
+    try:
+        content = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"The notebook is no valid JSON ({error})", where=str(path)) from None
+    cells = content.get("cells") if isinstance(content, dict) else None
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+        raise InputError(
+            "The file is no notebook of format 4",
+            where=str(path),
+            expected="a list of `cells`",
+            fix="an older notebook is converted by: jupyter nbconvert --to notebook --inplace FILE",
+        )
+    language = _language(content)
+    if language not in ("", "python", "ipython", "python3"):
+        raise InputError(f"The notebook is written in {shown(language)}", where=str(path), expected="Python")
+    sources = [
+        (number, _text_of(cell)) for number, cell in enumerate(cells) if cell.get("cell_type") == "code"
+    ]
+    joined = join(sources)
+    notes = tuple(
+        f"cell {number + 1} (%%{magic}) is not read"
+        + ("; migrate the file that it writes" if magic == "writefile" else "")
+        for number, magic in joined.skipped
+    )
+    return Notebook(path, joined, raw, content, notes)
+
+
+def _language(content: Mapping[str, Any]) -> str:
+    metadata = content.get("metadata")
+    if not isinstance(metadata, dict):
+        return ""
+    for key, name in (("language_info", "name"), ("kernelspec", "language")):
+        part = metadata.get(key)
+        if isinstance(part, dict) and isinstance(part.get(name), str):
+            return str(part[name]).lower()
+    return ""
+
+
+def _text_of(cell: Mapping[str, Any]) -> str:
+    source = cell.get("source", "")
+    return "".join(map(str, source)) if isinstance(source, list) else str(source)
+
+
+def _with_source(cell: Mapping[str, Any], text: str) -> dict[str, Any]:
+    is_list = isinstance(cell.get("source"), list)
+    return {**cell, "source": _lines(text) if is_list else text}
+
+
+def _lines(text: str) -> list[str]:
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _as_json(content: Mapping[str, Any], *, like: bytes, same: Mapping[str, Any]) -> bytes:
+    """A notebook as the program wrote it that wrote the original: indent, escapes and line ends."""
+    mark = codecs.BOM_UTF8 if like.startswith(codecs.BOM_UTF8) else b""
+    newline = "\r\n" if b"\r\n" in like else "\n"
+    end = "\n" if like.rstrip(b" \t").endswith(b"\n") else ""
+
+    def dumped(value: Mapping[str, Any], indent: int | str | None, is_ascii: bool) -> bytes:
+        text = json.dumps(value, indent=indent, ensure_ascii=is_ascii) + end
+        return mark + text.replace("\n", newline).encode("utf-8")
+
+    for indent in (1, 2, 4, "\t", None):
+        for is_ascii in (False, True):
+            with suppress(UnicodeEncodeError):
+                if dumped(same, indent, is_ascii) == like:
+                    return dumped(content, indent, is_ascii)
+    try:
+        return dumped(content, 1, False)
+    except UnicodeEncodeError:
+        return dumped(content, 1, True)
+
+
+# ------------------------------------------------------------------------------------------------ which, and where
+
+
+def files_of(paths: list[Path]) -> Iterator[Path]:
+    """The scripts and notebooks that are named, and those in folders that are named.
+
+    Hidden folders, environments and checkpoints of Jupyter are passed over, and links are not followed.
+
+    Raises:
+        InputError: no such file, or one of another kind.
+    """
+    seen: set[Path] = set()
+    for path in paths:
+        if path.is_dir():
+            found = [file for file in _in_folder(path)]
+        elif path.suffix in SUFFIXES and path.is_file():
+            found = [path]
+        elif not path.exists():
+            raise InputError("There is no such file or folder", where=str(path))
+        else:
+            raise InputError(
+                "The file is no script and no notebook",
+                where=str(path),
+                expected="a .py or .ipynb file, or a folder",
+            )
+        for file in found:
+            real = file.resolve()
+            if real not in seen:
+                seen.add(real)
+                yield file
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and name not in _NOT_OURS
+            and not (Path(root) / name / "pyvenv.cfg").exists()
+        )
+        for name in sorted(names):
+            file = Path(root) / name
+            if (
+                file.suffix in SUFFIXES
+                and not name.startswith(".")
+                and file.is_file()
+                and not file.is_symlink()
+            ):
+                yield file
+
+
+def write_changed(path: Path, content: bytes) -> Path:
+    """Put a file's new content in its place, whole or not at all; returns where its original is kept.
+
+    The original is beside it as NAME.orig, or NAME.orig.2 and so on: what stands there is never overwritten.
+    """
+    target = path.resolve()
+    kept = _keep(target)
+    with replaced_file(target) as part:
+        part.write_bytes(content)
+        shutil.copymode(target, part)
+    return kept
+
+
+def _keep(path: Path) -> Path:
+    before = path.read_bytes()
+    number = 1
+    while True:
+        kept = path.with_name(f"{path.name}.orig" + (f".{number}" if number > 1 else ""))
+        try:
+            with open(kept, "xb") as file:
+                file.write(before)
+        except FileExistsError:
+            if kept.is_file() and kept.read_bytes() == before:
+                return kept
+            number += 1
+            continue
+        except OSError:
+            with suppress(OSError):
+                kept.unlink()
+            raise
+        shutil.copystat(path, kept)
+        return kept

@@ -1,0 +1,333 @@
+"""Unsloth's own calls, as what transformers, PEFT and Phlora offer for them.
+
+Unsloth has defaults of its own; what a script leaves to them is written down. A call that has no counterpart stays with
+its import and a comment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import libcst as cst
+
+from phlora.migrate.code import NOT_LITERAL, dotted, expression
+from phlora.migrate.edits import Edits, line_of, statements_of
+from phlora.migrate.given import Arguments, arguments_of
+from phlora.migrate.imports import Imports
+from phlora.migrate.trainers import OUR_GET_PEFT_MODEL
+
+_MODELS = frozenset({"unsloth.FastLanguageModel", "unsloth.FastModel", "unsloth.FastLlamaModel"})
+# Passed on as they are; the second list to the tokenizer as well.
+_TO_MODEL = ("attn_implementation", "device_map")
+_TO_BOTH = ("revision", "token", "trust_remote_code")
+# How Unsloth computes, and nothing of what it computes.
+_IDLE_IN_LOADING = frozenset(
+    (
+        "use_gradient_checkpointing",
+        "fix_tokenizer",
+        "random_state",
+        "use_exact_model_name",
+        "disable_log_stats",
+    )
+    + ("gpu_memory_utilization", "max_lora_rank", "float8_kv_cache", "unsloth_vllm_standby")
+)
+_LORA_DEFAULTS = {
+    "r": "16",
+    "target_modules": '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]',
+    "lora_alpha": "16",
+}
+_TO_LORA = frozenset(
+    ("r", "target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "use_dora")
+    + (
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+        "loftq_config",
+        "task_type",
+        "ensure_weight_tying",
+    )
+)
+_IDLE_IN_LORA = frozenset(
+    {"use_gradient_checkpointing", "random_state", "max_seq_length", "temporary_location"}
+)
+_SAVES = frozenset({"save_pretrained_merged", "push_to_hub_merged"})
+_GGUF = frozenset({"save_pretrained_gguf", "push_to_hub_gguf"})
+NO_COUNTERPART = {
+    "train_on_responses_only": "answers alone train with rows of `messages` and SFTConfig(assistant_only_loss=True)",
+    "get_chat_template": "the tokenizer's own chat template is taken; set tokenizer.chat_template for another one",
+    "FastVisionModel": "Phlora trains text models",
+    "UnslothVisionDataCollator": "Phlora trains text models",
+    "PatchDPOTrainer": "Phlora trains on chats; stock trl.DPOTrainer needs no patch",
+    "PatchFastRL": "Phlora trains on chats; stock TRL's trainers need no patch",
+    "to_sharegpt": "write rows with `messages`",
+    "standardize_data_formats": "write rows with `messages`",
+    "apply_chat_template": "use tokenizer.apply_chat_template",
+    "unsloth_train": "trainer.train() counts tokens over accumulated batches already",
+}
+
+
+class Unsloth:
+    """The calls of Unsloth in a module.
+
+    Attributes:
+        lengths: the `max_seq_length` that models were loaded with, and where.
+    """
+
+    def __init__(self, edits: Edits, imports: Imports) -> None:
+        self.edits, self.imports, self.code = edits, imports, edits.code
+        self.is_used = any(
+            name.startswith("unsloth")
+            for node in self.code.all(cst.ImportFrom, cst.Import)
+            for name in _modules(node)
+        )
+
+    def update(self) -> None:
+        if not self.is_used:
+            return
+        for call in list(self.code.all(cst.Call)):
+            if isinstance(call.func, cst.Attribute):
+                method = call.func.attr.value
+                if self.imports.names(call.func.value) & _MODELS:
+                    self._model_call(call, method)
+                elif method in _SAVES:
+                    self._save(call, is_hub=method.startswith("push"))
+                elif method in _GGUF:
+                    self.edits.leave(
+                        call,
+                        "for GGUF save the merged model, and let llama.cpp's convert_hf_to_gguf.py convert it",
+                    )
+            elif self.imports.names(call.func) & {"unsloth.get_chat_template"}:
+                self._chat_template(call)
+        self._rest()
+
+    def _model_call(self, call: cst.Call, method: str) -> None:
+        if method == "from_pretrained":
+            self._load(call)
+        elif method == "get_peft_model":
+            self._adapter(call)
+        elif method in ("for_inference", "for_training") and len(call.args) == 1:
+            model = self.code.text(call.args[0].value)
+            new = f"{model}.eval()" if method == "for_inference" else f"{model}.train()"
+            self._exchange(call, new)
+        else:
+            self.edits.leave(call, f"{self.code.text(call.func)} has no counterpart here")
+
+    def _exchange(self, call: cst.Call, text: str, statement: cst.CSTNode | None = None) -> None:
+        self.imports.drop(call.func)
+        if statement is None:
+            self.edits.replace(call, expression(text))
+        self.edits.say(call, f"{self.code.text(call.func)} is {text.partition('(')[0]}")
+
+    # ------------------------------------------------------------------------------------------------ loading
+
+    def _load(self, call: cst.Call) -> None:
+        statement = self.code.parent(call)
+        targets = self._two_targets(statement)
+        arguments = arguments_of(self.code, call)
+        given = {name: self.code.text(entry.value) for name, entry in arguments.given.items()}
+        name = given.get("model_name") or (
+            self.code.text(call.args[0].value) if call.args and call.args[0].keyword is None else None
+        )
+        line = self.code.parent(statement) if statement is not None else None
+        alone = isinstance(line, cst.SimpleStatementLine) and len(line.body) == 1
+        if targets is None or name is None or not alone or not arguments.are_all_known:
+            self.edits.leave(
+                call,
+                "load with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained; "
+                "this call cannot be read here",
+            )
+            return
+        near = call.func
+        model_class = self.imports.need("transformers.AutoModelForCausalLM", near)
+        tokenizer_class = self.imports.need("transformers.AutoTokenizer", near)
+        both = [f"{key}={given[key]}" for key in _TO_BOTH if key in given]
+        to_model = [f"dtype={self._dtype(arguments)}", *self._bits(arguments, near)]
+        to_model += [f"{key}={given[key]}" for key in _TO_MODEL if key in given] + both
+        new = [
+            f"{targets[0]} = {model_class}.from_pretrained({', '.join([name, *to_model])})",
+            f"{targets[1]} = {tokenizer_class}.from_pretrained({', '.join([name, *both])})",
+        ]
+        self.imports.drop(call.func)
+        self._say_about(
+            call,
+            arguments,
+            {"model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", *_TO_BOTH, *_TO_MODEL},
+            _IDLE_IN_LOADING,
+        )
+        self.edits.say(call, f"{self.code.text(call.func)} is {model_class} and {tokenizer_class}")
+        self.edits.change(line, lambda old: _in_place(old, new))  # type: ignore[arg-type]
+
+    def _two_targets(self, statement: cst.CSTNode | None) -> tuple[str, str] | None:
+        if not isinstance(statement, cst.Assign) or len(statement.targets) != 1:
+            return None
+        target = statement.targets[0].target
+        if not isinstance(target, cst.Tuple | cst.List) or len(target.elements) != 2:
+            return None
+        if any(isinstance(element, cst.StarredElement) for element in target.elements):
+            return None
+        first, second = (self.code.text(element.value) for element in target.elements)
+        return first, second
+
+    def _dtype(self, arguments: Arguments) -> str:
+        entry = arguments.given.get("dtype")
+        if entry is None or isinstance(entry.value, cst.Name) and entry.value.value == "None":
+            return '"auto"'
+        text = self.code.text(entry.value)
+        if isinstance(entry.value, cst.Name) and self.code.literal(entry.value) in (None, NOT_LITERAL):
+            return f'{text} or "auto"'
+        return text
+
+    def _bits(self, arguments: Arguments, near: cst.CSTNode) -> list[str]:
+        """Unsloth loads in 4 bits where nothing is said."""
+        four, eight = (arguments.given.get(f"load_in_{bits}bit") for bits in (4, 8))
+        full = arguments.given.get("full_finetuning")
+        if eight is not None and self.code.literal(eight.value) is True:
+            name = self.imports.need("transformers.BitsAndBytesConfig", near)
+            return [f"quantization_config={name}(load_in_8bit=True)"]
+        asked = (
+            self.code.literal(four.value)
+            if four is not None
+            else not (full and self.code.literal(full.value) is True)
+        )
+        if asked in (False, None) and not (
+            four is not None and isinstance(four.value, cst.Name) and asked is NOT_LITERAL
+        ):
+            return []
+        name = self.imports.need("transformers.BitsAndBytesConfig", near)
+        made = f'{name}(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
+        if asked is True and not (four is not None and isinstance(four.value, cst.Name)):
+            return [f"quantization_config={made}"]
+        assert four is not None
+        return [f"quantization_config={made} if {self.code.text(four.value)} else None"]
+
+    def _say_about(self, call: cst.Call, arguments: Arguments, used: Any, idle: frozenset[str]) -> None:
+        for name, entry in arguments.given.items():
+            value = self.code.literal(entry.value)
+            if name in used or value in (None, False, {}, "no"):
+                continue
+            if name in idle:
+                self.edits.say(
+                    entry.value, f"{name} is left out: how Unsloth computes, and nothing that is trained"
+                )
+            else:
+                self.edits.leave(
+                    call, f"{name}={self.code.text(entry.value)} of Unsloth has no counterpart here"
+                )
+
+    # ----------------------------------------------------------------------------------------------- adapters
+
+    def _adapter(self, call: cst.Call) -> None:
+        arguments = arguments_of(self.code, call)
+        positional = [argument for argument in call.args if argument.keyword is None and not argument.star]
+        model = arguments.given.get("model")
+        value = model.value if model is not None else positional[0].value if positional else None
+        if value is None or len(positional) > 1 or not arguments.are_all_known:
+            self.edits.leave(call, "make the adapter with phlora.get_peft_model(model, LoraConfig(...))")
+            return
+        given = {
+            name: self.code.text(entry.value)
+            for name, entry in arguments.given.items()
+            if name in _TO_LORA
+            and not (name == "loftq_config" and self.code.literal(entry.value) in (None, {}))
+        }
+        left_to_defaults = {name: text for name, text in _LORA_DEFAULTS.items() if name not in given}
+        settings = {**given, **left_to_defaults, "task_type": given.get("task_type", '"CAUSAL_LM"')}
+        make = self.imports.need(OUR_GET_PEFT_MODEL, call.func)
+        config = self.imports.need("peft.LoraConfig", call.func)
+        self.imports.drop(call.func)
+        self._say_about(call, arguments, {"model", *_TO_LORA}, _IDLE_IN_LORA)
+        self.edits.say(call, f"{self.code.text(call.func)} is {OUR_GET_PEFT_MODEL} with a {config}")
+        if "random_state" in arguments.given:
+            seed = self.code.text(arguments.given["random_state"].value)
+            self.edits.say(
+                call, f"transformers.set_seed({seed}) before it starts the adapter the same each time"
+            )
+        values = ",\n".join(f"        {name}={text}" for name, text in settings.items())
+        text = f"{make}(\n    {self.code.text(value)},\n    {config}(\n{values},\n    ),\n)"
+        self.edits.replace(call, expression(_with_indent(text, "")))
+
+    # ------------------------------------------------------------------------------------------------- saving
+
+    def _save(self, call: cst.Call, *, is_hub: bool) -> None:
+        """The model with its adapter folded in, and the tokenizer, as stock transformers saves them."""
+        arguments = arguments_of(self.code, call)
+        positional = [self.code.text(argument.value) for argument in call.args if argument.keyword is None]
+        method = arguments.given.get("save_method")
+        way = self.code.literal(method.value) if method is not None else "merged_16bit"
+        outer = self.code.parent(call)
+        line = self.code.parent(outer) if isinstance(outer, cst.Expr) else None
+        is_alone = isinstance(line, cst.SimpleStatementLine) and len(line.body) == 1
+        if way not in ("merged_16bit", "lora") or not positional or not is_alone:
+            self.edits.leave(
+                call, "save with model.merge_and_unload().save_pretrained(...), or save the adapter alone"
+            )
+            return
+        assert isinstance(call.func, cst.Attribute)
+        model = self.code.text(call.func.value)
+        tokenizer = positional[1] if len(positional) > 1 else None
+        if "tokenizer" in arguments.given:
+            tokenizer = self.code.text(arguments.given["tokenizer"].value)
+        verb = "push_to_hub" if is_hub else "save_pretrained"
+        rest = (
+            [f"token={self.code.text(arguments.given['token'].value)}"] if "token" in arguments.given else []
+        )
+        to = ", ".join([positional[0], *rest])
+        whole = f"{model}.merge_and_unload()" if way == "merged_16bit" else model
+        new = [f"{whole}.{verb}({to})"] + ([f"{tokenizer}.{verb}({to})"] if tokenizer else [])
+        self.edits.change(line, lambda old: _in_place(old, new))  # type: ignore[arg-type]
+        self.edits.say(call, f"{call.func.attr.value} is {whole}.{verb}")
+
+    # ------------------------------------------------------------------------------------------------ the rest
+
+    def _chat_template(self, call: cst.Call) -> None:
+        """A template that is the tokenizer's own needs no setting."""
+        arguments = arguments_of(self.code, call)
+        tokenizer = arguments.given.get("tokenizer")
+        first = tokenizer.value if tokenizer is not None else call.args[0].value if call.args else None
+        asked = arguments.given.get("chat_template")
+        name = self.code.literal(asked.value) if asked is not None else None
+        mapping = arguments.given.get("mapping")
+        is_plain = mapping is None or self.code.literal(mapping.value) in (
+            {},
+            {"role": "role", "content": "content", "user": "user", "assistant": "assistant"},
+        )
+        models = [
+            self.code.literal(part)
+            for part in self.code.all(cst.SimpleString)
+            if "phi-3" in part.value.lower() and "/" in part.value
+        ]
+        if first is None or name not in ("phi-3", "phi-3.5") or not models or not is_plain:
+            return
+        self.imports.drop(call.func)
+        self.edits.replace(call, first.deep_clone())
+        self.edits.say(call, f"get_chat_template is left out: {name} is the tokenizer's own template")
+
+    def _rest(self) -> None:
+        """Names that stay Unsloth's, each with what to do instead."""
+        for node in self.code.all(cst.Name):
+            for full in self.imports.names(node):
+                package, _, name = full.partition(".")
+                if package != "unsloth" or name not in NO_COUNTERPART or self.imports.is_gone(node):
+                    continue
+                if isinstance(self.code.parent(node), cst.ImportAlias | cst.AsName):
+                    continue
+                self.edits.leave(node, f"{name} stays Unsloth's: {NO_COUNTERPART[name]}")
+
+
+def _modules(node: Any) -> list[str]:
+    if isinstance(node, cst.ImportFrom):
+        return [dotted(node.module)]
+    return [dotted(alias.name) for alias in node.names]
+
+
+def _in_place(old: Any, new: list[str]) -> Any:
+    """Statements in the place of one; its comments stay with the first and the last."""
+    lines = [line_of(text) for text in new]
+    first, last = statements_of(old)[0], statements_of(old)[-1]
+    lines[0] = lines[0].with_changes(leading_lines=first.leading_lines)
+    lines[-1] = lines[-1].with_changes(trailing_whitespace=last.trailing_whitespace)
+    return cst.FlattenSentinel(lines)
+
+
+def _with_indent(text: str, indent: str) -> str:
+    return text.replace("\n", f"\n{indent}")
