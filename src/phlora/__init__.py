@@ -39,12 +39,14 @@ _DEFINED_IN = {
     "check": "phlora.data.checks",
     "preview": "phlora.data.checks",
     "load_rows": "phlora.data.dataset",
+    "standardize_sharegpt": "phlora.data.sharegpt",
     "tokenize_rows": "phlora.data.tokenize",
     "Collator": "phlora.data.collate",
     "PackedCollator": "phlora.data.collate",
     "SharedPrefixCollator": "phlora.data.collate",
     "longrope_limit": "phlora.models.families",
     "score_loss": "phlora.evaluate.compare",
+    "load_metric": "phlora.evaluate.named",
     "Report": "phlora.evaluate.report",
     # configuration
     "load_config": "phlora.config",
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from phlora.data.collate import PackedCollator as PackedCollator
     from phlora.data.collate import SharedPrefixCollator as SharedPrefixCollator
     from phlora.data.dataset import load_rows as load_rows
+    from phlora.data.sharegpt import standardize_sharegpt as standardize_sharegpt
     from phlora.data.tokenize import tokenize_rows as tokenize_rows
     from phlora.dropin.config import SFTConfig as SFTConfig
     from phlora.dropin.config import TrainingArguments as TrainingArguments
@@ -106,6 +109,7 @@ if TYPE_CHECKING:
     from phlora.errors import RunError as RunError
     from phlora.evaluate.compare import score_loss as score_loss
     from phlora.evaluate.in_memory import evaluate_model as evaluate_model
+    from phlora.evaluate.named import load_metric as load_metric
     from phlora.evaluate.report import Report as Report
     from phlora.evaluate.run import evaluate_run as evaluate_run
     from phlora.export.convert import convert as convert

@@ -21,7 +21,7 @@ FLOORS = [
     {"runs"},
     {"forecast"},
     {"evaluate", "export"},
-    {"train", "serve"},
+    {"train", "serve", "migrate"},
     {"dropin"},
     {"cli"},
     {"testing"},

@@ -178,7 +178,7 @@ class Code:
         scope = self.scope(node)
         if scope is None:
             return []
-        return [entry.node for entry in scope[node.value] if isinstance(entry, Assignment)]
+        return self.in_order(entry.node for entry in scope[node.value] if isinstance(entry, Assignment))
 
     def value_of(self, node: cst.BaseExpression) -> cst.BaseExpression | None:
         """The expression behind a variable that is assigned once in its scope; None where that is not so."""

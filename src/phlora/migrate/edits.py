@@ -45,6 +45,9 @@ class Edits:
         self._entries: dict[cst.CSTNode, EntryChanges] = defaultdict(EntryChanges)
         self._changes: dict[cst.CSTNode, list[Change]] = defaultdict(list)
         self._comments: dict[cst.CSTNode, list[str]] = defaultdict(list)
+        # What stands above the first statement is the module's.
+        lines = [line.comment.value for line in code.module.header if line.comment is not None]
+        self._header = {line.removeprefix(MARK) for line in lines}
 
     def of(self, node: Entries) -> EntryChanges:
         return self._entries[node]
@@ -87,7 +90,7 @@ class Edits:
         for change in self._changes.get(original, ()):
             updated = change(updated)
         if comments:
-            updated = _with_comments(updated, comments)
+            updated = _with_comments(updated, [text for text in comments if text not in self._header])
         return updated
 
 

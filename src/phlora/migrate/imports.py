@@ -146,13 +146,17 @@ class Imports:
         line = self._lines.setdefault(statement, _Line())
         package = full.partition(".")[0]
         if package in self._packages:
-            line.moved[index] = self._packages[package] + full[len(package) :]
-            self._edits.say(statement, f"{full} is {line.moved[index]}")
+            new = self._packages[package]
+            binds_package = isinstance(statement, cst.Import) and _alias(statement, index).asname is None
+            line.moved[index] = new if binds_package else new + full[len(package) :]
+            if isinstance(statement, cst.Import):
+                line.aliased[index] = package
+            self._edits.say(statement, f"{full} is {new + full[len(package) :]}")
             return
         uses = self._uses_of(statement, local)
         if not isinstance(statement, cst.ImportFrom):
-            # A whole package: its attributes are rewritten one by one.
-            if uses and all(self._is_covered(use) for use in uses):
+            # A whole package: its attributes are rewritten one by one. Unsloth is imported for what it patches, too.
+            if (uses or package == "unsloth") and all(self._is_covered(use) for use in uses):
                 line.moved[index] = None
             return
         new = self._new_name(full)
@@ -164,7 +168,7 @@ class Imports:
                 return
             self._rename(uses, local, new, has_alias=_alias(statement, index).asname is not None)
             return
-        if uses and all(self._is_covered(use) for use in uses):
+        if (uses or package == "unsloth") and all(self._is_covered(use) for use in uses):
             line.moved[index] = None
         for use in uses:
             if use in self._retargeted:
@@ -208,15 +212,23 @@ class Imports:
                 self._edits.change(node, _from_module(new))
                 self._edits.say(node, f"{module} is {new}")
                 continue
-            for use, new in self._retargeted.items():
-                if isinstance(use, cst.Name) and module in {
-                    n.rpartition(".")[0] for n in self._code.origins(use)
-                }:
-                    name = new.rpartition(".")[2]
-                    self._add(node, new, name, use=use)
-                    self._edits.say(node, f"{name} is {new}")
-                    if name != use.value:
-                        self._edits.replace(use, cst.Name(name))
+        stars = [node for node in self._code.all(cst.ImportFrom) if isinstance(node.names, cst.ImportStar)]
+        for use, new in self._retargeted.items():
+            if not stars or not isinstance(use, cst.Name) or self._is_imported(use):
+                continue
+            # Behind the last of them, which may bring the same name.
+            name = new.rpartition(".")[2]
+            entry = (new.rpartition(".")[0], name, name)
+            added = self._lines.setdefault(stars[-1], _Line()).added
+            if entry not in added:
+                added.append(entry)
+            self._edits.say(stars[-1], f"{name} is {new}")
+            if name != use.value:
+                self._edits.replace(use, cst.Name(name))
+
+    def _is_imported(self, use: cst.Name) -> bool:
+        scope = self._code.scope(use)
+        return scope is not None and any(isinstance(entry, ImportAssignment) for entry in scope[use.value])
 
     def _plan_unimported(self) -> None:
         """Names that the module uses and imports nowhere."""
@@ -379,7 +391,9 @@ def _below(lines: Sequence[cst.EmptyLine], updated: Any) -> Any:
 def _above(new: Sequence[cst.BaseStatement], updated: Any) -> Any:
     """Statements above another one, and below what is written above it, if that is for the whole module."""
     first, *rest = list(updated) if isinstance(updated, cst.FlattenSentinel) else [updated]
-    is_import = isinstance(first, cst.SimpleStatementLine) and isinstance(first.body[0], cst.Import | cst.ImportFrom)
+    is_import = isinstance(first, cst.SimpleStatementLine) and isinstance(
+        first.body[0], cst.Import | cst.ImportFrom
+    )
     lines = list(getattr(first, "leading_lines", ()))
     if not is_import and (not lines or lines[0].comment is not None):
         first = _below([cst.EmptyLine(indent=False)], first)
@@ -422,7 +436,8 @@ def _rewritten(statement: Any, line: _Line) -> list[Any]:
             as_part = cst.AsName(cst.Name(line.aliased[index])) if index in line.aliased else alias.asname
             groups.setdefault(module, []).append(alias.with_changes(name=cst.Name(name), asname=as_part))
         else:
-            groups.setdefault("", []).append(_import_alias(new, _as_of(alias, new)))
+            local = dotted(alias.asname.name) if alias.asname is not None else line.aliased.get(index)
+            groups.setdefault("", []).append(_import_alias(new, local))
     for module, name, local in line.added:
         as_name = None if local == name else local
         groups.setdefault(module, []).append(_import_alias(name, as_name))
@@ -443,14 +458,6 @@ def _rewritten(statement: Any, line: _Line) -> list[Any]:
         for module, entries in groups.items()
     ]
     return result
-
-
-def _as_of(alias: cst.ImportAlias, new: str) -> str | None:
-    """What a whole package is called here, where it was `alias`."""
-    if alias.asname is not None:
-        return dotted(alias.asname.name)
-    old = dotted(alias.name)
-    return old if "." not in old and new != old else None
 
 
 def _laid_out(old: Sequence[cst.ImportAlias], new: list[cst.ImportAlias]) -> list[cst.ImportAlias]:

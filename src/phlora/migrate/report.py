@@ -14,7 +14,9 @@ from phlora.extras import require
 from phlora.migrate.sources import Notebook, Script, files_of, read_source, write_changed
 
 # A file that mentions none of these has nothing to migrate.
-_MENTIONED = re.compile(rb"\b(trl|peft|transformers|loralib|unsloth|datasets|phlora|SFTTrainer|TrainingArguments)\b")
+_MENTIONED = re.compile(
+    rb"\b(trl|peft|transformers|loralib|unsloth|datasets|phlora|SFTTrainer|TrainingArguments)\b"
+)
 
 
 @dataclass(frozen=True)

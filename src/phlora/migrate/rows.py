@@ -88,7 +88,10 @@ def _datasets(code: Code, call: cst.Call, arguments: Arguments) -> list[Given]:
 def _has_no_others(code: Code, value: cst.BaseExpression) -> bool:
     """Whether a data set was made with the columns that it needs."""
     made = code.resolved(value)
-    while isinstance(made, cst.Subscript | cst.Call | cst.Attribute):
+    seen: set[cst.CSTNode] = set()
+    # `rows = rows.map(...)` is made of itself.
+    while isinstance(made, cst.Subscript | cst.Call | cst.Attribute) and made not in seen:
+        seen.add(made)
         if isinstance(made, cst.Call) and isinstance(made.func, cst.Attribute):
             if made.func.attr.value in ("select_columns", "from_dict", "from_list"):
                 return True

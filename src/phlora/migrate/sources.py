@@ -55,6 +55,7 @@ class Script:
     text: str
     encoding: str
     has_mark: bool
+    is_mac: bool = False
     notes: tuple[str, ...] = ()
 
     def where(self, line: int) -> str:
@@ -64,6 +65,7 @@ class Script:
         return [(str(self.path), self.text, text)] if text != self.text else []
 
     def content(self, text: str) -> bytes:
+        text = text.replace("\n", "\r") if self.is_mac else text
         return (codecs.BOM_UTF8 if self.has_mark else b"") + text.encode(self.encoding)
 
 
@@ -117,7 +119,7 @@ def read_source(path: Path) -> Script | Notebook:
 
 def _script(path: Path, raw: bytes) -> Script:
     try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw.replace(b"\r", b"\n")).readline)
         text = raw.decode(encoding)
     except (SyntaxError, UnicodeDecodeError, LookupError) as error:
         raise InputError(
@@ -126,7 +128,10 @@ def _script(path: Path, raw: bytes) -> Script:
             fix="save it in UTF-8, or name its encoding in the first line: # -*- coding: latin-1 -*-",
         ) from None
     has_mark = encoding == "utf-8-sig"
-    return Script(path, text, "utf-8" if has_mark else encoding, has_mark)
+    # Lines that end as on an old Mac are lines for Python, and one long comment for others.
+    is_mac = "\r" in text and "\n" not in text
+    text = text.replace("\r", "\n") if is_mac else text
+    return Script(path, text, "utf-8" if has_mark else encoding, has_mark, is_mac)
 
 
 def _notebook(path: Path, raw: bytes) -> Notebook:

@@ -128,9 +128,7 @@ class Unsloth:
         name = given.get("model_name") or (
             self.code.text(call.args[0].value) if call.args and call.args[0].keyword is None else None
         )
-        line = self.code.parent(statement) if statement is not None else None
-        alone = isinstance(line, cst.SimpleStatementLine) and len(line.body) == 1
-        if targets is None or name is None or not alone or not arguments.are_all_known:
+        if statement is None or targets is None or name is None or not arguments.are_all_known:
             self.edits.leave(
                 call,
                 "load with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained; "
@@ -155,7 +153,7 @@ class Unsloth:
             _IDLE_IN_LOADING,
         )
         self.edits.say(call, f"{self.code.text(call.func)} is {model_class} and {tokenizer_class}")
-        self.edits.change(line, lambda old: _in_place(old, new))  # type: ignore[arg-type]
+        _exchange_statement(self.edits, statement, new)
 
     def _two_targets(self, statement: cst.CSTNode | None) -> tuple[str, str] | None:
         if not isinstance(statement, cst.Assign) or len(statement.targets) != 1:
@@ -255,9 +253,7 @@ class Unsloth:
         method = arguments.given.get("save_method")
         way = self.code.literal(method.value) if method is not None else "merged_16bit"
         outer = self.code.parent(call)
-        line = self.code.parent(outer) if isinstance(outer, cst.Expr) else None
-        is_alone = isinstance(line, cst.SimpleStatementLine) and len(line.body) == 1
-        if way not in ("merged_16bit", "lora") or not positional or not is_alone:
+        if way not in ("merged_16bit", "lora") or not positional or not isinstance(outer, cst.Expr):
             self.edits.leave(
                 call, "save with model.merge_and_unload().save_pretrained(...), or save the adapter alone"
             )
@@ -274,7 +270,7 @@ class Unsloth:
         to = ", ".join([positional[0], *rest])
         whole = f"{model}.merge_and_unload()" if way == "merged_16bit" else model
         new = [f"{whole}.{verb}({to})"] + ([f"{tokenizer}.{verb}({to})"] if tokenizer else [])
-        self.edits.change(line, lambda old: _in_place(old, new))  # type: ignore[arg-type]
+        _exchange_statement(self.edits, outer, new)
         self.edits.say(call, f"{call.func.attr.value} is {whole}.{verb}")
 
     # ------------------------------------------------------------------------------------------------ the rest
@@ -320,8 +316,18 @@ def _modules(node: Any) -> list[str]:
     return [dotted(alias.name) for alias in node.names]
 
 
+def _exchange_statement(edits: Edits, statement: cst.CSTNode, new: list[str]) -> None:
+    """Statements in the place of one: on lines of their own where it has one, else on its line."""
+    line = edits.code.parent(statement)
+    if isinstance(line, cst.SimpleStatementLine) and len(line.body) == 1:
+        edits.change(line, lambda old: _in_place(old, new))
+    else:
+        small = [line_of(text).body[0] for text in new]
+        edits.replace(statement, cst.FlattenSentinel(small))  # type: ignore[arg-type]
+
+
 def _in_place(old: Any, new: list[str]) -> Any:
-    """Statements in the place of one; its comments stay with the first and the last."""
+    """Lines in the place of one; its comments stay with the first and the last."""
     lines = [line_of(text) for text in new]
     first, last = statements_of(old)[0], statements_of(old)[-1]
     lines[0] = lines[0].with_changes(leading_lines=first.leading_lines)

@@ -1,0 +1,434 @@
+"""Scripts rewritten: what changes, what stays to the letter, and what is left with a comment."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import transformers
+import trl
+
+from phlora.migrate.migration import migrate_text
+from phlora.migrate.sources import read_source
+from phlora.migrate.trainers import KEPT_DEFAULTS
+from phlora.names import ARGUMENTS, FROM_PRETRAINED, IMPORTS, SETTINGS, TRAINER
+
+SHAPES = sorted(
+    path for path in (Path(__file__).parents[2] / "shapes").glob("*/*") if path.suffix in (".py", ".ipynb")
+)
+
+
+def migrated(text: str) -> str:
+    return migrate_text(text).text
+
+
+def left(text: str) -> list[str]:
+    return [remark.text for remark in migrate_text(text).remarks if remark.is_left]
+
+
+# ------------------------------------------------------------------------------------------------------ imports
+
+IMPORT_CASES = {
+    "trainer": ("from trl import SFTTrainer\n", "from phlora import SFTTrainer\n"),
+    "inner module": ("from trl.trainer.sft_trainer import SFTTrainer\n", "from phlora import SFTTrainer\n"),
+    "alias": ("from trl import SFTTrainer as T\nT()\n", "from phlora import SFTTrainer as T\nT()\n"),
+    "both stay in one line": (
+        "from trl import SFTConfig, SFTTrainer  # both\n",
+        "from phlora import SFTConfig, SFTTrainer  # both\n",
+    ),
+    "others stay": (
+        "from trl import DPOTrainer, SFTTrainer\n",
+        "from trl import DPOTrainer\nfrom phlora import SFTTrainer\n",
+    ),
+    "layout": (
+        "from trl import (\n    SFTConfig,  # settings\n    SFTTrainer,\n)\n",
+        "from phlora import (\n    SFTConfig,  # settings\n    SFTTrainer,\n)\n",
+    ),
+    "layout of the others": (
+        "from peft import (\n    LoraConfig,\n    get_peft_model,\n)\nget_peft_model(m, LoraConfig())\n",
+        "from peft import (\n    LoraConfig,\n)\nfrom phlora import get_peft_model\nget_peft_model(m, LoraConfig())\n",
+    ),
+    "whole package": ("import trl\nt = trl.SFTTrainer()\n", "import phlora\nt = phlora.SFTTrainer()\n"),
+    "whole package with other uses": (
+        "import trl as t\nt.SFTTrainer()\nt.DPOTrainer()\n",
+        "import trl as t\nimport phlora\nphlora.SFTTrainer()\nt.DPOTrainer()\n",
+    ),
+    "star": (
+        "from trl import *\nSFTTrainer()\n",
+        "from trl import *\nfrom phlora import SFTTrainer\nSFTTrainer()\n",
+    ),
+    "two on a line": (
+        "import os; from trl import SFTTrainer\n",
+        "import os; from phlora import SFTTrainer\n",
+    ),
+    "in a function": (
+        "def f():\n    from trl import SFTTrainer\n    return SFTTrainer\n",
+        "def f():\n    from phlora import SFTTrainer\n    return SFTTrainer\n",
+    ),
+    "conditional": (
+        "try:\n    from trl import SFTTrainer\nexcept ImportError:\n    SFTTrainer = None\n",
+        "try:\n    from phlora import SFTTrainer\nexcept ImportError:\n    SFTTrainer = None\n",
+    ),
+    "loralib": ("import loralib as lora\n", "import phlora.lora as lora\n"),
+    "loralib's own name": (
+        "import loralib\nloralib.Linear(2, 2)\n",
+        "import phlora.lora as loralib\nloralib.Linear(2, 2)\n",
+    ),
+    "loralib's modules": (
+        "import loralib.layers\nfrom loralib.utils import lora_state_dict\nloralib.layers.Linear(2, 2)\n",
+        "import phlora.lora as loralib\nfrom phlora.lora.utils import lora_state_dict\n"
+        "loralib.layers.Linear(2, 2)\n",
+    ),
+    "loralib star": ("from loralib import *\n", "from phlora.lora import *\n"),
+    "renamed function": (
+        "from peft import prepare_model_for_int8_training\nm = prepare_model_for_int8_training(m)\n",
+        "from peft import prepare_model_for_kbit_training\nm = prepare_model_for_kbit_training(m)\n",
+    ),
+    "unimported": (
+        '"""Its doc."""\ntrainer = SFTTrainer("m")\n',
+        '"""Its doc."""\nfrom phlora import SFTTrainer\n\ntrainer = SFTTrainer("m")\n',
+    ),
+    "a class of the same name": ("class SFTTrainer:\n    pass\n\nSFTTrainer()\n",) * 2,
+    "relative": ("from .trl import SFTTrainer\n",) * 2,
+    "another library": ("import numpy as trl\ntrl.SFTTrainer()\n",) * 2,
+    "text": ("x = 'from trl import SFTTrainer'\n",) * 2,
+}
+
+
+@pytest.mark.parametrize("name", IMPORT_CASES)
+def test_imports(name: str) -> None:
+    before, after = IMPORT_CASES[name]
+    assert migrated(before) == after
+
+
+def test_a_name_that_is_taken_gets_another() -> None:
+    text = "from trl import SFTTrainer\nfrom transformers import TrainingArguments\nSFTConfig = 1\n"
+    text += 'SFTTrainer("m", TrainingArguments("o"), packing=True)\n'
+    new = migrated(text)
+    assert "import SFTConfig as phlora_SFTConfig" in new or "SFTConfig as phlora_SFTConfig" in new
+    assert 'phlora_SFTConfig("o"' in new and "SFTConfig = 1" in new
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+TRL = "from transformers import TrainingArguments\nfrom trl import SFTConfig, SFTTrainer\n"
+OURS = "from transformers import TrainingArguments\nfrom phlora import SFTConfig, SFTTrainer\n"
+
+ARGUMENT_CASES = {
+    "moved": (
+        'a = SFTConfig("o")\nt = SFTTrainer(m, a, packing=True)\n',
+        'a = SFTConfig("o", packing=True)\nt = SFTTrainer(m, a)\n',
+    ),
+    "inline": (
+        't = SFTTrainer(m, args=SFTConfig("o"), max_seq_length=9, tokenizer=k)\n',
+        't = SFTTrainer(m, args=SFTConfig("o", max_length=9), processing_class=k)\n',
+    ),
+    "comments go along": (
+        'a = SFTConfig(\n    "o",  # where\n)\nt = SFTTrainer(\n    m,\n    args=a,\n'
+        "    # how long\n    max_seq_length=9,  # tokens\n    callbacks=[],  # none\n)\n",
+        'a = SFTConfig(\n    "o",  # where\n    max_length=9,  # tokens\n)\nt = SFTTrainer(\n    m,\n    args=a,\n'
+        "    # how long\n    callbacks=[],  # none\n)\n",
+    ),
+    "no trailing comma": (
+        'a = SFTConfig(\n    output_dir="o",\n    seed=1\n)\nt = SFTTrainer(m, a, packing=True)\n',
+        'a = SFTConfig(\n    output_dir="o",\n    seed=1,\n    packing=True\n)\nt = SFTTrainer(m, a)\n',
+    ),
+    "hanging": (
+        'a = SFTConfig(output_dir="o",\n              seed=1)\nt = SFTTrainer(m, a, packing=True)\n',
+        'a = SFTConfig(output_dir="o",\n              seed=1,\n              packing=True)\nt = SFTTrainer(m, a)\n',
+    ),
+    "spaces around the equal sign": (
+        "a = SFTConfig(evaluation_strategy = 'no', no_cuda = True)\n",
+        "a = SFTConfig(eval_strategy = 'no', use_cpu = True)\n",
+    ),
+    "removed": (
+        'a = SFTConfig(\n    overwrite_output_dir=True,\n    output_dir="o",\n    save_safetensors=True,\n)\n',
+        'a = SFTConfig(\n    output_dir="o",\n)\n',
+    ),
+    "all removed": ("a = SFTConfig(save_safetensors=True)\n", "a = SFTConfig()\n"),
+    "weaker": (
+        "a = SFTConfig(warmup_ratio=0.1, warmup_steps=5)\nb = SFTConfig(warmup_ratio=0.1, warmup_steps=0)\n",
+        "a = SFTConfig(warmup_steps=5)\nb = SFTConfig(warmup_steps=0.1)\n",
+    ),
+    "values": (
+        "a = SFTConfig(group_by_length=True, adafactor=False)\n",
+        'a = SFTConfig(train_sampling_strategy="group_by_length")\n',
+    ),
+    "dictionary": (
+        "c = {\n    'evaluation_strategy': 'no',\n    'seed': 1,  # one\n}\nc['warmup_ratio'] = 0.1\n"
+        "c.update(no_cuda=True)\na = SFTConfig(**c)\nt = SFTTrainer(m, a, packing=True)\n",
+        "c = {\n    'eval_strategy': 'no',\n    'seed': 1,  # one\n}\nc['warmup_steps'] = 0.1\n"
+        "c.update(use_cpu=True)\na = SFTConfig(**c, packing=True)\nt = SFTTrainer(m, a)\n",
+    ),
+    "attributes": (
+        "a = SFTConfig()\na.evaluation_strategy = 'no'\nprint(f'{a.max_seq_length}')\n",
+        "a = SFTConfig()\na.eval_strategy = 'no'\nprint(f'{a.max_length}')\n",
+    ),
+    "said twice": (
+        'a = SFTConfig("o", max_length=9)\nt = SFTTrainer(m, a, max_seq_length=9)\n',
+        'a = SFTConfig("o", max_length=9)\nt = SFTTrainer(m, a)\n',
+    ),
+    "a subclass": (
+        "class Mine(SFTTrainer):\n    pass\n\nt = Mine(m, tokenizer=k)\n",
+        "class Mine(SFTTrainer):\n    pass\n\nt = Mine(m, processing_class=k)\n",
+    ),
+    "a variable that is known before": (
+        'n = 9\na = SFTConfig("o")\nt = SFTTrainer(m, a, max_seq_length=n)\n',
+        'n = 9\na = SFTConfig("o", max_length=n)\nt = SFTTrainer(m, a)\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENT_CASES)
+def test_arguments(name: str) -> None:
+    before, after = ARGUMENT_CASES[name]
+    assert migrated(TRL + before) == OURS + after
+    assert not left(TRL + before)
+
+
+def test_what_training_arguments_did_by_default_is_said() -> None:
+    text = "from transformers import TrainingArguments\nfrom trl import SFTTrainer\n"
+    new = migrated(text + 'SFTTrainer(m, TrainingArguments("o"), dataset_text_field="text")\n')
+    assert 'SFTConfig("o", learning_rate=5e-05, bf16=False, dataset_text_field="text")' in new
+    assert "TrainingArguments" not in new
+    # Nothing more is asked for than TrainingArguments has: it stays, in the kind that fits itself to the machine.
+    assert "phlora import SFTTrainer, TrainingArguments" in migrated(
+        text + 'SFTTrainer(m, TrainingArguments("o", bf16=True))\n'
+    ).replace(
+        "import TrainingArguments\nfrom phlora import SFTTrainer", "import SFTTrainer, TrainingArguments"
+    )
+
+
+def test_the_defaults_are_those_of_the_libraries() -> None:
+    def default(kind: type, name: str) -> object:
+        return next(field.default for field in dataclasses.fields(kind) if field.name == name)
+
+    for name, value in KEPT_DEFAULTS.items():
+        assert default(transformers.TrainingArguments, name) == value
+        assert default(trl.SFTConfig, name) != value
+    # All others that differ change how it is computed and shown, and nothing that is trained.
+    differing = {
+        field.name
+        for field in dataclasses.fields(transformers.TrainingArguments)
+        if field.default != default(trl.SFTConfig, field.name)
+    }
+    assert differing - KEPT_DEFAULTS.keys() <= {
+        "logging_steps",
+        "gradient_checkpointing",
+        "activation_checkpointing",
+        "average_tokens_across_devices",
+        "dataloader_pin_memory",
+    }
+
+
+@pytest.mark.parametrize("name", ARGUMENTS[SETTINGS])
+def test_every_old_setting_is_dealt_with(name: str) -> None:
+    text = f"from trl import SFTConfig\na = SFTConfig({name}=value())\n"
+    done = migrate_text(text)
+    assert f"({name}=" not in done.text or [remark for remark in done.remarks if remark.is_left], done.text
+
+
+@pytest.mark.parametrize("name", ARGUMENTS[TRAINER])
+def test_every_old_argument_of_the_trainer_is_dealt_with(name: str) -> None:
+    done = migrate_text(f"from trl import SFTTrainer\nt = SFTTrainer(m, {name}=value)\n")
+    assert f"m, {name}=" not in done.text or [remark for remark in done.remarks if remark.is_left]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS[FROM_PRETRAINED])
+def test_every_old_argument_of_loading_is_dealt_with(name: str) -> None:
+    text = f"from transformers import AutoModel\nm = AutoModel.from_pretrained(n, {name}=True)\n"
+    assert f"n, {name}=" not in migrated(text)
+
+
+@pytest.mark.parametrize("path", IMPORTS)
+def test_every_old_import_is_dealt_with(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    text = f"from {module} import {name}\n{name}()\n"
+    assert migrated(text) != text
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def test_quantisation_is_a_configuration() -> None:
+    text = "from transformers import AutoModelForCausalLM\n"
+    text += "m = AutoModelForCausalLM.from_pretrained(n, load_in_4bit=True, torch_dtype='auto')\n"
+    assert migrated(text) == (
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n"
+        "m = AutoModelForCausalLM.from_pretrained(n, quantization_config=BitsAndBytesConfig(load_in_4bit=True), "
+        "dtype='auto')\n"
+    )
+    assert "quantization_config=BitsAndBytesConfig(load_in_8bit=q) if q else None" in migrated(
+        "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(n, load_in_8bit=q)\n"
+    )
+    assert "load_in" not in migrated(
+        "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(n, load_in_4bit=False)\n"
+    )
+
+
+def test_scripts_for_a_gpu_run_without_one() -> None:
+    text = (
+        "import torch\nfrom transformers import AutoModelForCausalLM\n"
+        'm = AutoModelForCausalLM.from_pretrained(n, device_map="cuda", attn_implementation="flash_attention_2")\n'
+        'x = x.to("cuda")\n'
+    )
+    new = migrated(text)
+    assert 'device_map="cuda" if torch.cuda.is_available() else "cpu"' in new
+    assert 'attn_implementation="flash_attention_2" if is_flash_attn_2_available() else "sdpa"' in new
+    assert "from transformers.utils import is_flash_attn_2_available" in new
+    assert 'x.to("cuda" if torch.cuda.is_available() else "cpu")' in new
+
+
+def test_code_beside_a_model_that_transformers_has_is_not_run() -> None:
+    text = "from transformers import AutoModelForCausalLM\nn = '{}'\n"
+    text += "AutoModelForCausalLM.from_pretrained(n, trust_remote_code=True)\n"
+    assert "trust" not in migrated(text.format("microsoft/Phi-3-mini-4k-instruct"))
+    for other in ("microsoft/Phi-3-small-8k-instruct", "someone/model", "./folder"):
+        assert "trust_remote_code=True" in migrated(text.format(other))
+
+
+def test_adamw_does_what_it_did() -> None:
+    text = "from transformers import AdamW\no = AdamW(p, lr=1e-3, no_deprecation_warning=True)\n"
+    assert migrated(text) == (
+        "from torch.optim import AdamW\no = AdamW(p, lr=1e-3, eps=1e-6, weight_decay=0.0)\n"
+    )
+
+
+def test_metrics() -> None:
+    text = (
+        'from datasets import load_metric\nr = load_metric("rouge")\nx = r.compute()["rouge1"].mid.fmeasure\n'
+    )
+    assert migrated(text) == (
+        'from phlora import load_metric\nr = load_metric("rouge")\nx = r.compute()["rouge1"]\n'
+    )
+    assert migrated('from datasets import load_metric\nload_metric("bleu")\n') == (
+        'from evaluate import load as load_metric\nload_metric("bleu")\n'
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- rows
+
+
+def test_the_column_that_is_named_is_the_one_that_is_trained() -> None:
+    text = TRL + 'rows = rows.map(lambda row: {"text": row["conversations"][0]["value"]})\n'
+    text += 't = SFTTrainer(m, SFTConfig("o"), train_dataset=rows, dataset_text_field="text")\n'
+    assert 'train_dataset=rows.select_columns(["text"])' in migrated(text)
+    safe = text.replace('["value"]})', '["value"]}, remove_columns=rows.column_names)')
+    assert "select_columns" not in migrated(safe)
+    assert "select_columns" not in migrated(text.replace("conversations", "story"))
+
+
+BATCHED = """\
+def many(rows):
+    texts = []
+    for text in rows["a"]:
+        texts.append(text)
+    return texts
+
+t = SFTTrainer(m, SFTConfig("o"), train_dataset=rows, formatting_func=many)
+"""
+
+
+def test_formatting_functions_for_many_rows_get_a_list_of_one() -> None:
+    new = migrated(TRL + BATCHED)
+    assert "formatting_func=lambda row: many({name: [value] for name, value in row.items()})[0]" in new
+    one = BATCHED.replace("texts = []", "texts = ''").replace("append(text)", "join(text)")
+    assert "formatting_func=many" in migrated(TRL + one)
+
+
+def test_a_formatting_function_that_may_leave_rows_out_is_left() -> None:
+    text = TRL + BATCHED.replace(
+        "        texts.append(text)", "        if text:\n            texts.append(text)"
+    )
+    assert "# phlora: formatting_func gets one row" in migrated(text)
+    assert "formatting_func=many" in migrated(text)
+    imported = TRL + "from mine import many\nt = SFTTrainer(m, SFTConfig('o'), formatting_func=many)\n"
+    assert left(imported) and "formatting_func=many" in migrated(imported)
+
+
+def test_an_adapter_is_made_once() -> None:
+    text = (
+        TRL
+        + "from peft import LoraConfig, get_peft_model\nc = LoraConfig()\nm = load()\nm = get_peft_model(m, c)\n"
+    )
+    text += 't = SFTTrainer(model=m, args=SFTConfig("o"), peft_config=c)\n'
+    assert 'SFTTrainer(model=m, args=SFTConfig("o"))' in migrated(text)
+    assert "peft_config=c" in migrated(text.replace("m = get_peft_model", "n = get_peft_model"))
+
+
+# --------------------------------------------------------------------------------------------------- left alone
+
+LEFT_CASES = {
+    "a configuration that comes from elsewhere": TRL
+    + "def f(a):\n    return SFTTrainer(m, a, packing=True)\n",
+    "a value that is not known yet": TRL + 'a = SFTConfig("o")\nn = 9\nSFTTrainer(m, a, max_seq_length=n)\n',
+    "a value that is computed": TRL + 'a = SFTConfig("o")\nSFTTrainer(m, a, max_seq_length=longest(rows))\n',
+    "two values": TRL + 'a = SFTConfig("o", max_length=9)\nSFTTrainer(m, a, max_seq_length=10)\n',
+    "settings that are spread": TRL + "a = SFTConfig(**load())\nSFTTrainer(m, a, packing=True)\n",
+    "a translated value": TRL + "SFTConfig(group_by_length=flag)\n",
+    "gone": TRL + 'SFTConfig(sharded_ddp="simple")\n',
+    "a share of all": TRL + "SFTConfig(warmup_ratio=1.0)\n",
+    "a collator": "from trl import DataCollatorForCompletionOnlyLM\n",
+    "a name in a text": 'import importlib\nt = importlib.import_module("trl")\n',
+    "unsloth's masks": "from unsloth.chat_templates import train_on_responses_only\nt = train_on_responses_only(t)\n",
+    "unsloth's templates": "from unsloth.chat_templates import get_chat_template\nt = get_chat_template(t, 'vicuna')\n",
+    "a saved file": "from unsloth import FastLanguageModel\nm.save_pretrained_gguf('o', t)\n",
+}
+
+
+@pytest.mark.parametrize("name", LEFT_CASES)
+def test_what_cannot_be_decided_gets_a_comment_and_stays(name: str) -> None:
+    done = migrate_text(LEFT_CASES[name])
+    remarks = [remark for remark in done.remarks if remark.is_left]
+    assert len(remarks) == 1, done.remarks
+    assert done.text.count("# phlora: ") == 1
+    comment = next(line for line in done.text.splitlines() if "# phlora: " in line)
+    assert remarks[0].text in comment
+    # The comment stands above the line that it is about, and not again the next time.
+    assert migrated(done.text) == done.text
+
+
+# ------------------------------------------------------------------------------------------------------- Unsloth
+
+
+def test_unsloth_s_own_defaults_are_said() -> None:
+    text = "from unsloth import FastLanguageModel\nm, t = FastLanguageModel.from_pretrained('a/b')\n"
+    text += "m = FastLanguageModel.get_peft_model(m, r=8)\n"
+    new = migrated(text)
+    assert 'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True' in new
+    assert "t = AutoTokenizer.from_pretrained('a/b')" in new
+    assert "lora_alpha=16" in new and '"gate_proj", "up_proj", "down_proj"' in new
+    assert "unsloth" not in new
+    compile(new, "new", "exec")
+
+
+def test_what_stays_unsloth_s_keeps_its_import() -> None:
+    text = "from unsloth import FastLanguageModel, FastVisionModel\nFastLanguageModel.for_inference(m)\n"
+    text += "FastVisionModel.for_inference(m)\n"
+    new = migrated(text)
+    assert "from unsloth import FastVisionModel\n" in new and "\nm.eval()\n" in new
+
+
+# ---------------------------------------------------------------------------------------------------- all shapes
+
+
+@pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.name)
+def test_every_shape_is_python_again_and_needs_no_second_time(path: Path) -> None:
+    source = read_source(path)
+    once = migrate_text(source.text)
+    assert once.text != source.text
+    compile(once.text, path.name, "exec")
+    assert migrate_text(once.text).text == once.text
+
+
+@pytest.mark.parametrize("path", SHAPES, ids=lambda path: path.name)
+def test_the_comments_of_every_shape_stay(path: Path) -> None:
+    source = read_source(path)
+    # Of an argument that is gone the comment on its line goes with it.
+    gone = {"# for TensorBoard", "# measured on 400 rows"}
+    comments = {line[line.index("# ") :].strip() for line in source.text.splitlines() if "# " in line} - gone
+    new = migrate_text(source.text).text
+    kept = {comment for comment in comments if comment in new}
+    # Unsloth's two calls are written anew, with the comments inside them.
+    assert kept == comments or path.name == "unsloth_alpaca.py"
