@@ -120,6 +120,12 @@ def furnished(tiny_models: Path) -> Path:
     shutil.copytree(
         ROOT / "tests" / "unit" / "importing" / "configs" / "llamafactory" / "data", folder / "data"
     )
+    shapes = ROOT / "tests" / "shapes"
+    shutil.copy(shapes / "public" / "trl_no_config.py", folder / "train.py")
+    shutil.copy(shapes / "guide" / "finetune_lora.ipynb", folder)
+    (folder / "finetune_lora.ipynb").rename(folder / "finetune.ipynb")
+    (folder / "scripts").mkdir()
+    (folder / "scripts" / "done.py").write_text("from phlora import SFTTrainer\n", encoding="utf-8")
     qkv = "model.layers.0.self_attn.qkv_proj"
     files = {
         "phi3": {f"{qkv}.lora_A": torch.randn(4, 64), f"{qkv}.lora_B": torch.randn(96, 2)},

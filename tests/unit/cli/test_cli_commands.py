@@ -47,6 +47,10 @@ RUNS = [
     f"convert runs/file --to merged -o m --base full --rows fragen.csv --format qa {COLUMNS} --quiet",
     "import-config sft.json --from llamafactory --dataset-info info.json -o new.yaml --overwrite --quiet",
     "import-config sft.json --dataset-info info.json --json",
+    "migrate old.py",
+    "migrate old.py --write --json",
+    "migrate old.py --check -> 1",
+    "migrate old.py --quiet",
     "data check train.jsonl --eval-data heldout.jsonl --model base --format messages --max-length 64 --offline",
     "data check train.jsonl --train-on last --quiet --json",
     "data check twice.jsonl --strict -> 1",
@@ -107,6 +111,7 @@ def furnished(trained: Path) -> Path:
     (trained / "sft.json").write_text(json.dumps(sft), encoding="utf-8")
     table = {"chats": {"file_name": "train.jsonl", "formatting": "openai"}}
     (trained / "info.json").write_text(json.dumps(table), encoding="utf-8")
+    (trained / "old.py").write_text("from trl import SFTTrainer\n", encoding="utf-8")
     (trained / "tools.json").write_text(json.dumps([tool]), encoding="utf-8")
     return trained
 
