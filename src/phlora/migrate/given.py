@@ -44,77 +44,79 @@ def arguments_of(code: Code, call: cst.Call) -> Arguments:
         if argument.keyword is not None:
             found.append(Given(argument.keyword.value, argument.value, call, index))
         elif argument.star == "**":
-            entries = _spread(code, argument.value)
-            known = known and entries is not None
-            found += entries or []
+            entries, are_all = _spread(code, argument.value, frozenset())
+            known = known and are_all
+            found += entries
         elif argument.star == "*":
             known = False
     return Arguments({entry.name: entry for entry in found}, known)
 
 
-def _spread(code: Code, value: cst.BaseExpression) -> list[Given] | None:
-    """The entries behind `**value`; None where they cannot be read."""
+def _spread(code: Code, value: cst.BaseExpression, seen: frozenset[cst.CSTNode]) -> tuple[list[Given], bool]:
+    """The entries behind `**value`, and whether they are all that there are."""
     holder = code.resolved(value)
-    entries = entries_of(code, holder)
-    if entries is None:
-        return None
+    if holder in seen:
+        return [], False
+    entries, are_all = _entries(code, holder, seen | {holder})
     if isinstance(value, cst.Name):
         for use in code.uses(value):
-            added = _added_later(code, use)
-            if added is None:
-                return None
-            entries += added
-    return entries
+            added, are_read = _added_later(code, use, seen | {holder})
+            entries, are_all = entries + added, are_all and are_read
+    return entries, are_all
 
 
 def entries_of(code: Code, holder: cst.CSTNode) -> list[Given] | None:
-    """The entries of a dictionary display or of `dict(...)`; None for anything else."""
+    """The entries of a dictionary display or of `dict(...)`; None where they cannot all be read."""
+    entries, are_all = _entries(code, holder, frozenset({holder}))
+    return entries if are_all else None
+
+
+def _entries(code: Code, holder: cst.CSTNode, seen: frozenset[cst.CSTNode]) -> tuple[list[Given], bool]:
+    found: list[Given] = []
     if isinstance(holder, cst.Dict):
-        found: list[Given] = []
+        are_all = True
         for index, element in enumerate(holder.elements):
             if isinstance(element, cst.StarredDictElement):
-                inner = _spread(code, element.value)
-                if inner is None:
-                    return None
-                found += inner
+                inner, are_read = _spread(code, element.value, seen)
+                found, are_all = found + inner, are_all and are_read
                 continue
             assert isinstance(element, cst.DictElement)
-            key = code.literal(element.key)
-            if isinstance(element.key, cst.SimpleString) and isinstance(key, str):
-                found.append(Given(key, element.value, holder, index))
+            if isinstance(element.key, cst.SimpleString):
+                found.append(Given(str(code.literal(element.key)), element.value, holder, index))
             else:
-                return None
-        return found
+                are_all = False
+        return found, are_all
     if isinstance(holder, cst.Call) and isinstance(holder.func, cst.Name) and holder.func.value == "dict":
-        if any(argument.keyword is None and argument.star != "**" for argument in holder.args):
-            return None
-        inner_known = arguments_of(code, holder)
-        return list(inner_known.given.values()) if inner_known.are_all_known else None
-    return None
+        return _named(code, holder, seen)
+    return [], False
 
 
-def _added_later(code: Code, use: cst.Name) -> list[Given] | None:
-    """What `name.update(...)` adds; nothing where a use adds nothing; None where it cannot be read."""
+def _named(code: Code, call: cst.Call, seen: frozenset[cst.CSTNode]) -> tuple[list[Given], bool]:
+    """The arguments of `dict(...)` or `update(...)`: what they put into a dictionary."""
+    found: list[Given] = []
+    are_all = True
+    for index, argument in enumerate(call.args):
+        if argument.keyword is not None:
+            found.append(Given(argument.keyword.value, argument.value, call, index))
+            continue
+        inner, are_read = ([], False) if argument.star == "*" else _spread(code, argument.value, seen)
+        found, are_all = found + inner, are_all and are_read
+    return found, are_all
+
+
+def _added_later(code: Code, use: cst.Name, seen: frozenset[cst.CSTNode]) -> tuple[list[Given], bool]:
+    """What `name.update(...)` adds; nothing where a use adds nothing."""
     attribute = code.parent(use)
     if (
         not isinstance(attribute, cst.Attribute)
         or attribute.value is not use
         or attribute.attr.value != "update"
     ):
-        return []
+        return [], True
     call = code.parent(attribute)
     if not isinstance(call, cst.Call) or call.func is not attribute:
-        return []
-    found: list[Given] = []
-    for index, argument in enumerate(call.args):
-        if argument.keyword is not None:
-            found.append(Given(argument.keyword.value, argument.value, call, index))
-            continue
-        inner = _spread(code, argument.value) if argument.star != "*" else None
-        if inner is None:
-            return None
-        found += inner
-    return found
+        return [], True
+    return _named(code, call, seen)
 
 
 def item_keys(code: Code, value: cst.BaseExpression) -> list[tuple[str, cst.SimpleString]]:

@@ -63,7 +63,12 @@ class Imports:
 
     def names(self, node: cst.CSTNode) -> set[str]:
         """The canonical names that a name or attribute has."""
-        return {canonical(name) for name in self._code.origins(node)}
+        found = self._code.origins(node)
+        if not found and isinstance(node, cst.Name):
+            # `Trainer = SFTTrainer`
+            value = self._code.resolved(node)
+            found = self._code.origins(value) if isinstance(value, cst.Name | cst.Attribute) else found
+        return {canonical(name) for name in found}
 
     # ------------------------------------------------------------------------------------------- deciding
 

@@ -173,6 +173,18 @@ ARGUMENT_CASES = {
         "class Mine(SFTTrainer):\n    pass\n\nt = Mine(m, tokenizer=k)\n",
         "class Mine(SFTTrainer):\n    pass\n\nt = Mine(m, processing_class=k)\n",
     ),
+    "the trainer by another name": (
+        "T = SFTTrainer\nt = T(m, tokenizer=k)\n",
+        "T = SFTTrainer\nt = T(m, processing_class=k)\n",
+    ),
+    "a dictionary of which a part is known": (
+        "SFTConfig(**{'evaluation_strategy': 'no', **load()})\n",
+        "SFTConfig(**{'eval_strategy': 'no', **load()})\n",
+    ),
+    "a dictionary made of itself": (
+        "c = {**c, 'no_cuda': True}\nSFTConfig(**c)\n",
+        "c = {**c, 'use_cpu': True}\nSFTConfig(**c)\n",
+    ),
     "a variable that is known before": (
         'n = 9\na = SFTConfig("o")\nt = SFTTrainer(m, a, max_seq_length=n)\n',
         'n = 9\na = SFTConfig("o", max_length=n)\nt = SFTTrainer(m, a)\n',
