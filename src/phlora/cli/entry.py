@@ -20,11 +20,22 @@ import phlora
 from phlora.cli.console import is_debugging, print_result, recent_records, start_log, use_utf8
 from phlora.cli.program import app
 from phlora.display import printable
-from phlora.errors import EXIT_DONE, EXIT_INTERRUPTED, InputError, NoRoomError, PhloraError, masked
+from phlora.errors import (
+    EXIT_DONE,
+    EXIT_INTERRUPTED,
+    EnvironmentProblem,
+    InputError,
+    NoRoomError,
+    PhloraError,
+    masked,
+)
 from phlora.stop import was_asked
 
 # sysexits.h: EX_SOFTWARE. 1 means a finding here, so a crash must not look like one.
 EXIT_BUG = 70
+# What the dynamic loader says of a library for which there is no memory; its errors have no number.
+_LOADERS_WORDS = ("failed to map segment", "cannot allocate memory", "cannot create shared object descriptor")
+_NO_THREAD = "can't start new thread"
 # Newer versions of typer carry a copy of click; this is the UsageError of the copy in use.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -108,6 +119,11 @@ def _known_problem(error: BaseException) -> PhloraError | None:
         return NoRoomError("The disk is full", where=where, fix="make room, then run the command again")
     if isinstance(error, PermissionError):
         return InputError("No permission to read or write this path", where=where, fix="name another path")
+    if _NO_THREAD in str(error):
+        return EnvironmentProblem(
+            "This process may start no further thread",
+            fix="end other programs, or raise the limit of processes (ulimit -u) or of memory (ulimit -v)",
+        )
     if _is_out_of_memory(error):
         return NoRoomError(
             "The memory is full",
@@ -118,12 +134,28 @@ def _known_problem(error: BaseException) -> PhloraError | None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    if not isinstance(error, MemoryError | RuntimeError):
-        return False
-    # Imported here: torch is, and what raises its errors has imported it.
-    from phlora.measure import is_out_of_memory
+    """Also where it is the cause of what was raised, as when transformers cannot import one of its modules."""
+    if isinstance(error, MemoryError) or _is_loader_out_of_memory(error):
+        return True
+    if isinstance(error, RuntimeError):
+        try:
+            # Imported here: torch is, and what raises its errors has imported it.
+            from phlora.measure import is_out_of_memory
 
-    return is_out_of_memory(error)
+            if is_out_of_memory(error):
+                return True
+        except (MemoryError, ImportError):
+            return True
+    cause = error.__cause__ or error.__context__
+    return isinstance(error, ImportError | RuntimeError) and cause is not None and _is_out_of_memory(cause)
+
+
+def _is_loader_out_of_memory(error: BaseException) -> bool:
+    """Whether a library could not be loaded, or a file mapped, because there is no memory for it."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = str(error).lower()
+    return isinstance(error, ImportError | OSError) and any(words in said for words in _LOADERS_WORDS)
 
 
 def _describe_bug(error: Exception, arguments: Sequence[str]) -> str:

@@ -23,6 +23,11 @@ from phlora.testing import write_rows
 Fail = Callable[[BaseException], None]
 
 
+def _caused_by(cause: BaseException, error: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -98,6 +103,15 @@ def test_a_run_folder_without_a_run(phlora: CommandLine, tmp_path: Path) -> None
         (MemoryError(), 3, "NoRoomError"),
         (torch.OutOfMemoryError("CUDA out of memory"), 3, "NoRoomError"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), 3, "NoRoomError"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 3, "NoRoomError"),
+        (OSError("libgomp.so.1: cannot open: Cannot allocate memory"), 3, "NoRoomError"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "chats.jsonl"), 3, "NoRoomError"),
+        (
+            _caused_by(MemoryError(), ModuleNotFoundError("Could not import module 'Trainer'")),
+            3,
+            "NoRoomError",
+        ),
+        (RuntimeError("can't start new thread"), 3, "EnvironmentProblem"),
     ],
 )
 def test_errors_become_a_message_and_an_exit_code(
@@ -109,7 +123,7 @@ def test_errors_become_a_message_and_an_exit_code(
     assert done.json["error"]["kind"] == kind and done.json["error"]["exit_code"] == code
     assert done.json["error"]["message"] in done.err
     assert "Traceback" not in done.err
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES):
         assert error.filename in done.err
 
 
