@@ -96,7 +96,8 @@ def convert(
     if to == "loralib" and output.is_dir():
         raise RunError("A folder stands where the file should be", where=str(output), fix="name a file")
     if blocks is None and model is not None:
-        blocks = fused_row_blocks(find_files(ModelConfig(name=model, offline=offline)).config)
+        files = find_files(ModelConfig(name=model, offline=offline), needs_weights=False)
+        blocks = fused_row_blocks(files.config)
     if _is_loralib(source):
         adapter = _read_loralib(source, lora_alpha, enable, blocks, kernels)
     else:

@@ -13,7 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -119,6 +119,24 @@ def open_checkpoint(location: Location) -> Checkpoint | None:
         return None if entries is None else Checkpoint((one,), entries)
     index = _find(location, _INDEX)
     return None if index is None else _open_shards(location, index)
+
+
+def is_here(location: Location) -> bool:
+    """Whether all weights of a model are on this machine; nothing is downloaded.
+
+    Raises:
+        ModelError: an index maps nothing.
+    """
+    if "gguf_file" in location.kwargs:
+        return True
+    here = replace(location, kwargs={**location.kwargs, "local_files_only": True})
+    for one, index in ((_ONE_FILE, _INDEX), (_PICKLE, _PICKLE_INDEX)):
+        if _find(here, one) is not None:
+            return True
+        found = _find(here, index)
+        if found is not None:
+            return all(_find(here, shard) is not None for shard in set(shards_of(found).values()))
+    return False
 
 
 def pickled_numbers(location: Location) -> Counter[torch.dtype]:

@@ -24,7 +24,7 @@ from phlora.errors import ConfigError, EnvironmentProblem, ModelError, NetworkEr
 from phlora.extras import require
 from phlora.model_names import in_own_words
 from phlora.models.causal_lm import embedding_weight
-from phlora.models.checkpoint import Checkpoint, open_checkpoint, pickled_numbers
+from phlora.models.checkpoint import Checkpoint, is_here, open_checkpoint, pickled_numbers
 from phlora.models.device import (
     DTYPES,
     Choice,
@@ -334,12 +334,16 @@ def _keep(model: PreTrainedModel, identity: WeightsIdentity, storage: Storage) -
 
 
 def stored_dtype(files: ModelFiles) -> torch.dtype:
-    """What most of a model's weights are in its files, by their heads where these tell, else by its configuration.
+    """What most of a model's weights are in its files, by their heads where these are here, else by its configuration.
+
+    Nothing is downloaded.
 
     Raises:
         ModelError: the files cannot be read.
     """
     with reading(files.location, "The weights"):
+        if not is_here(files.location):
+            return _most_common(Counter(), files)
         return _most_common(_numbers(files, open_checkpoint(files.location)), files)
 
 

@@ -159,6 +159,7 @@ def _check_folder(folder: Path, *, needs_weights: bool) -> None:
             f"The folder lacks {', '.join(missing)}",
             where=str(folder),
             expected="a folder with config.json and weights (*.safetensors or pytorch_model*.bin)",
+            fix="copy or download the model whole; `phlora plan` and `phlora data` need no weights",
         )
 
 

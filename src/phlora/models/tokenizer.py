@@ -105,7 +105,7 @@ def model_config(model: ModelConfig | str | os.PathLike[str], fields: ModelField
 def load_tokenizer(
     model: ModelConfig | str | os.PathLike[str], **fields: Unpack[ModelFields]
 ) -> LoadedTokenizer:
-    """The tokenizer of a model, with a pad token that ends no reply and with every stop token known.
+    """The tokenizer of a model, with a pad token that ends no reply and with every stop token known; needs no weights.
 
     Args:
         model: embedded name, folder, `.gguf` file or hub id, or all settings as a `ModelConfig`.
@@ -115,7 +115,7 @@ def load_tokenizer(
         ModelError: there is no such model, or its files cannot be read.
         NetworkError: it is not on this machine and no hub may or can be asked.
     """
-    return read_tokenizer(find_files(model_config(model, fields)))
+    return read_tokenizer(find_files(model_config(model, fields), needs_weights=False))
 
 
 def find_files(model: ModelConfig, *, needs_weights: bool = True) -> ModelFiles:

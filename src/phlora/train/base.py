@@ -23,7 +23,7 @@ from phlora.models.locate import ModelSource, resolve_source
 from phlora.models.quantization import use_operands
 from phlora.models.storage import STORAGES
 from phlora.models.stored_layers import compute_dtype
-from phlora.models.tokenizer import LoadedTokenizer, load_tokenizer, prepare_tokenizer
+from phlora.models.tokenizer import LoadedTokenizer, find_files, prepare_tokenizer, read_tokenizer
 from phlora.train.request import IN_MEMORY, Objects
 
 _OBJECT = "as it was handed over"
@@ -36,8 +36,11 @@ def device_of(model: ModelConfig, objects: Objects) -> torch.device:
     return require_plain_model(objects.model).device
 
 
-def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
+def tokenizer_of(model: ModelConfig, objects: Objects, *, needs_weights: bool) -> LoadedTokenizer:
     """The tokenizer that was handed over, or the model's own.
+
+    Args:
+        needs_weights: whether a model whose weights are not there is refused now, before anything else is done.
 
     Raises:
         ModelError: the tokenizer of a model object is nowhere to be found.
@@ -48,7 +51,7 @@ def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
                 "The model object does not say where it came from, so that its tokenizer cannot be loaded",
                 fix="give it too: finetune(model=model, tokenizer=tokenizer, ...)",
             )
-        return load_tokenizer(model)
+        return read_tokenizer(find_files(model, needs_weights=needs_weights))
     if objects.model is not None:
         checked = require_plain_model(objects.model)
         return prepare_tokenizer(
@@ -56,7 +59,7 @@ def tokenizer_of(model: ModelConfig, objects: Objects) -> LoadedTokenizer:
             config=checked.config,
             generation_config=checked.generation_config,
         )
-    own = load_tokenizer(model)
+    own = read_tokenizer(find_files(model, needs_weights=needs_weights))
     prepared = prepare_tokenizer(copy.deepcopy(objects.tokenizer), config=own.files.config)  # type: ignore[union-attr]
     return replace(prepared, files=own.files)
 

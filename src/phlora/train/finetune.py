@@ -27,6 +27,7 @@ from phlora.evaluate.report import Report
 from phlora.extras import require
 from phlora.files import require_room
 from phlora.measure import Clock
+from phlora.models.checkpoint import is_here
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.runs.events import read_events, trained_seconds
@@ -212,7 +213,11 @@ def plan_run(config: RunConfig, *, fit_memory: bool = False, display: Display | 
     folder = RunFolder(Path(config.output))
     device = device_of(config.model, request.objects)
     arguments, lora = _settings(config, folder, device=device.type)
-    words, data = _read(request, arguments, display, split_by="conversations")
+    words, data = _read(request, arguments, display, split_by="conversations", needs_weights=False)
+    if words.files is not None and not is_here(words.files.location):
+        display.note(
+            "The weights are not on this machine: the plan goes by what the configuration says of them"
+        )
     return plan_ahead(request, words, data, arguments, lora, display, device=device, fit_memory=fit_memory)
 
 
@@ -225,11 +230,11 @@ def _as_it_began(request: Request, folder: RunFolder, *, fit_memory: bool) -> Re
 
 
 def _read(
-    request: Request, arguments: Arguments, display: Display, *, split_by: SplitBy
+    request: Request, arguments: Arguments, display: Display, *, split_by: SplitBy, needs_weights: bool = True
 ) -> tuple[LoadedTokenizer, PreparedData]:
     config, objects = request.config, request.objects
     display.stage(f"Reading {', '.join(file.path for file in config.data.files)}")
-    words = tokenizer_of(config.model, objects)
+    words = tokenizer_of(config.model, objects, needs_weights=needs_weights)
     return words, prepare_data(config, objects, words, arguments, display, split_by=split_by)
 
 

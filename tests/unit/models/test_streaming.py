@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -213,6 +214,25 @@ def test_a_tensor_in_two_files_is_refused(shards: Path) -> None:
     save_file({**load_file(first), **load_file(second)}, second, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="stands in"):
         load_model(shards, device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("shown", [[], ["index"], ["index", "first"]], ids=["nothing", "index", "one"])
+def test_what_the_weights_are_in_is_not_downloaded(
+    shards: Path, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model of a hub whose files are not all on this machine, its configuration tells it."""
+    files = find_files(ModelConfig(name=str(shards)))
+    index, first = shards / "model.safetensors.index.json", sorted(shards.glob("model-*.safetensors"))[0]
+    here = {path.name: path for name, path in (("index", index), ("first", first)) if name in shown}
+
+    def cached_file(path: str, name: str, *, local_files_only: bool = False, **_: object) -> str | None:
+        assert local_files_only, f"{name} is downloaded"
+        return str(here[name]) if name in here else None
+
+    monkeypatch.setattr("phlora.models.checkpoint.cached_file", cached_file)
+    location = dataclasses.replace(files.location, path="owner/name", kwargs={"local_files_only": False})
+    files.config.dtype = torch.float16
+    assert loading.stored_dtype(dataclasses.replace(files, location=location)) == torch.float16
 
 
 def test_a_shard_that_ends_early_is_refused(shards: Path) -> None:

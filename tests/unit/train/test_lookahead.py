@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from safetensors.torch import load_file
 from phlora import finetune
 from phlora.config import build_config
 from phlora.display import Display
-from phlora.errors import NoRoomError
+from phlora.errors import ModelError, NoRoomError
 from phlora.measure import FreeMemory
-from phlora.testing import chat_rows, tiny_folder, write_rows
+from phlora.testing import chat_rows, tiny_folder, tiny_phi3, write_rows
 from phlora.train import lookahead
 from phlora.train.finetune import plan_run
 from phlora.train.lookahead import Planned
@@ -98,6 +99,25 @@ def test_no_weight_is_read_and_nothing_is_written(
     assert "memory on cpu" in text and "a step" in text and "parameters will be trained" in text
     assert document["forecast"]["seconds"]["training"] > 0 and document["remedies"] == []
     assert sorted(place.rglob("*")) == before and not Path(configured().output).exists()
+
+
+@pytest.mark.parametrize("left", ["nothing", "one of several files"])
+def test_a_plan_needs_no_weights(configured: Configured, place: Path, tmp_path: Path, left: str) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(place / "base", base)
+    model = tiny_phi3()[0].bfloat16()
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="100KB")
+    whole = plan_run(configured(model={"name": str(base), "dtype": "float32"}), display=QUIET)
+    for file in sorted(base.glob("model*"))[left == "one of several files" :]:
+        if left == "nothing" or file.suffix == ".safetensors":
+            file.unlink()
+    planned = plan_run(configured(model={"name": str(base), "dtype": "float32"}), display=QUIET)
+    assert planned.plan is not None and planned.ahead is not None and whole.ahead is not None
+    sizes = [each.ahead.forecast.memory.parts["weights"] for each in (planned, whole)]
+    assert sizes[0] == sizes[1]
+    with pytest.raises(ModelError, match="lacks"):
+        finetune(configured(model={"name": str(base), "dtype": "float32"}), display=QUIET)
 
 
 def test_the_plan_of_a_run_is_that_of_the_run(configured: Configured) -> None:
