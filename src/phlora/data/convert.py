@@ -16,7 +16,7 @@ from phlora.data.dataset import read_all
 from phlora.data.dialects import Export
 from phlora.data.exports import DEFAULT_GAP_HOURS, Chat, chats_of, export_of, slack_names
 from phlora.data.inspection import oddities
-from phlora.data.known_keys import IS_HELD_OUT, IS_TRAINED, SPLITS
+from phlora.data.known_keys import KEEPING_OUT
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.readers import Opened, open_path
 from phlora.data.readers.files import BINARY_KINDS, COMPRESSIONS, TEXT_KINDS
@@ -32,7 +32,6 @@ _NAMES_A_GROUP = re.compile(
     r"id|source|group|((chat|conversation|dialog|dialogue|thread|session|user|customer|document|group)(_?id)?|prompt_?id)",
     re.IGNORECASE,
 )
-_SIDES = frozenset((*SPLITS, *IS_HELD_OUT, *IS_TRAINED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +170,8 @@ def _records(
                 if isinstance(item, Problem):
                     problems.append(item)
                 else:
-                    # A weight of 0 is written down, and means something only where the file is read.
-                    problems += oddities(item, "all") if item.weight else []
+                    # What is not trained is written down, and is left out only where the file is read.
+                    problems += [odd for odd in oddities(item, "all") if odd.kind != "weight_zero"]
                     yield _plain(item) | _names_beside(last[-1])
 
 
@@ -224,7 +223,7 @@ def _names_beside(record: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in record.items()
-        if (_NAMES_A_GROUP.fullmatch(name) or name in _SIDES)
+        if (_NAMES_A_GROUP.fullmatch(name) or name in KEEPING_OUT)
         and isinstance(value, str | int | float)
         and value != ""
     }

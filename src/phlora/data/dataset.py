@@ -11,10 +11,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from phlora.config import DataFile
+from phlora.config import DataFile, TrainOn
 from phlora.data.formats import NUM_ROWS_FOR_DETECTION, Shape, detect, to_rows
 from phlora.data.readers import Opened, frame_records, open_path, pick_split
-from phlora.data.rows import DIGEST_BYTES, Origin, Problem, Record, Row, key_and_digest, key_mark, row_mark
+from phlora.data.rows import (
+    DIGEST_BYTES,
+    Origin,
+    Problem,
+    Record,
+    Row,
+    key_and_digest,
+    key_mark,
+    row_mark,
+    why_untrained,
+)
 from phlora.data.similarity import row_keys
 from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
@@ -48,7 +58,7 @@ class RowIndex:
         near, prompts, openings: the digests of `similarity.RowKeys`, one row after the other.
         exchanges, exchange_ends: its exchanges, one row after the other, and where those of each row end.
         heads, tails: of `similarity.RowKeys`, of each row.
-        is_trained: a byte for each row, 0 where its weight is 0.
+        is_trained: a byte for each row, 0 where it says that nothing of it is trained.
         groups: what each row belongs to, where a column says so.
         categories: the category of each row, where a column says so.
         digests: `row_digest` of each row, one after the other.
@@ -205,6 +215,7 @@ def index_rows(
     stratify_by: str | None = None,
     keep_reasoning: bool = False,
     digests: bool = True,
+    train_on: TrainOn = "assistant",
 ) -> RowIndex:
     """Read all rows once, for what is to be known about them before they are used.
 
@@ -214,6 +225,7 @@ def index_rows(
         inspect: called with each row as it is read.
         group_by, stratify_by: columns that the split goes by.
         keep_reasoning: put what was thought before an answer into its content; see `reasoning`.
+        train_on: what of a row is trained where it says nothing itself.
         digests: whether what is done with the rows is told by `row_digest`, as in training.
 
     The other arguments and what is raised are those of `load_rows`.
@@ -242,7 +254,7 @@ def index_rows(
         survey.exchange_ends.append(len(survey.exchanges))
         survey.heads.append(keys.head)
         survey.tails.append(keys.tail)
-        survey.is_trained.append(item.weight != 0)
+        survey.is_trained.append(why_untrained(item, train_on) is None)
         # Categories are few, so that each is kept once.
         survey.categories.append(None if item.category is None else sys.intern(item.category))
         if item.group is not None:

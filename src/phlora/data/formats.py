@@ -214,6 +214,7 @@ def _convert_record(record: Any, shape: Shape, origin: Origin) -> Row:
         weight=shape.weight * heeded.weight,
         group=None if shape.group_by is None else required_value(record, shape.group_by, "data.group_by"),
         category=category_of(record, shape.stratify_by),
+        untrained_by=heeded.untrained_by,
     )
 
 

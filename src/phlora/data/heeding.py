@@ -19,15 +19,18 @@ from phlora.data.known_keys import (
     ANSWERS_TO_TEXT,
     COLUMNS,
     CONTEXTS,
+    EXCLUDED,
     IS_HELD_OUT,
-    IS_TRAINED,
+    KEEPING_OUT,
     LABELS,
     MEDIA,
     MESSAGE_KEYS,
+    NOT_ACCEPTED,
     QUIET,
     RATINGS,
     ROW_WEIGHTS,
     SPLITS,
+    STATUSES,
     SYSTEMS,
     THOUGHTS,
     TRAINED,
@@ -86,11 +89,13 @@ class Heeded(NamedTuple):
         record: without what was converted.
         weight: of the row's trained tokens.
         known: columns that are spoken for, so that nobody calls them ignored.
+        untrained_by: the column that made the weight 0.
     """
 
     record: Mapping[str, Any]
     weight: float = 1.0
     known: AbstractSet[str] = frozenset()
+    untrained_by: str = ""
 
 
 def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Origin) -> Heeded:
@@ -103,7 +108,7 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
         BadRow: a key that forbids training the row as it stands, or whose value cannot be understood.
     """
     known: set[str] = set()
-    weight = 1.0
+    weight, untrained_by = 1.0, ""
     changed: dict[str, Any] | None = None
     noticed, choices = _looked_at(tuple(record))
     for name in noticed:
@@ -118,23 +123,28 @@ def heed(record: Mapping[str, Any], schema: str, findings: Findings, origin: Ori
         if is_empty(value):
             known.add(name)
             continue
+        before = weight
         if name in ROW_WEIGHTS and not isinstance(value, bool):
             weight *= _weight(value, f"`{name}`")
         elif name in TRAINED:
             weight *= _flag(value, f"`{name}`")
         elif name in UNTRAINED:
             weight *= not _flag(value, f"`{name}`")
+        elif name in EXCLUDED and (excluded := _as_flag(value)) is not None:
+            weight *= not excluded
         elif name in _ALSO_CALLED:
             changed = _under_one_name(name, changed or record, record)
         elif not _say(name, value, schema, record, findings, origin):
             continue
         known.add(name)
+        if before and not weight:
+            untrained_by = name
     if choices:
         known |= _choices(choices, schema, findings, origin)
     heeded: Mapping[str, Any] = changed or record
     if schema in ("qa", "alpaca"):
         heeded = _with_context(heeded, schema, known) or heeded
-    return Heeded(heeded, weight, known)
+    return Heeded(heeded, weight, known, untrained_by)
 
 
 def _under_one_name(name: str, record: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +175,7 @@ def _looked_at(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _noticed(names: tuple[str, ...]) -> tuple[str, ...]:
-    asked = {*MEDIA, *LABELS, *ROW_WEIGHTS, *_CHATS, *TRAINED, *UNTRAINED, *_ALSO_CALLED}
+    asked = {*MEDIA, *LABELS, *ROW_WEIGHTS, *_CHATS, *TRAINED, *UNTRAINED, *EXCLUDED, *_ALSO_CALLED}
     asked |= (_names_of("warned") | _names_of("refused")) - QUIET
     return tuple(name for name in names if name in asked)
 
@@ -211,7 +221,7 @@ def _say(
         return False
     if schema in ("preference_chosen", "classification"):
         return False  # what was asked for reads them itself
-    if name in (*SPLITS, *IS_HELD_OUT, *IS_TRAINED):
+    if name in KEEPING_OUT:
         if not _keeps_out(name, value):
             return True
         findings.add(
@@ -265,6 +275,8 @@ def _keeps_out(name: str, value: Any) -> bool:
     """Whether a column says that its row is none to train on."""
     if name in SPLITS:
         return is_held_out(value)
+    if name in STATUSES:
+        return isinstance(value, str) and value.strip().casefold() in NOT_ACCEPTED
     return _as_flag(value) is (name in IS_HELD_OUT)
 
 
@@ -318,6 +330,8 @@ def _turn(turn: Mapping[str, Any], number: int, findings: Findings, origin: Orig
             trained.append(_flag(value, where))
         elif key in UNTRAINED:
             trained.append(not _flag(value, where))
+        elif key in EXCLUDED and (excluded := _as_flag(value)) is not None:
+            trained.append(not excluded)
         elif key in WEIGHTS:
             weight, has_weight = weight * _weight(value, where), True
         elif key == "train_detail":

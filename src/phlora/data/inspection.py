@@ -11,7 +11,7 @@ from typing import Literal
 from phlora.config import TrainOn
 from phlora.data.dataset import RowIndex, RowSubset, Source, index_rows
 from phlora.data.leaks import find_leaks
-from phlora.data.rows import Message, Problem, Row
+from phlora.data.rows import Message, Problem, Row, sentence, why_untrained
 from phlora.data.split import split_rows
 from phlora.errors import DataError
 
@@ -79,6 +79,7 @@ def inspect_data(
             inspect=inspect,
             keep_reasoning=keep_reasoning,
             digests=digests,
+            train_on=train_on,
             **columns,
         )
 
@@ -113,8 +114,9 @@ def inspect_data(
 
 def oddities(row: Row, train_on: TrainOn) -> list[Problem]:
     """What is odd about one row, whatever the model."""
-    if row.weight == 0:
-        return [Problem("weight_zero", "note", WEIGHT_ZERO, (row.origin,))]
+    untrained = why_untrained(row, train_on)
+    if untrained is not None:
+        return [Problem("weight_zero", "note", f"{sentence(untrained)}: it is left out", (row.origin,))]
     if row.messages is None:
         blank = row.completion is not None and not row.completion.strip()
         return [_warning("empty_answer", "The completion is empty", row)] if blank else []
@@ -165,7 +167,6 @@ def _empty_turns(messages: Sequence[Message]) -> list[tuple[str, str]]:
     ]
 
 
-WEIGHT_ZERO = "The row's weight is 0 (`weight`, or `train: false`): it is left out"
 _A = {"assistant": "an assistant", "user": "a user", "system": "a system", "tool": "a tool"}
 
 

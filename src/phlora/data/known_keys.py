@@ -34,6 +34,11 @@ class Known:
 
 TRAINED = ("train", "trainable", "training", "train_on_turn", "loss", "loss_mask")
 UNTRAINED = ("masked",)
+# As `masked`, where they are true or false.
+EXCLUDED = (
+    *("exclude", "excluded", "is_excluded", "ignore", "ignored", "skip", "skipped", "do_not_train"),
+    *("deleted", "is_deleted", "discarded"),
+)
 WEIGHTS = ("weight", "loss_weight", "loss_scale")
 ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight", "loss_scale")
 CONTEXTS = ("context", "passage", "article", "document", "paragraph")
@@ -43,9 +48,19 @@ ANSWERS_TO_TEXT = (
     *("summary", "highlights", "translation", "paraphrase", "correction", "target_text", "output_text"),
     *("intent", "emotion", "emotions", "polarity", "stance", "toxicity", "toxic", "sarcasm", "entities"),
 )
-SPLITS = ("split", "set", "partition")
+SPLITS = ("split", "set", "partition", "subset", "dataset_split", "data_split")
 IS_HELD_OUT = ("is_test", "is_eval", "is_validation", "is_val", "is_dev", "is_held_out")
 IS_TRAINED = ("is_train", "is_training", "in_train")
+# What annotators decided.
+STATUSES = ("status", "review_status", "annotation_status", "decision")
+NOT_ACCEPTED = frozenset(
+    (
+        *("rejected", "reject", "declined", "discarded", "deleted", "removed", "excluded", "ignored"),
+        *("spam", "invalid"),
+    )
+)
+APPROVALS = ("approved", "is_approved", "accepted", "is_accepted", "is_valid")
+KEEPING_OUT = frozenset((*SPLITS, *IS_HELD_OUT, *IS_TRAINED, *STATUSES, *APPROVALS))
 SYSTEMS = ("system_prompt", "system_message")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # What names a row, and is done nothing with.
@@ -111,6 +126,12 @@ COLUMNS = (
         "false leaves the row out, of several any; `masked` the other way round",
     ),
     Known(
+        EXCLUDED,
+        "annotated data sets",
+        "converted",
+        "true leaves the row out; a value that is neither true nor false says nothing",
+    ),
+    Known(
         ("mask",),
         "several, with opposite meanings",
         "refused",
@@ -135,6 +156,13 @@ COLUMNS = (
         "warned",
         "a row that says it is a test row is trained on all the same",
         "filter the rows, and name the others with `data.eval`",
+    ),
+    Known(
+        (*STATUSES, *APPROVALS),
+        "Argilla, Label Studio, annotated data sets",
+        "warned",
+        "a row that says `rejected`, or false, is trained on all the same",
+        "filter the rows, or say `train: false` in them",
     ),
     Known(
         ("choices", "options", "distractors"),
@@ -247,6 +275,12 @@ MESSAGE_KEYS = (
         "false or 0: the turn is not trained; true: it is",
     ),
     Known(UNTRAINED, "torchtune", "converted", "true: the turn is not trained"),
+    Known(
+        EXCLUDED,
+        "annotated data sets",
+        "converted",
+        "true: the turn is not trained; a value that is neither true nor false says nothing",
+    ),
     Known(
         WEIGHTS, "OpenAI, Mistral, swift", "converted", "the loss weight of the turn; several are multiplied"
     ),

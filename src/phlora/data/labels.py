@@ -16,7 +16,7 @@ from phlora.config import TrainOn
 from phlora.data.chat_template import ChatTemplate, Tokenizer, chat_template
 from phlora.data.encoding import Encoder
 from phlora.data.rendering import Frame, Rendering, Span
-from phlora.data.rows import Message, Row
+from phlora.data.rows import Message, Row, is_trained, last_assistant
 from phlora.data.turn_positions import TurnPositions, find_marks, find_turn_positions
 
 
@@ -76,16 +76,6 @@ class Labeller:
             return None
         return replace(positions, marks=marks)
 
-    def _is_trained(self, message: Message, *, is_last: bool) -> bool:
-        """A message's own `train` wins over `train_on`."""
-        if "train" in message:
-            wanted = bool(message["train"])
-        elif self.train_on == "last":
-            wanted = is_last
-        else:
-            wanted = self.train_on == "all" or message["role"] == "assistant"
-        return wanted and message.get("weight") != 0
-
     def place(
         self, rendering: Rendering, ids: list[int], offsets: list[Span], row: Row, *, stripped: bool
     ) -> tuple[bytearray, list[float] | None]:
@@ -131,11 +121,11 @@ class Labeller:
         weights = [float(row.weight)] * len(ids) if has_weights else []
         last = last_assistant(rendering.messages)
         for index, message in enumerate(rendering.messages):
-            is_trained = self._is_trained(message, is_last=index == last)
-            if is_trained == trains_all and "weight" not in message:
+            trains = is_trained(message, self.train_on, is_last=index == last)
+            if trains == trains_all and "weight" not in message:
                 continue
             first, end = tokens_of(index)
-            if not is_trained:
+            if not trains:
                 trained[first:end] = bytes(end - first)
             else:
                 heeds = mask is not None and message["role"] == "assistant"
@@ -144,9 +134,7 @@ class Labeller:
                 weights[first:end] = [row.weight * message.get("weight", 1.0)] * (end - first)
         if not has_weights:
             return trained, None
-        return trained, [
-            weight if is_trained else 0.0 for is_trained, weight in zip(trained, weights, strict=True)
-        ]
+        return trained, [weight if trains else 0.0 for trains, weight in zip(trained, weights, strict=True)]
 
     def _tokens_of(
         self, rendering: Rendering, index: int, ids: list[int], offsets: list[Span], *, is_marked: bool
@@ -201,11 +189,3 @@ def token_range(
 def _stripped(message: Message) -> Message:
     """An answer without the white space before it."""
     return {**message, "content": message["content"].lstrip()} if message["role"] == "assistant" else message
-
-
-def last_assistant(messages: Sequence[Message]) -> int:
-    """The index of the last assistant turn, or -1."""
-    for index in range(len(messages) - 1, -1, -1):
-        if messages[index]["role"] == "assistant":
-            return index
-    return -1

@@ -11,10 +11,9 @@ from typing import Any
 from phlora.data.chat_template import Tokenizer, chat_template
 from phlora.data.encoding import Encoder
 from phlora.data.json_text import parse_json
-from phlora.data.labels import last_assistant
 from phlora.data.messages import tools_of
 from phlora.data.rendering import TemplateRefusal
-from phlora.data.rows import BadRow, Message, Origin, Row, sentence
+from phlora.data.rows import BadRow, Message, Origin, Row, last_assistant, sentence
 from phlora.data.tools_text import read_calls, tools_as_text
 from phlora.errors import DataError
 

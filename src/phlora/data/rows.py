@@ -7,10 +7,12 @@ import itertools
 import json
 import math
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, Literal, TypeAlias
+
+from phlora.config import TrainOn
 
 Message: TypeAlias = dict[str, Any]
 Severity = Literal["error", "warning", "note"]
@@ -48,6 +50,7 @@ class Row:
     `name`, `train` (bool), `weight` (loss weight of its tokens) and whatever else its chat template reads.
     `weight` is the loss weight of each trained token of the row: the weight of its file. `group` and `category`
     are what the split goes by besides the text: rows of one group stay on one side, and each category has its share.
+    `untrained_by` is the column that made the weight 0.
     """
 
     messages: tuple[Message, ...] | None
@@ -59,6 +62,7 @@ class Row:
     weight: float = 1.0
     group: str | None = None
     category: str | None = None
+    untrained_by: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,43 @@ class Problem:
     message: str
     origins: tuple[Origin, ...] = ()
     count: int = 1
+
+
+def last_assistant(messages: Sequence[Message]) -> int:
+    """The index of the last assistant turn, or -1."""
+    for index in range(len(messages) - 1, -1, -1):
+        if messages[index]["role"] == "assistant":
+            return index
+    return -1
+
+
+def is_trained(message: Message, train_on: TrainOn, *, is_last: bool) -> bool:
+    """Whether a message is trained; its own `train` wins over `train_on`.
+
+    Args:
+        is_last: whether it is the last assistant turn.
+    """
+    if "train" in message:
+        wanted = bool(message["train"])
+    elif train_on == "last":
+        wanted = is_last
+    else:
+        wanted = train_on == "all" or message["role"] == "assistant"
+    return wanted and message.get("weight") != 0
+
+
+def why_untrained(row: Row, train_on: TrainOn) -> str | None:
+    """How a row says that nothing of it is trained, by its weight or flag or by those of its messages; else None."""
+    if row.weight == 0:
+        by = f"`{row.untrained_by}`" if row.untrained_by else "its weight is 0"
+        return f"the row says that it is not trained ({by})"
+    messages = row.messages or ()
+    if not any("train" in message or "weight" in message for message in messages):
+        return None
+    last = last_assistant(messages)
+    if any(is_trained(m, train_on, is_last=number == last) for number, m in enumerate(messages)):
+        return None
+    return "the row's messages say that none of them is trained"
 
 
 def row_key(row: Row) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from trl.chat_template_utils import phi3_training_chat_template
 
-from phlora.data.checks import check
+from phlora.data.checks import check, preview
 from phlora.data.dataset import load_rows
+from phlora.data.inspection import SplitSettings, inspect_data
 from phlora.data.known_keys import COLUMNS, MESSAGE_KEYS, table
 from phlora.data.tokenize import IGNORED, tokenize_row
 from phlora.errors import DataError
@@ -99,10 +100,74 @@ def test_weights_of_rows(name, row):
     assert not load_rows([{**row, name: None}]).problems
 
 
-def test_rows_that_say_train_false_are_left_out():
-    for key in ("train", "loss"):
-        report = check([{"messages": _chat()}, {"messages": _chat(), key: False}], phi3_tokenizer())
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"train": False}, "`train`"),
+        ({"loss": 0}, "`loss`"),
+        ({"Masked": True}, "`masked`"),
+        ({"weight": 0}, "`weight`"),
+        ({"weight": 2, "sample_weight": 0, "train": True}, "`sample_weight`"),
+        ({"exclude": True}, "`exclude`"),
+        ({"Do Not Train": "true"}, "`do_not_train`"),
+    ],
+    ids=str,
+)
+def test_rows_that_say_so_are_left_out_and_the_column_is_named(keys, named):
+    rows = [{"messages": _chat()}, {"messages": _chat(), **keys}]
+    for tokenizer in (None, phi3_tokenizer()):
+        report = check(rows, tokenizer)
         assert report.num_usable_rows == 1
+        (note,) = [problem for problem in report.problems if problem.kind == "weight_zero"]
+        assert f"({named})" in note.message
+    (shown,) = preview(load_rows(rows[1:]).rows, phi3_tokenizer(), 1)
+    assert f"({named})" in shown.skipped
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"weight": 0}, {"train": False}, {"trainable": False}, {"Ignore": True}, {"loss_mask": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_rows_whose_messages_say_so_are_left_out_and_counted(keys, train_on):
+    def silent(n):
+        return [{"role": "user", "content": f"Hi {n}"}, _chat(**keys)[1]]
+
+    rows = [{"messages": [silent(n)[0], _chat()[1]] if n % 2 else silent(n)} for n in range(40)]
+    for tokenizer in (None, phi3_tokenizer()):
+        report = check(rows, tokenizer, train_on=train_on)
+        assert report.num_usable_rows == 20
+        (note,) = [problem for problem in report.problems if problem.kind == "weight_zero"]
+        assert (note.severity, note.count) == ("note", 20)
+    found = inspect_data(rows, train_on=train_on, split=SplitSettings(eval_size=0.5))
+    assert all(number % 2 for number in found.held_out.numbers)
+    # What is asked of the model trains then.
+    assert check(rows, phi3_tokenizer(), train_on="all").num_usable_rows == 40
+
+
+@pytest.mark.parametrize("column", ["exclude", "skip", "ignored"])
+@pytest.mark.parametrize("value", [False, "no reason", 3, None, []])
+def test_a_column_that_says_nothing_of_training_leaves_no_row_out(column, value):
+    assert check([{"messages": _chat(), column: value}]).num_usable_rows == 1
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"status": "Rejected"},
+        {"Subset": "test"},
+        {"dataset_split": "validation"},
+        {"approved": False},
+        {"is valid": "false"},
+        {"isTest": 1},
+    ],
+    ids=str,
+)
+def test_rows_that_others_keep_out_are_warned_of(columns):
+    assert _found([{"messages": _chat(), **columns}]) == {("held_out_split", "warning")}
+    usual = {"status": "submitted", "subset": "default", "approved": True, "dataset_split": "train"}
+    assert _found([{"messages": _chat(), **usual}]) == set()
 
 
 @pytest.mark.parametrize(
