@@ -69,19 +69,23 @@ def fit_machine(values: Mapping[str, Any], notes: list[str], *, is_sft: bool = T
 
 def _without_cuda(fitting: dict[str, Any], notes: list[str], device: str, *, is_sft: bool) -> None:
     instead = f"has no effect on this {device} device: the model's own dtype is computed with"
-    if fitting.get("fp16"):
+    if fitting.get("fp16") and device == "cpu":
         fitting["fp16"] = False
         fitting.setdefault("bf16", False)
         notes.append(f"fp16 {instead}")
     # transformers takes bf16 on a CPU where use_cpu is said as well.
-    if not fitting.get("use_cpu"):
+    if device == "cpu" and not fitting.get("use_cpu"):
         asked = fitting.get("bf16")
         if asked or (asked is None and is_sft):
             fitting["bf16"] = False
             if asked:
                 notes.append(f"bf16 {instead}")
     for name in ("bf16_full_eval", "fp16_full_eval"):
-        if fitting.get(name) and not (name == "bf16_full_eval" and fitting.get("use_cpu")):
+        if (
+            device == "cpu"
+            and fitting.get(name)
+            and not (name == "bf16_full_eval" and fitting.get("use_cpu"))
+        ):
             fitting[name] = False
             notes.append(f"{name} {instead}")
     for name, why in {

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from trl.trainer.sft_config import SFTConfig as TrlConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollator
 
 from phlora.data.chat_template import ChatTemplate, chat_template
 from phlora.data.table import IGNORED
-from phlora.dropin.columns import Rows, as_meant, columns_of, formatted, with_known_roles
+from phlora.dropin.columns import CHATS, PAIR, Rows, as_meant, columns_of, formatted, with_known_roles
 from phlora.dropin.rows import Wanted, look, show
 from phlora.dropin.tell import warn
+from phlora.errors import DataError
 from phlora.models.families import stop_token_ids
 
 
@@ -30,6 +33,35 @@ def ready(trainer: Any, dataset: Any, args: TrlConfig, formatting_func: Any, nam
     return rows if template is None else with_known_roles(rows, template, name=name)
 
 
+@contextmanager
+def template_errors(rows: Rows, name: str) -> Iterator[None]:
+    """What a chat template raises while TRL renders chats with it.
+
+    Raises:
+        DataError: in its place.
+    """
+    try:
+        yield
+    except (TemplateError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):
+            if "no assistant tokens" not in str(error):
+                raise
+            raise DataError(
+                "A chat has no answer, and answers alone should train (assistant_only_loss)",
+                where=name,
+                expected="a turn of the assistant in every row",
+                fix="leave out rows without one",
+            ) from error
+        if not {*CHATS, *PAIR} & set(columns_of(rows)):
+            raise
+        raise DataError(
+            f"A chat cannot be prepared: {error}",
+            where=name,
+            expected="messages with a role that the chat template knows, in its order, and a text as content",
+            fix="`phlora data check FILE --model MODEL` names the rows",
+        ) from error
+
+
 def look_at(trainer: Any, prepared: Any, args: TrlConfig, packing: bool, name: str) -> None:
     """Tell what will be trained; packs that split rows lose nothing of them."""
     loses = not packing or args.packing_strategy == "bfd"
@@ -38,7 +70,7 @@ def look_at(trainer: Any, prepared: Any, args: TrlConfig, packing: bool, name: s
     wanted = Wanted(
         tokenizer=tokenizer,
         template=_template_of(trainer),
-        is_masked=bool(args.assistant_only_loss or trainer._marks_answers or trainer.completion_only_loss),
+        is_masked=bool(args.assistant_only_loss or trainer._marks_answers or args.completion_only_loss),
         max_length=args.max_length if loses else None,
         stop_ids=stop_token_ids(tokenizer, config),
     )

@@ -224,7 +224,7 @@ def _list_array(column: Any) -> Any:
     chunk = column.combine_chunks()
     if isinstance(chunk, pa.ChunkedArray):
         chunk = chunk.chunk(0)
-    return chunk
+    return chunk if pa.types.is_list(chunk.type) else chunk.cast(pa.list_(chunk.type.value_type))
 
 
 def _flat(ids: list[Any], labels: list[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -302,6 +302,13 @@ def _of_record(record: Mapping[str, Any], wanted: Wanted, train_on: TrainOn, ori
         notes = wanted.template.render(messages, tools).notes
     except TemplateRefusal as refusal:
         return [*problems, Problem("swallowed", "error", sentence(str(refusal)), (origin,))]
+    if any(not isinstance(turn.get("content"), str | None) for turn in turns):
+        # Parts and objects, which Phlora reads and templates mostly do not.
+        problems += _missing(
+            [{**turn, "said": message["content"]} for turn, message in zip(turns, messages, strict=False)],
+            wanted.template,
+            origin,
+        )
     for kind in sorted(notes):
         if kind in _LEFT_OUT:
             problems.append(Problem("swallowed", "error", _LEFT_OUT[kind], (origin,)))
@@ -320,5 +327,6 @@ def _missing(turns: list[Any], template: ChatTemplate, origin: Origin) -> list[P
             "swallowed", "error", f"The chat template leaves out turn {n} ({turn.get('role')})", (origin,)
         )
         for n, turn in enumerate(turns, 1)
-        if isinstance(turn.get("content"), str) and turn["content"].strip() not in text
+        for said in [turn.get("said", turn.get("content"))]
+        if isinstance(said, str) and said.strip() not in text
     ]

@@ -8,6 +8,9 @@ import os
 from phlora.display import Display
 
 _log = logging.getLogger("phlora.dropin")
+# Scripts set up logging and leave the level at warnings; what trains is to be seen there all the same.
+if _log.level == logging.NOTSET:
+    _log.setLevel(logging.INFO)
 
 
 def warn(text: str) -> None:

@@ -28,7 +28,13 @@ from phlora.dropin.hub import one_message as one_hub_message
 from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded
 from phlora.dropin.masks import lacks_markers, with_answers_marked
-from phlora.dropin.preparation import look_at, look_at_collator, ready, with_trained_columns
+from phlora.dropin.preparation import (
+    look_at,
+    look_at_collator,
+    ready,
+    template_errors,
+    with_trained_columns,
+)
 from phlora.dropin.rows import RowProblems
 from phlora.dropin.targets import config_with_blocks, require_whole
 from phlora.dropin.tell import tell, warn
@@ -111,7 +117,8 @@ class SFTTrainer(LaidOutTrainer):
             rows = with_answers_marked(rows, self._tokenizer, name=dataset_name)
         whole = copy.copy(args)
         whole.max_length = None
-        prepared = super()._prepare_dataset(rows, processing_class, whole, False, None, dataset_name)
+        with template_errors(rows, dataset_name):
+            prepared = super()._prepare_dataset(rows, processing_class, whole, False, None, dataset_name)
         look_at(self, prepared, args, packing, dataset_name)
         return super()._prepare_dataset(prepared, processing_class, args, packing, None, dataset_name)
 

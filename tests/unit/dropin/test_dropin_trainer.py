@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import trl
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import TrainerCallback
@@ -322,6 +322,38 @@ def test_chats_that_are_no_lists(make: Any) -> None:
         make(Dataset.from_list([{"messages": '[{"role": "user", "content": "a"}]'}]))
     with pytest.raises(DataError, match="is empty"):
         make(Dataset.from_list([{"messages": []}, *chats()]))
+
+
+def test_a_template_that_drops_parts_is_refused(make: Any, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content if m.content is string else '' }}{{ eos_token }}{% endfor %}"
+    )
+    rows = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]}]
+    with pytest.raises(DataError, match="leaves out turn 1"):
+        make(Dataset.from_list(rows), processing_class=tokenizer, row_problems="refuse")
+
+
+def test_contents_that_the_template_does_not_write_as_text(make: Any) -> None:
+    rows = [
+        {
+            "messages": [
+                {**message, "content": [{"type": "text", "text": message["content"]}]}
+                for message in row["messages"]
+            ]
+        }
+        for row in chat_rows(3)
+    ]
+    with pytest.raises(DataError, match="cannot be prepared") as error:
+        make(Dataset.from_list(rows))
+    assert "a text as content" in str(error.value)
+
+
+def test_rows_of_one_length_and_of_another_format(make: Any, told: Any) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4, "labels": [[5, 6, 7]] * 4})
+    fixed = rows.cast(Features(dict.fromkeys(rows.column_names, Sequence(Value("int32"), length=3))))
+    make(fixed.with_format("torch"))
+    assert "train: 4 rows, 12 tokens, 12 of them trained" in told()
 
 
 def test_masked_training_that_masks_nothing_is_refused(make: Any) -> None:
