@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NUM_TRAIN, NUM_HELD_OUT = 400, 100
+NUM_TRAIN, NUM_HELD_OUT = 320, 80
 
 Row = dict[str, Any]
 Slots = dict[str, Any]
@@ -360,7 +360,8 @@ def build(kinds: list[Kind], seed: int) -> tuple[list[Row], list[Row]]:
         for rows, combinations, total in zip(
             (train, held_out), split(kind.combinations, random_), (NUM_TRAIN, NUM_HELD_OUT), strict=True
         ):
-            rows += rows_of(kind, combinations, round(kind.share * total), seen, random_)
+            wanted = total - len(rows) if kind is kinds[-1] else round(kind.share * total)
+            rows += rows_of(kind, combinations, wanted, seen, random_)
     random_.shuffle(train)
     random_.shuffle(held_out)
     return train, held_out
