@@ -1,4 +1,4 @@
-"""examples/sample_finetune.py runs, and differs from a TRL script by the import of `SFTTrainer` alone."""
+"""examples/guide/sample_finetune.py runs, and differs from a TRL script by the import of `SFTTrainer` alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl.chat_template_utils import phi3_chat_template
 from phlora.testing import tiny_phi3
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "examples" / "sample_finetune.py"
+SCRIPT = ROOT / "examples" / "guide" / "sample_finetune.py"
 
 
 # One process for both scripts: what they import takes longer than what they train. TRL's comes first, untouched.
@@ -23,8 +23,8 @@ import runpy, sys
 import torch
 for script, folder in zip(sys.argv[1::2], sys.argv[2::2]):
     torch.manual_seed(0)
-    sys.argv = [script, "--model", folder + "/model", "--output", folder + "/out", "--data", {data!r}]
-    sys.argv += ["--max-steps", "5"]
+    sys.argv = [script, "--model", folder + "/model", "--output", folder + "/out"]
+    sys.argv += ["--train", {data!r}, "--test", {data!r}, "--max-steps", "5", "--max-answers", "3"]
     runpy.run_path(script, run_name="__main__")
 """.format(data=str(ROOT / "examples" / "home_assistant" / "heldout.jsonl"))
 

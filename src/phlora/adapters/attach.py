@@ -16,6 +16,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from phlora.errors import ConfigError, ModelError, did_you_mean, shown
 from phlora.files import ADAPTER_FACTS
 from phlora.lora.blocks import RowBlock, row_blocks
 from phlora.measure import is_out_of_memory
+from phlora.models.quantization import adapted_as_linear
 
 _PREFIX = "base_model.model."
 
@@ -151,7 +153,8 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     widen_what_trains(model, lora)
     base = dict(model.named_parameters())
     try:
-        adapted = get_peft_model(model, lora)
+        with adapted_as_linear(model) if blocks else nullcontext():
+            adapted = get_peft_model(model, lora)
     # Each of PEFT's many ways to start an adapter looks at its settings in its own way.
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):

@@ -11,7 +11,8 @@ int8: each row of a weight has one scale and 255 steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,24 @@ def use_operands(model: nn.Module) -> None:
         from phlora.models import bnb
 
         bnb.use_operands(model)
+
+
+@contextmanager
+def adapted_as_linear(model: nn.Module) -> Iterator[None]:
+    """While PEFT puts an adapter on it: layers in 4 or 8 bits get the adapter of any linear layer.
+
+    PEFT's own layers for them know nothing of row blocks. It tells such a model by two attributes, which are taken
+    back for a while; what is multiplied by is the layer's business, see `use_operands`.
+    """
+    use_operands(model)
+    marks = [mark for mark in ("is_loaded_in_4bit", "is_loaded_in_8bit") if getattr(model, mark, False)]
+    for mark in marks:
+        setattr(model, mark, False)
+    try:
+        yield
+    finally:
+        for mark in marks:
+            setattr(model, mark, True)
 
 
 def stored_bytes(model: nn.Module) -> int:

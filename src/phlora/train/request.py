@@ -62,7 +62,7 @@ def require_one_process() -> None:
         raise EnvironmentProblem(
             f"A launcher started {processes} processes; a Phlora run is one process",
             fix="start it without the launcher, or use phlora.SFTTrainer in a script of your own, as in "
-            "examples/sample_finetune.py, which accelerate can launch",
+            "examples/guide/sample_finetune.py, which accelerate can launch",
         )
 
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from phlora.adapters.attach import attach, recorded_blocks, split_adapter
 from phlora.adapters.block_modules import BlockUp
 from phlora.adapters.load import load_adapter
 from phlora.adapters.peft_layer import LoraLinear, fuse_lora, unfuse_lora
 from phlora.errors import ConfigError, ModelError
+from phlora.models.quantization import use_operands
 from phlora.testing import tiny_phi3
 
 QKV, SECOND_QKV = (f"model.layers.{i}.self_attn.qkv_proj" for i in (0, 1))
@@ -287,3 +289,35 @@ def test_whole_modules_that_train_in_16_bits_are_named() -> None:
     narrow, wide = (attach(model, peft_config) for model in (tiny_phi3()[0].bfloat16(), tiny_phi3()[0]))
     assert [note for note in narrow.notes if "lm_head trains in bfloat16" in note]
     assert not wide.notes
+
+
+@pytest.mark.parametrize(
+    "bits", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}]
+)
+def test_row_blocks_on_a_model_that_transformers_quantised(
+    model_folder: Path, tmp_path: Path, bits: dict[str, Any]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def quantised() -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            model_folder, quantization_config=BitsAndBytesConfig(**bits), dtype=torch.float32
+        )
+
+    settings = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    model = attach(quantised(), settings).model
+    assert getattr(model, "is_loaded_in_4bit", False) or model.is_loaded_in_8bit
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        ours = model.eval()(ids).logits
+    model.save_pretrained(str(tmp_path))
+    # In 8 bits bitsandbytes rounds what is multiplied too, which Phlora does not: its layer is taken on both sides.
+    base = quantised()
+    use_operands(base)
+    stock = PeftModel.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours, stock(ids).logits, rtol=1e-4, atol=1e-4)
