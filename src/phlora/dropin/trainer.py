@@ -39,6 +39,7 @@ from phlora.dropin.rows import RowProblems
 from phlora.dropin.targets import config_with_blocks, require_whole
 from phlora.dropin.tell import tell, warn
 from phlora.errors import ConfigError
+from phlora.models.quantization import use_operands
 from phlora.names import LORA, SETTINGS, TRAINER, by_todays_names, one_message
 
 _ARGUMENTS = [name for name in inspect.signature(TrlTrainer.__init__).parameters if name != "self"]
@@ -223,6 +224,8 @@ def with_adapter(call: dict[str, Any]) -> dict[str, Any]:
         return call
     if not isinstance(model, nn.Module):
         return call
+    # bitsandbytes' own layers pack their weights anew at the first pass without gradients on a CPU.
+    use_operands(model)
     with_blocks = config_with_blocks(model, config)
     if with_blocks is None:
         return call

@@ -18,6 +18,7 @@ from phlora.evaluate.metrics import Metric
 from phlora.evaluate.report import Report
 from phlora.evaluate.run import BATCH_ROWS, compare_on
 from phlora.measure import Clock, peak_bytes
+from phlora.models.quantization import use_operands
 from phlora.models.tokenizer import prepare_tokenizer
 
 
@@ -72,6 +73,9 @@ def evaluate_model(
             expected="a PeftModel, or `base`: the model as it was before it was trained",
             fix='name it: base=load_model("…").model',
         )
+    for side in (model, base):
+        if side is not None:
+            use_operands(side)
     display, clock = display or Display(), Clock()
     names = tuple(metric for metric in metrics if isinstance(metric, str))
     own_metrics = {
