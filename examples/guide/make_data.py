@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Of each file, but for the rounding of the shares below.
 NUM_TRAIN, NUM_HELD_OUT = 320, 80
 
 Row = dict[str, Any]
@@ -360,8 +361,7 @@ def build(kinds: list[Kind], seed: int) -> tuple[list[Row], list[Row]]:
         for rows, combinations, total in zip(
             (train, held_out), split(kind.combinations, random_), (NUM_TRAIN, NUM_HELD_OUT), strict=True
         ):
-            wanted = total - len(rows) if kind is kinds[-1] else round(kind.share * total)
-            rows += rows_of(kind, combinations, wanted, seen, random_)
+            rows += rows_of(kind, combinations, round(kind.share * total), seen, random_)
     random_.shuffle(train)
     random_.shuffle(held_out)
     return train, held_out

@@ -31,13 +31,15 @@ def test_the_shipped_files_come_from_the_generator(make: dict[str, Any], tmp_pat
         assert (tmp_path / name).read_bytes() == (FOLDER / "data" / name).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["python", "sharegpt"])
-def test_no_question_and_no_answer_stands_on_both_sides(make: dict[str, Any], kind: str) -> None:
+@pytest.mark.parametrize("kind, sizes", [("python", [318, 82]), ("sharegpt", [320, 80])])
+def test_no_question_and_no_answer_stands_on_both_sides(
+    make: dict[str, Any], kind: str, sizes: list[int]
+) -> None:
     train, held_out = rows(f"{kind}_train.jsonl"), rows(f"{kind}_heldout.jsonl")
-    assert (len(train), len(held_out)) == (320, 80)
+    assert [len(train), len(held_out)] == sizes
     asked = [{make["asked_of"](row) for row in side} for side in (train, held_out)]
     assert not asked[0] & asked[1]
-    assert list(map(len, asked)) == [320, 80]
+    assert list(map(len, asked)) == sizes
     # Of chats that are closed with thanks, the last answer names no day.
     last = [{json.dumps(row, ensure_ascii=False) for row in side} for side in (train, held_out)]
     assert not last[0] & last[1]
