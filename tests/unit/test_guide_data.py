@@ -102,7 +102,7 @@ def test_the_desk_keeps_its_rules(make: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["python", "sharegpt"])
 def test_the_languages_of_the_guide_are_there(make: dict[str, Any], kind: str) -> None:
-    for side in ("train", "heldout"):
-        text = (FOLDER / "data" / f"{kind}_{side}.jsonl").read_text(encoding="utf-8")
-        for language, (_, names) in make["GREETINGS"].items():
-            assert any(name in text for name in names), language
+    sides = (FOLDER / "data" / f"{kind}_{side}.jsonl" for side in ("train", "heldout"))
+    text = "".join(side.read_text(encoding="utf-8") for side in sides)
+    for language, (_, names) in make["GREETINGS"].items():
+        assert sum(name in text for name in names) >= 4, language
