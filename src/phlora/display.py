@@ -41,6 +41,15 @@ def _spelled_out(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def counted(count: int, word: str) -> str:
+    """A number with its word.
+
+    >>> counted(1, "row"), counted(1234, "training row")
+    ('1 row', '1,234 training rows')
+    """
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 class Display:
     """Stages, notes and progress of one command.
 

@@ -7,7 +7,7 @@ would do it, and what is dropped, cut or not learned is listed too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -187,7 +187,8 @@ def check(
             on_bad="collect",
             progress=progress,
         )
-        problems += _token_problems(tokenized, is_error=too_long == "error")
+        said = {origin for each in problems if each.kind == "weight_zero" for origin in each.origins}
+        problems += _token_problems(tokenized, is_error=too_long == "error", said=said)
     return _report(data, tokenized, merge_problems(problems), max_length)
 
 
@@ -227,10 +228,15 @@ def warnings_of(tokenized: TokenizedSet) -> list[Problem]:
     return _token_problems(tokenized, is_error=False)
 
 
-def _token_problems(tokenized: TokenizedSet, *, is_error: bool) -> list[Problem]:
+def _token_problems(
+    tokenized: TokenizedSet, *, is_error: bool, said: Collection[Origin] = ()
+) -> list[Problem]:
+    """Args: said: the rows that say themselves that they are not trained."""
     problems = list(tokenized.notes)
     for skip in tokenized.skipped:
-        if skip.kind in ("no_answer", "weight_zero"):
+        if skip.kind in ("no_answer", "weight_zero") or (
+            skip.kind == "no_trained_token" and skip.origin in said
+        ):
             continue  # reported by the structural check
         is_mistake = skip.kind in MISTAKES or (is_error and skip.kind == "too_long")
         severity = "error" if is_mistake else "warning"

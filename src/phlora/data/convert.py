@@ -22,6 +22,7 @@ from phlora.data.readers import Opened, open_path
 from phlora.data.readers.files import BINARY_KINDS, COMPRESSIONS, TEXT_KINDS
 from phlora.data.rows import Origin, Problem, Record, Row
 from phlora.data.values import checked
+from phlora.display import counted
 from phlora.errors import DataError, InputError
 from phlora.files import replaced_file
 
@@ -66,9 +67,9 @@ class Converted:
 
     def render(self) -> str:
         """A few lines for the terminal."""
-        lines = [*shown_formats(self.formats), f"{self.num_rows:,} rows written to {self.output}"]
+        lines = [*shown_formats(self.formats), f"{counted(self.num_rows, 'row')} written to {self.output}"]
         if self.num_left_out:
-            lines.append(f"{self.num_left_out:,} rows left out")
+            lines.append(f"{counted(self.num_left_out, 'row')} left out")
         return "\n".join([*lines, *map(render_problem, merge_problems(self.problems))])
 
 

@@ -21,7 +21,7 @@ from phlora.data.labels import Labeller, token_range
 from phlora.data.problems import Noted
 from phlora.data.reasoning import has_reasoning, with_reasoning_as_text, without_reasoning
 from phlora.data.rendering import Rendering, Span, TemplateRefusal
-from phlora.data.rows import Message, Origin, Problem, Row, last_assistant, sentence, why_untrained
+from phlora.data.rows import Message, Origin, Problem, Row, last_assistant, says_untrained, sentence
 from phlora.data.table import TableBuilder
 from phlora.data.tokenize_notes import NOTES
 from phlora.data.turn_positions import TurnPositions
@@ -108,7 +108,7 @@ class RowTokenizer:
 
     def run(self, rows: Sequence[Row]) -> list[TokenRow | Skipped]:
         """Render all rows, encode them in one call, then place the labels."""
-        drafts = [self._first_draft(row) for row in rows]
+        drafts = [self._draft(row) for row in rows]
         return self._finish_all(drafts, self._encode(drafts))
 
     def run_batches(self, rows: Iterable[Row]) -> Iterator[list[TokenRow | Skipped]]:
@@ -117,7 +117,7 @@ class RowTokenizer:
         waiting: tuple[list[_Draft | Skipped], Future[Iterator[Encoded | array[int]]]] | None = None
         with ThreadPoolExecutor(1) as pool:
             while batch := list(islice(remaining, BATCH_ROWS)):
-                drafts = [self._first_draft(row) for row in batch]
+                drafts = [self._draft(row) for row in batch]
                 ready, waiting = waiting, (drafts, pool.submit(self._encode, drafts))
                 if ready:
                     yield self._finish_all(ready[0], ready[1].result())
@@ -161,12 +161,9 @@ class RowTokenizer:
         for kind in sorted(kinds):
             self.notes.setdefault(kind, Noted()).add(origin)
 
-    def _first_draft(self, row: Row) -> _Draft | Skipped:
-        """Of a row as it was read; one that was cut says less."""
-        untrained = why_untrained(row, self.options.train_on)
-        return self._draft(row) if untrained is None else Skipped(row.origin, untrained, "weight_zero")
-
     def _draft(self, row: Row) -> _Draft | Skipped:
+        if row.weight == 0:
+            return Skipped(row.origin, says_untrained(row), "weight_zero")
         num_characters = _num_characters(row)
         if num_characters > self._most_characters():
             limit = self.options.max_length

@@ -99,11 +99,16 @@ def is_trained(message: Message, train_on: TrainOn, *, is_last: bool) -> bool:
     return wanted and message.get("weight") != 0
 
 
+def says_untrained(row: Row) -> str:
+    """What a row of weight 0 says, with the column that says it."""
+    by = f"`{row.untrained_by}`" if row.untrained_by else "its weight is 0"
+    return f"the row says that it is not trained ({by})"
+
+
 def why_untrained(row: Row, train_on: TrainOn) -> str | None:
     """How a row says that nothing of it is trained, by its weight or flag or by those of its messages; else None."""
     if row.weight == 0:
-        by = f"`{row.untrained_by}`" if row.untrained_by else "its weight is 0"
-        return f"the row says that it is not trained ({by})"
+        return says_untrained(row)
     messages = row.messages or ()
     if not any("train" in message or "weight" in message for message in messages):
         return None

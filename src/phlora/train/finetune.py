@@ -20,7 +20,7 @@ from transformers import (
 from phlora.adapters.attach import Attached, attach, lora_settings
 from phlora.config import RunConfig
 from phlora.data.readers.tables import needed_by_tables
-from phlora.display import Display
+from phlora.display import Display, counted
 from phlora.evaluate import run as evaluation_run
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
@@ -182,7 +182,7 @@ def finetune(
                 folder, facts, config_text, data, objects, resume=resume, display=display
             )
             start = f", from {checkpoint.name}" if checkpoint else ""
-            display.stage(f"Training {plan.num_optimizer_steps} steps{start}")
+            display.stage(f"Training {counted(plan.num_optimizer_steps, 'step')}{start}")
             task = Training(attached.model, loaded, data, arguments, objects, shared=plan.sharing.on)
             # Of the processes that this one continues.
             earlier_seconds = trained_seconds(read_events(folder.events))

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 
 from phlora.config import RunConfig
+from phlora.data.packing import TokenSequences
 from phlora.display import Display
 from phlora.forecast.blueprint import NotForecastError
 from phlora.forecast.forecast import Circumstances, Evaluation, forecast_run, with_seconds
@@ -30,6 +31,9 @@ from phlora.train.fitting import Lookahead, made_to_fit, require_memory
 from phlora.train.plan import Plan, make_plan
 from phlora.train.prepare import PreparedData
 from phlora.train.request import Objects, Request
+
+# Laying these out, and two layers' time on the longest row among them, takes tens of seconds.
+_MANY_TOKENS = 200_000
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,9 @@ def _forecast(
     planned: Planned, drawn: Drawn, given: _Given, display: Display, *, fit_memory: bool
 ) -> Planned:
     """The same with its forecast, and changed where it has to be."""
+    num_tokens = _tokens_of_a_step(given.data.train, planned)
+    if num_tokens > _MANY_TOKENS:
+        display.note(f"a step has up to {num_tokens:,} tokens, so that reckoning with it may take minutes")
     found = _looked_ahead(planned, drawn, given)
     assert found.ahead is not None
     if not fit_memory or found.ahead.forecast.fits:
@@ -157,6 +164,13 @@ def _forecast(
     )
     drawn = given.drawn(config)
     return _looked_ahead(Planned(config, arguments, given.plan(drawn, arguments)), drawn, given)
+
+
+def _tokens_of_a_step(sequences: TokenSequences, planned: Planned) -> int:
+    """At most."""
+    assert planned.plan is not None
+    lengths = sequences.lengths
+    return min(sum(lengths), max(lengths, default=0) * planned.plan.sequences_per_step)
 
 
 def _looked_ahead(planned: Planned, drawn: Drawn, given: _Given) -> Planned:

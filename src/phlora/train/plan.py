@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from phlora.adapters.attach import AdapterSummary
+from phlora.display import counted
 from phlora.forecast.forecast import Forecast, as_json
 from phlora.forecast.render import render
 from phlora.models.prefix_sharing import Sharing, decide_sharing
@@ -63,15 +64,17 @@ class Plan:
         data = self.data
         share = data.trained_tokens / max(1, data.tokens)
         packs = data.packs
-        packed = f" in {packs.count:,} packs ({packs.filled:.0%} full)" if packs else ""
-        kind = "packs" if packs else "rows"
+        packed = f" in {counted(packs.count, 'pack')} ({packs.filled:.0%} full)" if packs else ""
+        # A step takes what there is where that is less.
+        of_a_step = min(self.sequences_per_step, max(1, packs.count if packs else data.train_rows))
         ratio, rate = self.loraplus_lr_ratio, self.learning_rate
         loraplus = f"\n  LoRA+: learning rate {rate:g}, for lora_B {ratio * rate:g}" if ratio else ""
         return (
             f"{self.adapter.render()}\n"
-            f"  {data.train_rows:,} training rows{packed}, {data.held_out_rows:,} held out; "
-            f"{data.tokens:,} tokens an epoch, {data.trained_tokens:,} of them trained ({share:.0%})\n"
-            f"  {self.num_optimizer_steps:,} optimizer steps of {self.sequences_per_step} {kind}{loraplus}\n"
+            f"  {counted(data.train_rows, 'training row')}{packed}, {data.held_out_rows:,} held out; "
+            f"{counted(data.tokens, 'token')} an epoch, {data.trained_tokens:,} of them trained ({share:.0%})\n"
+            f"  {counted(self.num_optimizer_steps, 'optimizer step')} of "
+            f"{counted(of_a_step, 'pack' if packs else 'row')}{loraplus}\n"
             f"  shared prefixes {self.sharing.describe()}"
             f"{chr(10) + render(self.forecast) if self.forecast else ''}"
         )

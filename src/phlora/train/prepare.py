@@ -25,7 +25,7 @@ from phlora.data.split import split_keys
 from phlora.data.system_prompt import SystemPrompts, SystemPromptWatch, find_system_prompts
 from phlora.data.table import TokenTable
 from phlora.data.tokenize import TokenizedSet, tokenize_rows
-from phlora.display import Display
+from phlora.display import Display, counted
 from phlora.errors import ConfigError, DataError, Finding
 from phlora.files import cache_root, replaced_file
 from phlora.models.tokenizer import LoadedTokenizer
@@ -203,7 +203,7 @@ def _tokenizing(
         key = token_key(rows, tokenizer_digest, options) if use_cache else ""
         found = cache.load(key) if key else None
         if found is not None:
-            display.note(f"{len(rows):,} rows: tokens from cache ({cache.folder})")
+            display.note(f"{counted(len(rows), 'row')}: tokens from cache ({cache.folder})")
             progress(len(rows))
             return found
         tokenized = tokenize_rows(read, tokenizer.tokenizer, **options, progress=progress)
@@ -288,7 +288,7 @@ def _told(problem: Problem) -> str:
 def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display: Display) -> None:
     for note in tokenized.notes:
         (display.warn if note.severity == "warning" else display.note)(
-            f"{note.message} ({note.count} {name} rows: {named_origins(note.origins, note.count, most=3)})"
+            f"{note.message} ({counted(note.count, f'{name} row')}: {named_origins(note.origins, note.count, most=3)})"
         )
     limit = arguments.args.max_length
     if name == "training" and tokenized.full_lengths:  # the cache keeps none
@@ -297,13 +297,15 @@ def _tell_cuts(tokenized: TokenizedSet, name: str, arguments: Arguments, display
         display.note(f"{sentence(text)}{kept}")
     if tokenized.cut:
         display.warn(
-            f"{len(tokenized.cut)} {name} rows lost their oldest turns to fit max_length="
+            f"{counted(len(tokenized.cut), f'{name} row')} lost their oldest turns to fit max_length="
             f"{arguments.args.max_length}: {named_origins(tokenized.cut, most=3)}"
         )
     if tokenized.skipped:
         origins = [skip.origin for skip in tokenized.skipped]
+        were = "was" if len(origins) == 1 else "were"
         display.warn(
-            f"{len(origins)} {name} rows were left out: {named_origins(origins, most=3)}; {tokenized.skipped[0].reason}"
+            f"{counted(len(origins), f'{name} row')} {were} left out: {named_origins(origins, most=3)}; "
+            f"{tokenized.skipped[0].reason}"
         )
         # A weight of 0 is a choice.
         dropped = [skip for skip in tokenized.skipped if skip.kind != "weight_zero"]

@@ -340,3 +340,11 @@ def test_what_cannot_be_forecast_is_said_and_trains(configured: Configured, caps
     assert "not forecast: loss_type dft" in capsys.readouterr().err
     planned = plan_run(config, display=QUIET)
     assert "1 optimizer steps" in planned.render() and planned.to_json()["forecast"] is None
+
+
+def test_a_forecast_that_takes_long_is_said_to(
+    configured: Configured, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(lookahead, "_MANY_TOKENS", 100)
+    plan_run(configured(), display=Display())
+    assert "tokens, so that reckoning with it may take minutes" in capsys.readouterr().err

@@ -100,6 +100,15 @@ def test_packs_are_told() -> None:
     assert "23 training rows in 5 packs (99% full)" in text and "packs\n" in text
 
 
+def test_one_of_a_kind_is_called_so() -> None:
+    one = replace(FACTS, packs=Packs(count=1, filled=0.02), train_rows=1)
+    text = replace(plan_of(1, facts=one), sequences_per_step=512, num_optimizer_steps=1).render()
+    assert "1 training row in 1 pack (2% full)" in text
+    # No step has more than there is.
+    assert "1 optimizer step of 1 pack\n" in text
+    assert "steps of 23 rows\n" in replace(plan_of(5), sequences_per_step=512).render()
+
+
 def test_a_run_without_tokens_is_rendered_too() -> None:
     assert (
         "(0%)"

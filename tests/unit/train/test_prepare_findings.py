@@ -70,7 +70,7 @@ def test_rows_of_weight_0_are_left_out_by_choice(model_folder, tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     said = " ".join(_train(model_folder, path, tmp_path / "run", eval_size=0).split())
     assert "11 training rows were left out" in said
-    assert "the row's weight is 0" in said
+    assert "the row says that it is not trained (`weight`)" in said
     assert "none of the row's tokens" not in said
 
 
