@@ -130,7 +130,11 @@ __all__ = ["__version__", *_DEFINED_IN]
 def __getattr__(name: str) -> object:
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'phlora' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_DEFINED_IN[name]), name)
+    from phlora.others import without_known_messages
+
+    with without_known_messages():
+        module = importlib.import_module(_DEFINED_IN[name])
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,44 +1,43 @@
-"""What a person sees while a long step runs: rich bars on a terminal, plain lines in a log.
+"""What a person sees while a long step runs: rich bars on a terminal, one block in a notebook, plain lines in a log.
 
-Results go to standard output and belong to the commands; everything here goes to standard error.
+Results go to standard output and belong to the commands; everything here goes to standard error, and within `logged`
+into a file too.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
 from phlora.errors import masked
+from phlora.markup import printable as printable
+from phlora.notebook import Page, in_notebook
 
 Advance = Callable[[int], None]
 
 # A log gets a line at every tenth of a step, but not more often than this.
 _SECONDS_BETWEEN_LINES = 5.0
+# What was said before there is a file for it.
+_MOST_LINES_KEPT = 500
+_LEVELS = {"stage": "INFO", "note": "INFO", "show": "INFO", "warn": "WARNING"}
 
 
-# All control characters but tab and newline; what turns the direction of a whole line, breaks it, or is not seen;
-# halves of surrogate pairs. The joiners of Persian and Hindi and the marks of right-to-left texts stay.
-_UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
-)
+class Bar(Protocol):
+    """How far one thing is, where it is seen."""
 
+    def advance(self, done: int) -> None:
+        """So many units more are done."""
 
-def printable(text: str) -> str:
-    """The text with control characters spelled out: data and models must not command a terminal, or mislead.
+    def show(self, done: int, text: str = "") -> None:
+        """So many units are done in all, with something to say beside it."""
 
-    >>> printable("\x1b[31m and \u202e")
-    '\\\\x1b[31m and \\\\u202e'
-    """
-    return _UNPRINTABLE.sub(lambda match: _spelled_out(ord(match[0])), text)
-
-
-def _spelled_out(code: int) -> str:
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    def close(self) -> None:
+        """It is over."""
 
 
 def counted(count: int, word: str) -> str:
@@ -54,87 +53,204 @@ class Display:
     """Stages, notes and progress of one command.
 
     Args:
-        stream: where to write; standard error by default.
-        quiet: write nothing but warnings.
+        stream: where to write; standard error by default, or the output of the cell in a notebook.
+        quiet: show nothing but warnings.
         fancy: rich bars; by default when the stream is a terminal.
     """
 
     def __init__(
         self, stream: TextIO | None = None, *, quiet: bool = False, fancy: bool | None = None
     ) -> None:
+        self.page = Page() if stream is None and fancy is None and in_notebook() else None
         self.stream = stream or sys.stderr
         self.quiet = quiet
-        self.fancy = self.stream.isatty() if fancy is None else fancy
+        self.fancy = self.page is None and (self.stream.isatty() if fancy is None else fancy)
+        self._terminal = _Terminal(self.stream)
+        self._log: TextIO | None = None
+        self._unwritten: deque[str] = deque(maxlen=_MOST_LINES_KEPT)
 
     def stage(self, text: str) -> None:
         """Say which step of the story begins."""
-        if not self.quiet:
-            text = printable(masked(text))
-            self._print(f"[bold]›[/bold] {_escape(text)}" if self.fancy else f"> {text}")
+        self._tell("stage", printable(masked(text)))
 
     def note(self, text: str) -> None:
         """Say a fact that a person should know but need not act on."""
-        if not self.quiet:
-            text = printable(masked(text))
-            self._print(f"  [dim]{_escape(text)}[/dim]" if self.fancy else f"  {text}")
+        self._tell("note", printable(masked(text)))
 
     def warn(self, text: str) -> None:
         """Say something that a person should look at; also when quiet."""
-        text = printable(masked(text))
-        self._print(f"[yellow]![/yellow] {_escape(text)}" if self.fancy else f"! {text}")
+        self._tell("warn", printable(masked(text)))
 
     def show(self, text: str) -> None:
-        """Write a block of text, such as a table, as it is."""
-        if not self.quiet:
-            text = printable(text)
-            self._print(_escape(text) if self.fancy else text)
+        """Show a block of text, such as a table, as it is."""
+        self._tell("show", printable(text))
+
+    def log(self, text: str, *, level: str = "INFO", source: str = "phlora") -> None:
+        """Write into the file alone what is seen elsewhere, such as beside a bar."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._unwritten.append(f"{stamp} {level} {source}: {printable(masked(text))}\n")
+        if self._log is not None:
+            self._write_log()
+
+    def relay(self, text: str, *, level: str, source: str, is_shown: bool) -> None:
+        """Write what a library has logged into the file, and show it where it is to be seen."""
+        self.log(text, level=level, source=source)
+        if is_shown:
+            kind = "warn" if level in ("WARNING", "ERROR", "CRITICAL") else "note"
+            self._show(kind, printable(masked(f"{source}: {text}")))
+
+    @contextmanager
+    def logged(self, path: Path) -> Iterator[None]:
+        """Within it, and from what was said before, everything is also added to a file, each entry with its time.
+
+        What ends it early stands there too.
+        """
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as self._log:
+            try:
+                self._write_log()
+                yield
+            except BaseException as error:
+                self.log(f"{type(error).__name__}: {error}", level="ERROR")
+                raise
+            finally:
+                self._log = None
 
     @contextmanager
     def progress(self, title: str, total: int, *, unit: str = "rows") -> Iterator[Advance]:
-        """A bar (terminal) or a few lines (log); call the yielded function with the number of units done."""
-        if self.quiet or total <= 0:
+        """A bar (terminal, notebook) or a few lines (log); call the yielded function with the number of units done."""
+        bar = self.bar(title, total, unit) if total > 0 else None
+        if bar is not None:
+            yield from _advancing(bar)
+        elif self.quiet or total <= 0:
             yield lambda done: None
-        elif self.fancy:
-            with self.bar("{task.completed}/{task.total} " + unit) as bar:
-                task = bar.add_task(_escape(title), total=total)
-                yield lambda done: bar.update(task, advance=done)
         else:
             yield _Lines(self, title, total, unit).advance
 
     @contextmanager
     def counting(self, title: str, *, unit: str = "rows") -> Iterator[Advance]:
         """A count of what has no known end; call the yielded function with the number of units done."""
-        if self.quiet:
+        bar = self.bar(title, None, unit)
+        if bar is not None:
+            yield from _advancing(bar)
+        elif self.quiet:
             yield lambda done: None
-        elif self.fancy:
-            with self.bar("{task.completed:,} " + unit) as bar:
-                task = bar.add_task(_escape(title), total=None)
-                yield lambda done: bar.update(task, advance=done)
         else:
             yield _Count(self, title, unit).advance
 
-    def bar(self, *columns: str) -> Any:
-        """A rich progress bar with text columns, written to this display's stream."""
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    def bar(self, title: str, total: int | None, unit: str, *, done: int = 0) -> Bar | None:
+        """A bar that moves; None where only lines can be written, or nothing is to be seen."""
+        if self.quiet:
+            return None
+        title = printable(masked(title))
+        if self.page is not None:
+            return self.page.bar(title, total, unit, done)
+        return self._terminal.bar(title, total, unit, done) if self.fancy else None
 
-        return Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=24),
-            *[TextColumn(column) for column in columns],
-            TimeRemainingColumn(),
-            console=Console(file=self.stream),
-            transient=False,
+    def _tell(self, kind: str, text: str) -> None:
+        self.log(text if kind != "show" else f"\n{text}", level=_LEVELS[kind])
+        self._show(kind, text)
+
+    def _show(self, kind: str, text: str) -> None:
+        if self.quiet and kind != "warn":
+            return
+        if self.page is not None:
+            self.page.tell(kind, text)
+        elif self.fancy:
+            self._terminal.tell(kind, text)
+        else:
+            before = {"stage": "> ", "note": "  ", "warn": "! ", "show": ""}[kind]
+            self.stream.write(f"{before}{text}\n")
+            self.stream.flush()
+
+    def _write_log(self) -> None:
+        assert self._log is not None
+        try:
+            self._log.writelines(self._unwritten)
+            self._log.flush()
+        except OSError as error:
+            # A full disk: a run is worth more than its log.
+            self._log = None
+            self.warn(f"The log is not written any more: {error.strerror}")
+        self._unwritten.clear()
+
+
+def _advancing(bar: Bar) -> Iterator[Advance]:
+    try:
+        yield bar.advance
+    finally:
+        bar.close()
+
+
+class _Terminal:
+    """Rich text and bars; lines that come while there are bars stand above them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.bars: Any = None
+        self.num_open = 0
+
+    def tell(self, kind: str, text: str) -> None:
+        text = _escape(text)
+        styled = {
+            "stage": f"[bold]›[/bold] {text}",
+            "note": f"  [dim]{text}[/dim]",
+            "warn": f"[yellow]![/yellow] {text}",
+            "show": text,
+        }[kind]
+        console = self.bars.console if self.bars is not None else self._console()
+        console.print(styled, highlight=False, soft_wrap=True)
+
+    def bar(self, title: str, total: int | None, unit: str, done: int) -> _TerminalBar:
+        if self.bars is None:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = ("  {task.description}", "{task.fields[shown]}")
+            self.bars = Progress(
+                TextColumn(columns[0]),
+                BarColumn(bar_width=24),
+                TextColumn(columns[1]),
+                TimeRemainingColumn(),
+                console=self._console(),
+            )
+            self.bars.start()
+        self.num_open += 1
+        return _TerminalBar(self, title, total, unit, done)
+
+    def close_one(self) -> None:
+        self.num_open -= 1
+        if not self.num_open:
+            self.bars.stop()
+            self.bars = None
+
+    def _console(self) -> Any:
+        from rich.console import Console
+
+        return Console(file=self.stream)
+
+
+class _TerminalBar:
+    def __init__(self, terminal: _Terminal, title: str, total: int | None, unit: str, done: int) -> None:
+        self.terminal, self.total, self.unit, self.done, self.is_open = terminal, total, unit, done, True
+        self.bars = terminal.bars
+        self.task = self.bars.add_task(
+            _escape(title), total=total, completed=done, shown=self._shown(done, "")
         )
 
-    def _print(self, text: str) -> None:
-        if self.fancy:
-            from rich.console import Console
+    def advance(self, done: int) -> None:
+        self.show(self.done + done)
 
-            Console(file=self.stream, highlight=False, soft_wrap=True).print(text)
-        else:
-            self.stream.write(text + "\n")
-            self.stream.flush()
+    def show(self, done: int, text: str = "") -> None:
+        self.done = done
+        self.bars.update(self.task, completed=done, shown=self._shown(done, text))
+
+    def close(self) -> None:
+        if self.is_open:
+            self.is_open = False
+            self.terminal.close_one()
+
+    def _shown(self, done: int, text: str) -> str:
+        count = f"{done:,} {self.unit}" if self.total is None else f"{done}/{self.total} {self.unit}"
+        return _escape(f"{count} {text}".rstrip())
 
 
 class _Lines:

@@ -13,8 +13,10 @@ SOURCE = Path(__file__).parents[2] / "src" / "phlora"
 FLOORS = [
     {"errors"},
     {"model_names"},
-    {"config_values", "names"},
+    {"config_values", "names", "markup"},
+    {"notebook"},
     {"config", "display", "files", "extras", "measure", "patterns", "stop"},
+    {"others"},
     {"lora", "data", "importing"},
     {"models"},
     {"adapters"},

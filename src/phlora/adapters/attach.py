@@ -49,6 +49,7 @@ from phlora.files import ADAPTER_FACTS
 from phlora.lora.blocks import RowBlock, row_blocks
 from phlora.measure import is_out_of_memory
 from phlora.models.quantization import adapted_as_linear
+from phlora.others import without_known_warnings
 
 _PREFIX = "base_model.model."
 
@@ -153,7 +154,7 @@ def attach(model: nn.Module, lora: LoraConfig | Mapping[str, Any]) -> Attached:
     widen_what_trains(model, lora)
     base = dict(model.named_parameters())
     try:
-        with adapted_as_linear(model) if blocks else nullcontext():
+        with without_known_warnings(), adapted_as_linear(model) if blocks else nullcontext():
             adapted = get_peft_model(model, lora)
     # Each of PEFT's many ways to start an adapter looks at its settings in its own way.
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:

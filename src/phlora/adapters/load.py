@@ -23,6 +23,7 @@ from phlora.files import ADAPTER_FACTS
 from phlora.measure import is_out_of_memory
 from phlora.models.fingerprint import are_same, identity_of, split_fingerprint
 from phlora.models.locate import first_line, path_advice
+from phlora.others import without_known_warnings
 
 _CONFIG_FILE = "adapter_config.json"
 # What PEFT raises for a configuration that does not go with a model.
@@ -84,7 +85,8 @@ def load_adapter(
         config.inference_mode = not trainable
         widen_what_trains(model, config)
         kept = keep_before_load(model, config) if isinstance(config, LoraConfig) else {}
-        adapted = PeftModelForCausalLM(model, config)
+        with without_known_warnings():
+            adapted = PeftModelForCausalLM(model, config)
     except _NOT_TAKEN as error:
         if is_out_of_memory(error):
             raise

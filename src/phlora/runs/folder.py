@@ -4,6 +4,7 @@
                             run has to share with the one it continues
     config.yaml             the resolved configuration, each value with where it came from; can be run again
     events.jsonl            what happened, one line each (`runs.events`)
+    train.log               what was said while it trained, each entry with its time; also by the libraries
     checkpoints/            adapter + optimizer + scheduler + RNG + data position, as transformers writes them
     heldout.jsonl           the rows of the proof
     trained.keys            digests of the rows that were trained on (`runs.trained_rows`)
@@ -60,6 +61,7 @@ HELD_OUT_FILE = "heldout.jsonl"
 ROWS_FILE, EVAL_ROWS_FILE = "rows.jsonl", "eval_rows.jsonl"
 TRAINED_KEYS_FILE = "trained.keys"
 CONFIG_FILE = "config.yaml"
+LOG_FILE = "train.log"
 # In run.json under `model`: the whole path of a base that was named from the working folder.
 BASE_LOCATION = "location"
 EVALUATIONS = "evaluations"
@@ -69,6 +71,7 @@ _OPENING = "opening"
 _OWN = (
     CONFIG_FILE,
     "events.jsonl",
+    LOG_FILE,
     HELD_OUT_FILE,
     ROWS_FILE,
     EVAL_ROWS_FILE,
@@ -140,6 +143,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG_FILE
 
     @property
     def events(self) -> Path:

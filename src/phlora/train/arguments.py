@@ -156,6 +156,7 @@ def training_arguments(
 
 def _sft_config(values: Mapping[str, Any], given: Sequence[str]) -> SFTConfig:
     """TRL's configuration; an error names the settings without which there would be none."""
+    values = _by_the_new_name(values)
     try:
         return SFTConfig(**values)
     except _MISTAKES as error:
@@ -166,6 +167,14 @@ def _sft_config(values: Mapping[str, Any], given: Sequence[str]) -> SFTConfig:
                 f"{shown(masked(values[to_blame[0]], to_blame[0]))} was given: {error}", where=where
             ) from None
         raise ConfigError(f"The settings contradict each other: {error}", where=where) from None
+
+
+def _by_the_new_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Recomputation by the name that transformers has now; at the one before it warns, also of TRL's own default."""
+    new, old = CHECKPOINTING
+    renamed = {old: new, f"{old}_kwargs": f"{new}_kwargs"} if new in field_types() else {}
+    earlier = {renamed[key]: value for key, value in values.items() if key in renamed}
+    return {**earlier, **{key: value for key, value in values.items() if key not in renamed}}
 
 
 def _is_fine(values: Mapping[str, Any], *, without: str) -> bool:

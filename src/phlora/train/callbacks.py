@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from phlora.display import Display
+from phlora.display import Bar, Display
 from phlora.measure import peak_bytes
 from phlora.runs.checkpoints import mark_complete
 from phlora.runs.events import append_event
@@ -51,28 +51,23 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self, display: Display) -> None:
         self.display = display
-        self.bar: Any = None
+        self.bar: Bar | None = None
         self.started = 0.0
         self.first_step = 0
         self.first_tokens: float | None = None
-        self.speed = ""
+        self.shown = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
-        if self.display.fancy and not self.display.quiet:
-            self.bar = self.display.bar("{task.completed}/{task.total} steps", "{task.fields[shown]}")
-            self.bar.start()
-            self.task = self.bar.add_task(
-                "Training", total=state.max_steps, completed=state.global_step, shown=""
-            )
+        self.bar = self.display.bar("Training", state.max_steps, "steps", done=state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.bar:
-            self.bar.update(self.task, completed=state.global_step)
+            self.bar.show(state.global_step, self.shown)
 
     def on_log(
         self,
@@ -84,16 +79,16 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            self._say(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
+            self.display.note(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            shown = f"loss {float(logs['loss']):.4f}  lr {float(logs.get('learning_rate', 0)):.1e}"
-            shown += self._tokens_per_second(logs) + f"  peak {peak_bytes() / 1e9:.1f} GB"
+            self.shown = f"loss {float(logs['loss']):.4f}  lr {float(logs.get('learning_rate', 0)):.1e}"
+            self.shown += self._tokens_per_second(logs) + f"  peak {peak_bytes() / 1e9:.1f} GB"
+            line = f"step {state.global_step}/{state.max_steps}  {self.shown}  {self._time_left(state)}"
             if self.bar:
-                self.bar.update(self.task, shown=shown)
+                self.bar.show(state.global_step, self.shown)
+                self.display.log(line)
             else:
-                self.display.note(
-                    f"step {state.global_step}/{state.max_steps}  {shown}  {self._time_left(state)}"
-                )
+                self.display.note(line)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -101,16 +96,10 @@ class TrainingProgress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Stop the bar; also after an interruption, so that the terminal is left in order."""
+        """Close the bar; also after an interruption, so that the terminal is left in order."""
         if self.bar:
-            self.bar.stop()
+            self.bar.close()
             self.bar = None
-
-    def _say(self, text: str) -> None:
-        if self.bar:
-            self.bar.console.print(f"  {text}", highlight=False)
-        else:
-            self.display.note(text)
 
     def _tokens_per_second(self, logs: dict[str, Any]) -> str:
         """Counted from the first log on, so that the start-up of the first step does not blur it."""

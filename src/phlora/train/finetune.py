@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.training_args import trainer_log_levels
 
 from phlora.adapters.attach import Attached, attach, lora_settings
 from phlora.config import RunConfig
@@ -30,6 +32,7 @@ from phlora.measure import Clock
 from phlora.models.checkpoint import is_here
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
+from phlora.others import libraries_logged
 from phlora.runs.events import read_events, trained_seconds
 from phlora.runs.facts import SplitBy, split_of
 from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
@@ -149,7 +152,7 @@ def finetune(
     if not dry_run:
         require_sender(arguments.upload)
 
-    with handed_over(objects.model) as given:
+    with logged_as_asked(arguments, display), handed_over(objects.model) as given:
         split_by = _split_of(folder, resume=resume)
         words, data = _read(request, arguments, display, split_by=split_by)
         clock.lap("data")
@@ -176,11 +179,12 @@ def finetune(
             return Run(None, None, objects.model or attached.model, words.tokenizer, config_text, plan)
 
         _require_room(folder, plan)
-        with claimed(folder, resume=resume, overwrite=overwrite):
+        with claimed(folder, resume=resume, overwrite=overwrite), ExitStack() as opened:
             facts = record.run_facts(config, data, loaded, arguments, lora, plan)
             checkpoint = record.open_run(
                 folder, facts, config_text, data, objects, resume=resume, display=display
             )
+            opened.enter_context(display.logged(folder.log))
             start = f", from {checkpoint.name}" if checkpoint else ""
             display.stage(f"Training {counted(plan.num_optimizer_steps, 'step')}{start}")
             task = Training(attached.model, loaded, data, arguments, objects, shared=plan.sharing.on)
@@ -259,6 +263,12 @@ def _settings(config: RunConfig, folder: RunFolder, *, device: str) -> tuple[Arg
     )
     resolve_metrics(config.evaluation.metrics)
     return arguments, lora_settings(adapter, also_known=(LORAPLUS,))
+
+
+def logged_as_asked(arguments: Arguments, display: Display) -> AbstractContextManager[None]:
+    """Within it the libraries log as `log_level` says, where the user says it."""
+    level = trainer_log_levels[arguments.args.log_level]
+    return libraries_logged(display, level=None if level < 0 else level)
 
 
 def _split_of(folder: RunFolder, *, resume: bool) -> SplitBy:

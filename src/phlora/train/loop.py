@@ -90,7 +90,7 @@ def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: 
         with acceleration as chosen, _for_training(model), recomputing:
             display.note(chosen)
             folder.update_facts(**{LIBRARIES: matmul.libraries()})
-            trainer = _trainer(task)
+            trainer = _trainer(task, name=folder.path.resolve().name)
             trainer.remove_callback(PrinterCallback)
             for callback in (
                 NewPacks(data.train),
@@ -106,7 +106,10 @@ def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: 
         progress.close()
         stop.restore()
     if stop.signal is not None:
-        raise KeyboardInterrupt
+        step = trainer.state.global_step
+        raise KeyboardInterrupt(
+            f"Stopped after step {step}, with a checkpoint; resume=True continues from it"
+        )
     if task.shared:
         display.note(f"{trainer.num_tokens:,} tokens computed as {trainer.num_positions:,}{_merged(trainer)}")
     save(folder.last_adapter, step=trainer.state.global_step)
@@ -139,11 +142,13 @@ def _for_training(model: PeftModel) -> Iterator[None]:
         del vars(model)["save_pretrained"]
 
 
-def _trainer(task: Training) -> SFTTrainer:
+def _trainer(task: Training, *, name: str) -> SFTTrainer:
     model, loaded, data, arguments, objects = task.model, task.loaded, task.data, task.arguments, task.objects
     args, packed = copy.copy(arguments.args), arguments.args.packing
     # The rows are tokenised, cut and packed already, and say so themselves.
     args.packing, args.max_length = False, None
+    # What trackers call the run.
+    args.run_name = args.run_name or name
     # With several GPUs in sight transformers would wrap the model in DataParallel, which TRL refuses.
     args._n_gpu = min(args.n_gpu, 1)
     args.dataset_kwargs, args.remove_unused_columns = {"skip_prepare_dataset": True}, False
