@@ -130,9 +130,9 @@ __all__ = ["__version__", *_DEFINED_IN]
 def __getattr__(name: str) -> object:
     if name not in _DEFINED_IN:
         raise AttributeError(f"module 'phlora' has no attribute {name!r}")
-    from phlora.others import without_known_messages
+    from phlora.others import without_known_messages, without_known_warnings
 
-    with without_known_messages():
+    with without_known_messages(), without_known_warnings():
         module = importlib.import_module(_DEFINED_IN[name])
     value = getattr(module, name)
     globals()[name] = value

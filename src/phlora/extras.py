@@ -34,6 +34,7 @@ PACKAGES: dict[str, Package] = {
     "gguf": Package(requirement="gguf", extra="gguf"),
     "sentencepiece": Package(requirement="sentencepiece", extra="gguf"),
     "python_calamine": Package(requirement="python-calamine", extra="tables"),
+    "matplotlib": Package(requirement="matplotlib", extra="plots"),
     "tensorboard": Package(requirement="tensorboard", extra="track"),
     "libcst": Package(requirement="libcst", extra="migrate"),
     "liger_kernel": Package(requirement="liger-kernel", extra="gpu"),

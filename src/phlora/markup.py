@@ -28,10 +28,11 @@ STYLE = """\
 .phlora tr{background:transparent!important}
 .phlora .dim{opacity:.7}
 .phlora .lead{font-weight:600}
+.phlora .warn,.phlora .error{white-space:pre-line}
 .phlora .warn{border-inline-start:3px solid #d97706;padding-inline-start:.5em}
 .phlora .error{border-inline-start:3px solid #dc2626;padding-inline-start:.5em}
 .phlora pre{white-space:pre;overflow-x:auto;margin:.3em 0;padding:0;background:transparent;color:inherit}
-.phlora .log{max-height:24em;overflow-y:auto}
+.phlora .log{max-height:24em;overflow-y:auto;display:flex;flex-direction:column-reverse}
 .phlora progress{width:12em;max-width:40%;vertical-align:middle}
 .phlora .bar{display:inline-block;height:.7em;background:#2563eb;opacity:.75;min-width:1px}
 .phlora .tokens{white-space:pre-wrap;font-family:monospace;padding:.4em;border:1px solid rgba(127,127,127,.3)}

@@ -72,7 +72,7 @@ class Page:
         self._updated = now
         bars = "".join(bar.html() for bar in self._bars)
         content = {
-            "text/html": block(f'<div class="log">{"".join(self._parts)}</div>', bars),
+            "text/html": block(f'<div class="log"><div>{"".join(self._parts)}</div></div>', bars),
             "text/plain": "\n".join([*self._texts, *(bar.text() for bar in self._bars)]),
         }
         if self._handle is None:

@@ -6,7 +6,6 @@ Nothing here changes a filter for good, or silences a kind of message as a whole
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,10 +17,17 @@ from phlora.display import Display
 # Whose loggers follow `log_level`, as the training scripts of transformers set them.
 LIBRARIES = ("transformers", "datasets", "trl", "peft", "accelerate", "huggingface_hub")
 
-# Beginning of a warning -> why nobody has to hear it.
-_WARNINGS = {
-    r"`is_gradient_checkpointing` is deprecated": "PEFT asks transformers by the name of before, at every adapter",
-    r"`gradient_checkpointing(_kwargs)?` is deprecated": "TRL sets its own default by the name of before",
+# Beginning of a warning, and its kind -> why nobody has to hear it.
+_WARNINGS: Mapping[tuple[str, type[Warning]], str] = {
+    ("`is_gradient_checkpointing` is deprecated", FutureWarning): (
+        "PEFT asks transformers by the name of before, at every adapter"
+    ),
+    ("`gradient_checkpointing(_kwargs)?` is deprecated", FutureWarning): (
+        "TRL sets its own default by the name of before"
+    ),
+    ("IProgress not found", Warning): (
+        "tqdm's, at its import in a notebook without widgets; Phlora's bars need none"
+    ),
 }
 # Logger, beginning of its message -> why nobody has to hear it.
 _MESSAGES: Mapping[tuple[str, str], str] = {
@@ -31,20 +37,25 @@ _MESSAGES: Mapping[tuple[str, str], str] = {
     ("transformers.trainer_utils", "mtime may not be reliable"): (
         "checkpoints of steps that follow in less than a second; they are told apart by their numbers"
     ),
+    # These come at `info`; at `debug` they are let through.
+    (
+        "transformers.configuration_utils",
+        "Model config ",
+    ): "a whole configuration, at every save of an adapter",
+    (
+        "transformers.generation.configuration_utils",
+        "Generate config ",
+    ): "a whole configuration, at every load",
+    ("transformers.trainer", "Training completed. Do not forget to share"): "an invitation to a hub",
 }
-# At `info`: whole configurations, line by line, at every save and load; and an invitation to a hub.
-_DUMPS = re.compile(
-    r"(Model config|Generate config|Generation config|Image processor) \S* ?\{\n", re.IGNORECASE
-)
-_INVITATION = "Do not forget to share your model"
 
 
 @contextmanager
 def without_known_warnings() -> Iterator[None]:
     """Within it the warnings that are listed above are not shown; all others are."""
     with warnings.catch_warnings():
-        for beginning in _WARNINGS:
-            warnings.filterwarnings("ignore", message=beginning, category=FutureWarning)
+        for beginning, kind in _WARNINGS:
+            warnings.filterwarnings("ignore", message=beginning, category=kind)
         yield
 
 
@@ -65,13 +76,8 @@ class _Drop(logging.Filter):
         self.beginning = beginning
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginning)
-
-
-def is_asked_for(record: logging.LogRecord) -> bool:
-    """Whether a message is of use to who asked for `info`; at `debug` all are."""
-    text = record.getMessage()
-    return record.levelno < logging.INFO or not (_DUMPS.match(text.lstrip()) or _INVITATION in text)
+        wants_all = logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+        return wants_all or not record.getMessage().lstrip().startswith(self.beginning)
 
 
 @contextmanager
@@ -106,10 +112,9 @@ class _ToDisplay(logging.Handler):
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        if is_asked_for(record):
-            is_shown = self.speaks and not _is_shown_elsewhere(record)
-            text = self.format(record).strip()
-            self.display.relay(text, level=record.levelname, source=record.name, is_shown=is_shown)
+        is_shown = self.speaks and not _is_shown_elsewhere(record)
+        text = self.format(record).strip()
+        self.display.relay(text, level=record.levelname, source=record.name, is_shown=is_shown)
 
 
 def _is_shown_elsewhere(record: logging.LogRecord) -> bool:

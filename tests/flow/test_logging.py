@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +54,10 @@ def trained(model_folder: Path, output: Path, display: Display | None = None, **
     ("settings", "steps"),
     [
         ({"logging_strategy": "no"}, []),
-        ({"logging_strategy": "epoch", "logging_first_step": False}, [3, 6]),
+        ({"logging_strategy": "epoch"}, [3, 6]),
         ({"logging_strategy": "steps", "logging_steps": 2, "logging_first_step": False}, [2, 4, 6]),
-        ({"logging_steps": 3, "logging_first_step": True}, [1, 3, 6]),
+        ({"logging_steps": 3}, [1, 3, 6]),
+        ({"logging_strategy": "epoch", "logging_first_step": True}, [1, 3, 6]),
         ({"logging_steps": 0.5, "logging_first_step": False}, [3, 6]),
     ],
     ids=str,
@@ -175,7 +177,6 @@ def test_other_trackers_get_the_run_by_its_name(model_folder: Path, tmp_path: Pa
     script = SCRIPT.format(
         model=str(model_folder), data=str(data), training_config=config, output=str(tmp_path / "support")
     )
-    import os
 
     environment = {
         **os.environ,

@@ -16,7 +16,7 @@ FLOORS = [
     {"config_values", "names", "markup"},
     {"notebook"},
     {"config", "display", "files", "extras", "measure", "patterns", "stop"},
-    {"others"},
+    {"others", "plots"},
     {"lora", "data", "importing"},
     {"models"},
     {"adapters"},

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Tools of those who work on Phlora; no feature asks for them.
-DEVELOPMENT = {"dev", "bench"}
+DEVELOPMENT = {"dev", "bench", "notebooks"}
 
 
 def distribution(requirement: str) -> str:

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from phlora.config import TooLong, TrainOn
+from phlora.data.cells import check_cell, preview_cell
 from phlora.data.chat_template import Tokenizer
 from phlora.data.dataset import Source
 from phlora.data.inspection import InspectedData, SplitSettings, inspect_data
@@ -30,7 +31,8 @@ from phlora.data.tokenize import (
     tokenize_rows,
 )
 from phlora.display import printable
-from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT
+from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT, InputError
+from phlora.plots import plot_lengths
 
 # Of training, where nothing else is said.
 DEFAULT_MAX_LENGTH = 2048
@@ -90,6 +92,29 @@ class CheckReport:
         """The report as plain text."""
         return "\n".join([*self._head(), *self._histogram(), *map(render_problem, self.problems)])
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: findings, errors first, and how long rows are."""
+        limits = self._limits() if self.lengths else []
+        return check_cell(self._head(), limits, self.lengths, self.problems)
+
+    def plot_lengths(self, ax: Any = None) -> Any:
+        """How many rows have how many tokens, as a plot of matplotlib; returns its `Axes`.
+
+        Args:
+            ax: where to draw; None makes a figure.
+
+        Raises:
+            InputError: the rows were checked without a tokenizer.
+            MissingExtraError: matplotlib is not installed.
+        """
+        if not self.lengths:
+            raise InputError(
+                "There are no lengths to plot",
+                expected="a check of some rows with a tokenizer: check(rows, tokenizer)",
+            )
+        bins = [(item.low, item.high, item.count) for item in self.lengths]
+        return plot_lengths(bins, max_length=self.max_length, ax=ax)
+
     def _head(self) -> list[str]:
         lines = shown_formats(self.formats)
         lines.append(f"{self.num_usable_rows} of {self.num_rows} rows usable" + self._conversations())
@@ -130,6 +155,13 @@ class PreviewRow:
     origin: Origin
     tokens: list[tuple[str, bool, float]]
     skipped: str | None = None
+
+
+class Preview(list[PreviewRow]):
+    """Rows token by token; in a notebook trained tokens are marked."""
+
+    def _repr_html_(self) -> str:
+        return preview_cell([(str(row.origin), row.tokens, row.skipped) for row in self])
 
 
 def check(
@@ -201,9 +233,9 @@ def preview(
     max_length: int | None = None,
     too_long: TooLong = "truncate_history",
     training_template: str | None = None,
-) -> list[PreviewRow]:
+) -> Preview:
     """The first `n` rows token by token; the other arguments are those of `tokenize_rows`."""
-    shown = []
+    shown = Preview()
     for row, _ in zip(rows, range(n), strict=False):
         result = tokenize_row(
             row,

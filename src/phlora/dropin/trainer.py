@@ -41,6 +41,7 @@ from phlora.dropin.tell import tell, warn
 from phlora.errors import ConfigError
 from phlora.models.quantization import use_operands
 from phlora.names import LORA, SETTINGS, TRAINER, by_todays_names, one_message
+from phlora.others import without_known_messages, without_known_warnings
 
 _ARGUMENTS = [name for name in inspect.signature(TrlTrainer.__init__).parameters if name != "self"]
 
@@ -94,7 +95,8 @@ class SFTTrainer(LaidOutTrainer):
         if self._marks_answers:
             call["args"] = copy.copy(settings)
             call["args"].assistant_only_loss = False
-        super().__init__(speed=speed, loraplus_lr_ratio=loraplus_lr_ratio, z_loss=z_loss, **call)
+        with without_known_warnings():
+            super().__init__(speed=speed, loraplus_lr_ratio=loraplus_lr_ratio, z_loss=z_loss, **call)
         self.args.assistant_only_loss = settings.assistant_only_loss
         tell(what_trains(self.model))
         look_at_collator(self)
@@ -149,6 +151,14 @@ class SFTTrainer(LaidOutTrainer):
         if self.is_world_process_zero():
             base = str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
             name_base(Path(self.args.output_dir) / "README.md", Path(base).name)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with without_known_messages():
+            return super().train(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with without_known_messages():
+            super().save_model(*args, **kwargs)
 
 
 def what_trains(model: nn.Module) -> str:

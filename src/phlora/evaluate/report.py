@@ -23,6 +23,7 @@ import jinja2
 
 from phlora.display import printable
 from phlora.errors import NoRoomError, RunError, masked
+from phlora.evaluate.cell import report_cell
 from phlora.evaluate.charts import Bar, loss_curve, sparkline
 from phlora.evaluate.compare import AnsweredItem, Change, Comparison, ModelScores
 from phlora.evaluate.findings import (
@@ -39,6 +40,7 @@ from phlora.evaluate.findings import (
 from phlora.evaluate.metrics import is_word_part
 from phlora.evaluate.summary import table, wrapped
 from phlora.files import replaced_file
+from phlora.plots import plot_loss
 
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
@@ -100,6 +102,31 @@ class Report:
         footnotes = [wrapped(printable(note), width) for note in self._footnotes()]
         figures = table(lines_of(self.comparison), width=width)
         return "\n".join([wrapped(printable(self.verdict), width), "", *figures, "", *footnotes]).rstrip()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table, the notes and some answers."""
+        comparison = self.comparison
+        unchanged = [item for item in comparison.answers if item.change is None]
+        return report_cell(
+            self.verdict,
+            lines_of(self.comparison),
+            self._footnotes(),
+            [*comparison.changed("worsened"), *comparison.changed("improved"), *unchanged],
+            page=str(self.folder / HTML_FILE) if self.folder else "",
+        )
+
+    def plot_loss(self, ax: Any = None) -> Any:
+        """Training and held-out loss over optimizer steps, as a plot of matplotlib; returns its `Axes`.
+
+        Args:
+            ax: where to draw; None makes a figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        return plot_loss(
+            [(step, loss) for step, loss, _ in self.training_curve], self.evaluation_curve, ax=ax
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a strict JSON parser: no NaN, no secrets, shares from 0 to 1."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +25,13 @@ from phlora.evaluate.compare import Comparison, EvaluationItem, compare, score_m
 from phlora.evaluate.metrics import Metric, resolve_metrics
 from phlora.evaluate.report import Report
 from phlora.evaluate.task import task_of
-from phlora.files import clear_leftovers, is_number, replaced_folder
+from phlora.files import clear_leftovers, replaced_folder
 from phlora.measure import Clock, peak_bytes
 from phlora.models.families import longrope_limit
 from phlora.models.generate import generate
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.events import lasting_events, read_events
+from phlora.runs.events import curve, lasting_events, read_events
 from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder
 from phlora.runs.reading import rows_or_held_out
 from phlora.runs.resolve import ResolvedAdapter, load_pair, resolve_adapter
@@ -289,23 +288,11 @@ def make_report(folder: RunFolder, comparison: Comparison, config: RunConfig, cl
         timing={**facts.get("timing", {}), **clock.seconds},
         peak_bytes=peak_bytes(),
         training_curve=[
-            (int(step), loss, rate) for step, loss, rate in _curve(events, "loss", learning_rate=0.0)
+            (int(step), loss, rate) for step, loss, rate in curve(events, "loss", learning_rate=0.0)
         ],
-        evaluation_curve=[(int(step), loss) for step, loss in _curve(events, "eval_loss")],
+        evaluation_curve=[(int(step), loss) for step, loss in curve(events, "eval_loss")],
         notes=[str(note) for name in ("dropped", "cut") for note in data.get(name, ())],
     )
-
-
-def _curve(events: Sequence[Mapping[str, Any]], name: str, **others: float) -> list[tuple[float, ...]]:
-    """The step, a value and others with their defaults, of the events that have the value; no number, no point."""
-    points = []
-    for event in events:
-        if not is_number(event.get("step")) or name not in event:
-            continue
-        with suppress(TypeError, ValueError, OverflowError):
-            values = (float(event.get(key, default)) for key, default in {name: 0.0, **others}.items())
-            points.append((float(event["step"]), *values))
-    return points
 
 
 def _items(rows: Sequence[Row], tokenizer: LoadedTokenizer, most: int) -> list[EvaluationItem]:

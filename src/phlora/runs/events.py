@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,15 @@ def trained_seconds(events: Iterable[Event]) -> float:
 
 def _is_later(event: Mapping[str, Any], step: float) -> bool:
     return is_number(event.get("step")) and event["step"] > step
+
+
+def curve(events: Iterable[Mapping[str, Any]], name: str, **others: float) -> list[tuple[float, ...]]:
+    """The step, a value and others with their defaults, of the events that have the value; no number, no point."""
+    points: list[tuple[float, ...]] = []
+    for event in events:
+        if not is_number(event.get("step")) or name not in event:
+            continue
+        with suppress(TypeError, ValueError, OverflowError):
+            values = (float(event.get(key, default)) for key, default in {name: 0.0, **others}.items())
+            points.append((float(event["step"]), *values))
+    return points

@@ -143,7 +143,9 @@ def training_arguments(
     _fit_device(values, device, notes)
     origins = dict.fromkeys(values, "user")
     for key, (default, _) in DEFAULTS.items():
-        if key not in values:
+        # Who wants losses of epochs, or none, wants none of the first step.
+        is_meant = key != "logging_first_step" or values.get("logging_strategy", "steps") == "steps"
+        if key not in values and is_meant:
             values[key], origins[key] = default, "phlora"
     if "per_device_eval_batch_size" not in values:
         values["per_device_eval_batch_size"] = values.get("per_device_train_batch_size", 8)

@@ -23,6 +23,7 @@ from phlora.adapters.attach import Attached, attach, lora_settings
 from phlora.config import RunConfig
 from phlora.data.readers.tables import needed_by_tables
 from phlora.display import Display, counted
+from phlora.errors import RunError
 from phlora.evaluate import run as evaluation_run
 from phlora.evaluate.metrics import resolve_metrics
 from phlora.evaluate.report import Report
@@ -33,7 +34,8 @@ from phlora.models.checkpoint import is_here
 from phlora.models.requirements import needed_by_model
 from phlora.models.tokenizer import LoadedTokenizer
 from phlora.others import libraries_logged
-from phlora.runs.events import read_events, trained_seconds
+from phlora.plots import plot_loss
+from phlora.runs.events import curve, lasting_events, read_events, trained_seconds
 from phlora.runs.facts import SplitBy, split_of
 from phlora.runs.folder import RunFolder, claim_folder, claimed, recorded_status
 from phlora.train import record
@@ -72,6 +74,25 @@ class Run:
     tokenizer: Any
     config_text: str
     plan: Plan
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the report, or the plan where nothing was compared."""
+        return (self.report or self.plan)._repr_html_()
+
+    def plot_loss(self, ax: Any = None) -> Any:
+        """Training and held-out loss over optimizer steps, as a plot of matplotlib; returns its `Axes`.
+
+        Args:
+            ax: where to draw; None makes a figure.
+
+        Raises:
+            RunError: a dry run, which has no losses.
+            MissingExtraError: matplotlib is not installed.
+        """
+        if self.folder is None:
+            raise RunError("A dry run has no losses", fix="leave dry_run out")
+        events = lasting_events(read_events(self.folder / "events.jsonl"))
+        return plot_loss(curve(events, "loss"), curve(events, "eval_loss"), ax=ax)
 
 
 def finetune(
@@ -315,4 +336,4 @@ def _proof(
     clock.lap("evaluation")
     report = evaluation_run.make_report(folder, comparison, config, clock)
     report.write(folder.path)
-    return report
+    return replace(report, folder=folder.path)

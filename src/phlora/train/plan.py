@@ -13,6 +13,7 @@ from phlora.adapters.attach import AdapterSummary
 from phlora.display import counted
 from phlora.forecast.forecast import Forecast, as_json
 from phlora.forecast.render import render
+from phlora.markup import block, line, table
 from phlora.models.prefix_sharing import Sharing, decide_sharing
 from phlora.runs.facts import DataFacts
 from phlora.train.arguments import Arguments
@@ -58,6 +59,15 @@ class Plan:
     def forecast_json(self) -> dict[str, Any] | None:
         """Memory and seconds for programs; None where they are not forecast. Seconds differ from run to run."""
         return None if self.forecast is None else as_json(self.forecast)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: what trains, on what, and what it takes."""
+        modules = [(name, f"{n:,} ×", f"{size:,}") for name, (n, size) in self.adapter.modules.items()]
+        lines = [text.strip() for text in self.render().splitlines()[len(modules) :]]
+        return block(
+            table(("adapted", "", "parameters"), modules, numbers=(1, 2)),
+            *(line(text, "lead" if number == 0 else "") for number, text in enumerate(lines)),
+        )
 
     def render(self) -> str:
         """A few lines for the terminal, shown before anything is trained."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from html import escape
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from phlora.adapters.attach import AdapterSummary
+from phlora.models.prefix_sharing import Sharing
 from phlora.runs.facts import DataFacts, Packs
 from phlora.train.arguments import training_arguments
 from phlora.train.plan import Plan, make_plan
@@ -116,3 +118,20 @@ def test_a_run_without_tokens_is_rendered_too() -> None:
             0, facts=replace(FACTS, train_rows=0, held_out_rows=0, tokens=0, trained_tokens=0)
         ).render()
     )
+
+
+def test_a_notebook_shows_what_the_terminal_does() -> None:
+    plan = Plan(
+        adapter=ADAPTER,
+        data=FACTS,
+        sequences_per_step=4,
+        num_optimizer_steps=6,
+        disk_bytes=1,
+        learning_rate=1e-3,
+        sharing=Sharing(False, "<speed>"),
+    )
+    cell = plan._repr_html_()
+    assert "&lt;speed&gt;" in cell and "<speed>" not in cell
+    for line in plan.render().splitlines()[1:]:
+        assert escape(line.strip()) in cell
+    assert ">o_proj</td>" in cell and ">1,024</td>" in cell
