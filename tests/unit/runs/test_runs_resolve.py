@@ -19,7 +19,7 @@ from phlora.files import read_json, write_json
 from phlora.runs import resolve as module
 from phlora.runs.folder import RunFolder
 from phlora.runs.resolve import Resolved, load_pair, load_tokenizer_of, resolve, resolve_adapter
-from phlora.serve import chat
+from phlora.serve import chat, llm
 from phlora.testing import chat_rows, write_rows
 from phlora.train.finetune import finetune
 
@@ -63,7 +63,7 @@ def resolved_by(name: str, source: Path, out: Path, monkeypatch: pytest.MonkeyPa
     """What a command takes a source for; the command goes no further."""
     found: list[Resolved] = []
     place, function = {
-        "chat": (chat, "resolve"),
+        "chat": (llm, "resolve"),
         "merge": (merging, "resolve_adapter"),
         "convert": (conversion, "resolve_adapter"),
         "evaluate": (evaluation, "resolve_adapter"),
