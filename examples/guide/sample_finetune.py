@@ -14,6 +14,7 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
 import datasets
 import torch
@@ -26,13 +27,14 @@ import phlora
 from phlora import SFTTrainer
 
 logger = logging.getLogger(__name__)
+DATA = Path(__file__).parents[1] / "home_assistant"
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument(
     "--model", default=os.environ.get("PHLORA_SAMPLE_MODEL"), help="default: the embedded one"
 )
-parser.add_argument("--train", default="examples/home_assistant/train.jsonl", help="chats with `messages`")
-parser.add_argument("--test", default="examples/home_assistant/heldout.jsonl")
+parser.add_argument("--train", default=str(DATA / "train.jsonl"), help="chats with `messages`")
+parser.add_argument("--test", default=str(DATA / "heldout.jsonl"))
 parser.add_argument("--output", default="runs/sample_finetune")
 parser.add_argument("--epochs", type=float, default=1)
 parser.add_argument("--max-steps", type=int, default=-1)

@@ -114,7 +114,7 @@ def test_the_zero3_file_is_what_accelerate_reads() -> None:
 # ------------------------------------------------------------------------------------------ what the files hold
 
 
-@pytest.mark.parametrize("name", ["lora_python"])
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_files_hold_what_their_cells_have_shown(name: str) -> None:
     notebook = read(name)
     nbformat.validate(notebook)
@@ -122,7 +122,7 @@ def test_the_files_hold_what_their_cells_have_shown(name: str) -> None:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
     text = text_of(notebook)
     assert re.search(r"\b([3-9]|\d\d) of \1 answers are the same", text)
     assert "95 % interval" in text
@@ -139,7 +139,9 @@ def test_a_notebook_runs_whole_and_shows_what_it_says(
 ) -> None:
     text = run_notebook(read(name), PHLORA_SAMPLE_MODEL=str(smollm2_folder))
     assert "8 of 8 answers are the same" in text
-    assert re.search(r"(same_code|case_line) rose from", text)
+    # Loss, base, tuned, change and its interval: no sample is without proof that it learned.
+    losses = re.findall(r"^Loss +[\d.]+ +[\d.]+ +-[\d.]+ +-[\d.]+ to (-[\d.]+)$", text, re.MULTILINE)
+    assert len(losses) == {"inference_and_finetuning": 3, "lora_python": 1, "qlora_python": 2}[name]
 
 
 @pytest.mark.slow
