@@ -6,8 +6,7 @@ was not changed keeps its import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import libcst as cst
@@ -15,6 +14,16 @@ from libcst.metadata import ImportAssignment
 
 from phlora.migrate.code import dotted
 from phlora.migrate.edits import Edits, line_of
+from phlora.migrate.import_lines import (
+    ImportLine,
+    alias_at,
+    from_module,
+    is_preface,
+    local_name,
+    rewritten,
+    with_lines_above,
+    with_statements_above,
+)
 
 # Packages whose names are found in several of their modules.
 _PACKAGES = ("trl", "peft", "transformers", "unsloth", "datasets", "phlora", "evaluate")
@@ -32,15 +41,6 @@ def canonical(full: str) -> str:
     return f"{package}.{rest.rpartition('.')[2]}"
 
 
-@dataclass
-class _Line:
-    """What becomes of one import statement: aliases by their place -> their new full name, or None: nobody needs it."""
-
-    moved: dict[int, str | None] = field(default_factory=dict)
-    aliased: dict[int, str] = field(default_factory=dict)
-    added: list[tuple[str, str, str]] = field(default_factory=list)
-
-
 class Imports:
     """Where the names of a module come from, and where they shall come from.
 
@@ -55,7 +55,7 @@ class Imports:
         self._retargeted: dict[cst.CSTNode, str] = {}
         self._gone: set[cst.CSTNode] = set()
         self._needed: list[tuple[cst.CSTNode, str, str]] = []
-        self._lines: dict[cst.CSTNode, _Line] = {}
+        self._lines: dict[cst.CSTNode, ImportLine] = {}
         # (module, name) of the imports that stand first.
         self._top: dict[tuple[str, str], None] = {}
 
@@ -113,7 +113,7 @@ class Imports:
         self._plan_unimported()
         for near, full, local in self._needed:
             self._add(self._anchor(near), full, local, use=near)
-        lines: dict[cst.CSTNode, dict[int, _Line]] = {}
+        lines: dict[cst.CSTNode, dict[int, ImportLine]] = {}
         for imported, line in self._lines.items():
             whole = self._code.parent(imported)
             if (line.moved or line.added) and isinstance(whole, cst.SimpleStatementLine):
@@ -145,14 +145,14 @@ class Imports:
             module = f"{dotted(node.module)}." if isinstance(node, cst.ImportFrom) else ""
             for index, alias in enumerate(node.names):
                 full = f"{module}{dotted(alias.name)}"
-                yield node, index, _local(alias, is_from=bool(module)), full
+                yield node, index, local_name(alias, is_from=bool(module)), full
 
     def _plan_alias(self, statement: Any, index: int, local: str, full: str) -> None:
-        line = self._lines.setdefault(statement, _Line())
+        line = self._lines.setdefault(statement, ImportLine())
         package = full.partition(".")[0]
         if package in self._packages:
             new = self._packages[package]
-            binds_package = isinstance(statement, cst.Import) and _alias(statement, index).asname is None
+            binds_package = isinstance(statement, cst.Import) and alias_at(statement, index).asname is None
             line.moved[index] = new if binds_package else new + full[len(package) :]
             if isinstance(statement, cst.Import):
                 line.aliased[index] = package
@@ -168,10 +168,10 @@ class Imports:
         if new:
             line.moved[index] = new
             self._edits.say(statement, f"{full} is {new}")
-            if self._is_taken(new.rpartition(".")[2], local) and _alias(statement, index).asname is None:
+            if self._is_taken(new.rpartition(".")[2], local) and alias_at(statement, index).asname is None:
                 line.aliased[index] = local
                 return
-            self._rename(uses, local, new, has_alias=_alias(statement, index).asname is not None)
+            self._rename(uses, local, new, has_alias=alias_at(statement, index).asname is not None)
             return
         if (uses or package == "unsloth") and all(self._is_covered(use) for use in uses):
             line.moved[index] = None
@@ -214,7 +214,7 @@ class Imports:
             package = module.partition(".")[0]
             if package in self._packages:
                 new = self._packages[package] + module[len(package) :]
-                self._edits.change(node, _from_module(new))
+                self._edits.change(node, from_module(new))
                 self._edits.say(node, f"{module} is {new}")
                 continue
         stars = [node for node in self._code.all(cst.ImportFrom) if isinstance(node.names, cst.ImportStar)]
@@ -224,7 +224,7 @@ class Imports:
             # Behind the last of them, which may bring the same name.
             name = new.rpartition(".")[2]
             entry = (new.rpartition(".")[0], name, name)
-            added = self._lines.setdefault(stars[-1], _Line()).added
+            added = self._lines.setdefault(stars[-1], ImportLine()).added
             if entry not in added:
                 added.append(entry)
             self._edits.say(stars[-1], f"{name} is {new}")
@@ -256,9 +256,11 @@ class Imports:
         texts += [
             f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(groups.items())
         ]
-        first = next((part for part in self._code.module.body if not _is_preface(part)), None)
+        first = next((part for part in self._code.module.body if not is_preface(part)), None)
         if texts and first is not None:
-            self._edits.change(first, lambda updated: _above([line_of(text) for text in texts], updated))
+            self._edits.change(
+                first, lambda updated: with_statements_above([line_of(text) for text in texts], updated)
+            )
 
     def _uses_of(self, statement: cst.CSTNode, local: str) -> list[cst.CSTNode]:
         scope = self._code.scope(statement)
@@ -296,7 +298,7 @@ class Imports:
             outer = self._code.enclosing(statement, cst.FunctionDef, cst.ClassDef, cst.If, cst.Try)
             if outer is not None or not self._code.comes_before(statement, before):
                 continue
-            alias = _alias(statement, index)
+            alias = alias_at(statement, index)
             if wants_module:
                 if there == full[1:] and (alias.asname is not None or "." not in there):
                     return local
@@ -345,21 +347,21 @@ class Imports:
                     if self._code.comes_before(statement, use):
                         anchor = statement
                         break
-        line = self._lines.setdefault(anchor, _Line())
+        line = self._lines.setdefault(anchor, ImportLine())
         if entry not in line.added:
             line.added.append(entry)
 
-    def _imports_from(self, statement: cst.CSTNode, line: _Line, module: str) -> bool:
+    def _imports_from(self, statement: cst.CSTNode, line: ImportLine, module: str) -> bool:
         moved = any(new and new.rpartition(".")[0] == module for new in line.moved.values())
         added = any(entry[0] == module for entry in line.added)
         stands = isinstance(statement, cst.ImportFrom) and dotted(statement.module) == module
         return moved or added or stands
 
-    def _rewriter(self, whole: cst.CSTNode, changed: Mapping[int, _Line]) -> Callable[[Any], Any]:
+    def _rewriter(self, whole: cst.CSTNode, changed: Mapping[int, ImportLine]) -> Callable[[Any], Any]:
         def rewrite(updated: Any) -> Any:
             body: list[Any] = []
             for place, statement in enumerate(updated.body):
-                body += _rewritten(statement, changed[place]) if place in changed else [statement]
+                body += rewritten(statement, changed[place]) if place in changed else [statement]
             if not body:
                 return self._emptied(updated, whole)
             if len(updated.body) > 1:
@@ -380,147 +382,5 @@ class Imports:
         siblings = list(getattr(block, "body", ()))
         at = siblings.index(statement) + 1
         if comments and at < len(siblings):
-            self._edits.change(siblings[at], lambda updated: _below(line.leading_lines, updated))
+            self._edits.change(siblings[at], lambda updated: with_lines_above(line.leading_lines, updated))
         return cst.RemoveFromParent()
-
-
-def _below(lines: Sequence[cst.EmptyLine], updated: Any) -> Any:
-    if isinstance(updated, cst.FlattenSentinel):
-        first, *rest = updated
-        return cst.FlattenSentinel([_below(lines, first), *rest])
-    if not hasattr(updated, "leading_lines"):
-        return updated
-    return updated.with_changes(leading_lines=[*lines, *updated.leading_lines])
-
-
-def _above(new: Sequence[cst.BaseStatement], updated: Any) -> Any:
-    """Statements above another one, and below what is written above it, if that is for the whole module."""
-    first, *rest = list(updated) if isinstance(updated, cst.FlattenSentinel) else [updated]
-    is_import = isinstance(first, cst.SimpleStatementLine) and isinstance(
-        first.body[0], cst.Import | cst.ImportFrom
-    )
-    lines = list(getattr(first, "leading_lines", ()))
-    if not is_import and (not lines or lines[0].comment is not None):
-        first = _below([cst.EmptyLine(indent=False)], first)
-    return cst.FlattenSentinel([*new, first, *rest])
-
-
-def _is_preface(statement: cst.CSTNode) -> bool:
-    """A module's docstring, imports from the future, and the stand-ins of a notebook."""
-    if not isinstance(statement, cst.SimpleStatementLine):
-        return False
-    first = statement.body[0]
-    if isinstance(first, cst.ImportFrom):
-        return dotted(first.module) == "__future__"
-    if not isinstance(first, cst.Expr):
-        return False
-    value = first.value
-    is_stand_in = isinstance(value, cst.Name) and value.value.startswith("_phlora_")
-    return is_stand_in or isinstance(value, cst.SimpleString | cst.ConcatenatedString)
-
-
-def _from_module(name: str) -> Callable[[Any], Any]:
-    return lambda old: old.with_changes(module=_module(name))
-
-
-def _rewritten(statement: Any, line: _Line) -> list[Any]:
-    """The import statements that stand in the place of one."""
-    is_from = isinstance(statement, cst.ImportFrom)
-    groups: dict[str, list[cst.ImportAlias]] = {}
-    kept = []
-    aliases = [] if isinstance(statement.names, cst.ImportStar) else statement.names
-    for index, alias in enumerate(aliases):
-        if index not in line.moved:
-            kept.append(alias)
-            continue
-        new = line.moved[index]
-        if new is None:
-            continue
-        module, _, name = new.rpartition(".")
-        if is_from:
-            as_part = cst.AsName(cst.Name(line.aliased[index])) if index in line.aliased else alias.asname
-            groups.setdefault(module, []).append(alias.with_changes(name=cst.Name(name), asname=as_part))
-        else:
-            local = dotted(alias.asname.name) if alias.asname is not None else line.aliased.get(index)
-            groups.setdefault("", []).append(_import_alias(new, local))
-    for module, name, local in line.added:
-        as_name = None if local == name else local
-        groups.setdefault(module, []).append(_import_alias(name, as_name))
-    whole = groups.pop("", [])
-    if is_from and not kept and aliases and not whole and len(groups) == 1:
-        # Everything moved to one place: the statement keeps its layout.
-        ((module, entries),) = groups.items()
-        return [statement.with_changes(module=_module(module), names=_laid_out(aliases, entries))]
-    result: list[Any] = []
-    if isinstance(statement.names, cst.ImportStar):
-        result.append(statement)
-    elif kept:
-        own = groups.pop(dotted(statement.module), []) if is_from else []
-        result.append(statement.with_changes(names=_laid_out(aliases, [*kept, *own])))
-    result += [cst.Import(_laid_out([], [alias])) for alias in _unique(whole)]
-    result += [
-        cst.ImportFrom(module=_module(module), names=_laid_out([], entries))
-        for module, entries in groups.items()
-    ]
-    return result
-
-
-def _laid_out(old: Sequence[cst.ImportAlias], new: list[cst.ImportAlias]) -> list[cst.ImportAlias]:
-    """Aliases as a list, with what stood between the old ones between them, and behind the last what stood there."""
-    new = _unique(new)
-    if not any(alias in old for alias in new):
-        new.sort(key=lambda alias: (not dotted(alias.name)[:1].isupper(), dotted(alias.name)))
-    commas = [alias.comma for alias in old if isinstance(alias.comma, cst.Comma)]
-    is_closed = bool(old) and isinstance(old[-1].comma, cst.Comma)
-    if len(commas) > is_closed:
-        between = commas[0].with_changes(whitespace_after=_bare(commas[0].whitespace_after))
-    else:
-        between = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
-    *rest, last = new
-    listed = [
-        alias
-        if isinstance(alias.comma, cst.Comma) and alias is not _last(old)
-        else alias.with_changes(comma=between)
-        for alias in rest
-    ]
-    ending = old[-1].comma if old else cst.MaybeSentinel.DEFAULT
-    return [*listed, last if last is _last(old) else last.with_changes(comma=ending)]
-
-
-def _last(old: Sequence[cst.ImportAlias]) -> cst.ImportAlias | None:
-    return old[-1] if old else None
-
-
-def _bare(space: Any) -> Any:
-    """White space without the comments in it."""
-    if not isinstance(space, cst.ParenthesizedWhitespace):
-        return space
-    return space.with_changes(first_line=cst.TrailingWhitespace(), empty_lines=[])
-
-
-def _unique(aliases: list[cst.ImportAlias]) -> list[cst.ImportAlias]:
-    seen: dict[tuple[str, str], cst.ImportAlias] = {}
-    for alias in aliases:
-        seen.setdefault((dotted(alias.name), _local(alias, is_from=True)), alias)
-    return list(seen.values())
-
-
-def _import_alias(name: str, as_name: str | None) -> cst.ImportAlias:
-    as_part = cst.AsName(cst.Name(as_name)) if as_name else None
-    return cst.ImportAlias(name=_module(name), asname=as_part)
-
-
-def _module(name: str) -> Any:
-    return cst.parse_expression(name)
-
-
-def _alias(statement: cst.Import | cst.ImportFrom, index: int) -> cst.ImportAlias:
-    assert not isinstance(statement.names, cst.ImportStar)
-    return statement.names[index]
-
-
-def _local(alias: cst.ImportAlias, *, is_from: bool) -> str:
-    if alias.asname is not None:
-        return dotted(alias.asname.name)
-    name = dotted(alias.name)
-    return name if is_from else name.partition(".")[0]

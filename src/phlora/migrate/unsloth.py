@@ -14,7 +14,7 @@ from phlora.migrate.code import NOT_LITERAL, dotted, expression
 from phlora.migrate.edits import Edits, line_of, statements_of
 from phlora.migrate.given import Arguments, arguments_of
 from phlora.migrate.imports import Imports
-from phlora.migrate.trainers import OUR_GET_PEFT_MODEL
+from phlora.migrate.trainers import OUR_GET_PEFT_MODEL, SFT_TRAINERS
 
 _MODELS = frozenset({"unsloth.FastLanguageModel", "unsloth.FastModel", "unsloth.FastLlamaModel"})
 # Passed on as they are; the second list to the tokenizer as well.
@@ -50,6 +50,7 @@ _TO_LORA = frozenset(
 _IDLE_IN_LORA = frozenset(
     {"use_gradient_checkpointing", "random_state", "max_seq_length", "temporary_location"}
 )
+_LONGEST_LINE = 100
 _SAVES = frozenset({"save_pretrained_merged", "push_to_hub_merged"})
 _GGUF = frozenset({"save_pretrained_gguf", "push_to_hub_gguf"})
 NO_COUNTERPART = {
@@ -142,8 +143,8 @@ class Unsloth:
         to_model = [f"dtype={self._dtype(arguments)}", *self._bits(arguments, near)]
         to_model += [f"{key}={given[key]}" for key in _TO_MODEL if key in given] + both
         new = [
-            f"{targets[0]} = {model_class}.from_pretrained({', '.join([name, *to_model])})",
-            f"{targets[1]} = {tokenizer_class}.from_pretrained({', '.join([name, *both])})",
+            _call(f"{targets[0]} = {model_class}.from_pretrained", [name, *to_model]),
+            _call(f"{targets[1]} = {tokenizer_class}.from_pretrained", [name, *both]),
         ]
         self.imports.drop(call.func)
         self._say_about(
@@ -152,8 +153,29 @@ class Unsloth:
             {"model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", *_TO_BOTH, *_TO_MODEL},
             _IDLE_IN_LOADING,
         )
+        self._length(call, arguments)
         self.edits.say(call, f"{self.code.text(call.func)} is {model_class} and {tokenizer_class}")
         _exchange_statement(self.edits, statement, new)
+
+    def _length(self, call: cst.Call, arguments: Arguments) -> None:
+        """Unsloth's trainer cuts rows where its model was told to; TRL's has a setting of its own."""
+        entry = arguments.given.get("max_seq_length")
+        if entry is None:
+            return
+        trains = any(self.imports.names(other.func) & SFT_TRAINERS for other in self.code.all(cst.Call))
+        said = any(
+            argument.keyword is not None and argument.keyword.value in ("max_seq_length", "max_length")
+            for other in self.code.all(cst.Call)
+            if other is not call
+            for argument in other.args
+        )
+        text = self.code.text(entry.value)
+        if trains and not said:
+            self.edits.leave(
+                call, f"max_seq_length={text} was told to the model: say SFTConfig(max_length={text})"
+            )
+        else:
+            self.edits.say(entry.value, "max_seq_length is left out: the trainer's configuration says it")
 
     def _two_targets(self, statement: cst.CSTNode | None) -> tuple[str, str] | None:
         if not isinstance(statement, cst.Assign) or len(statement.targets) != 1:
@@ -308,6 +330,14 @@ class Unsloth:
                 if isinstance(self.code.parent(node), cst.ImportAlias | cst.AsName):
                     continue
                 self.edits.leave(node, f"{name} stays Unsloth's: {NO_COUNTERPART[name]}")
+
+
+def _call(head: str, arguments: list[str]) -> str:
+    """A call on one line, or with a line for each argument where that would be a long one."""
+    line = f"{head}({', '.join(arguments)})"
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return "\n".join([f"{head}(", *(f"    {argument}," for argument in arguments), ")"])
 
 
 def _modules(node: Any) -> list[str]:

@@ -409,10 +409,19 @@ def test_unsloth_s_own_defaults_are_said() -> None:
     text += "m = FastLanguageModel.get_peft_model(m, r=8)\n"
     new = migrated(text)
     assert 'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True' in new
+    assert max(map(len, new.splitlines())) < 125
     assert "t = AutoTokenizer.from_pretrained('a/b')" in new
     assert "lora_alpha=16" in new and '"gate_proj", "up_proj", "down_proj"' in new
     assert "unsloth" not in new
     compile(new, "new", "exec")
+
+
+def test_a_length_that_only_unsloth_s_model_knew_is_left_to_the_user() -> None:
+    text = "from trl import SFTTrainer\nfrom unsloth import FastLanguageModel\n"
+    text += "m, t = FastLanguageModel.from_pretrained('a/b', max_seq_length=99)\nSFTTrainer(m)\n"
+    assert left(text) == ["max_seq_length=99 was told to the model: say SFTConfig(max_length=99)"]
+    assert not left(text.replace("SFTTrainer(m)", "SFTTrainer(m, max_seq_length=99)"))
+    assert not left(text.replace("SFTTrainer(m)", ""))
 
 
 def test_what_stays_unsloth_s_keeps_its_import() -> None:
