@@ -63,12 +63,18 @@ def as_meant(rows: Rows, *, name: str, text_field: str, is_text_named: bool) -> 
     if others:
         warn(f"{name}: {_are(kept)} trained, and {_are(others)} left out: leftover columns would take over")
         rows = rows.remove_columns(others)
-    if text_field in there and text_field not in kept:
+    return rows
+
+
+def tell_unused_text(rows: Rows, *, name: str, text_field: str) -> None:
+    """A column of texts beside a chat is not trained, as in TRL."""
+    there = columns_of(rows)
+    trained = [column for column in (*CHATS, *PAIR) if column in there]
+    if text_field in there and trained:
         warn(
-            f"{name}: {_are(kept)} trained, and {text_field} is not used; "
+            f"{name}: {_are(trained)} trained, and {text_field} is not used; "
             f'SFTConfig(dataset_text_field="{text_field}") trains that'
         )
-    return rows
 
 
 def formatted(rows: Rows, format_row: Callable[..., Any], *, text_field: str, name: str) -> Rows:

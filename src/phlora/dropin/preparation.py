@@ -15,7 +15,16 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollat
 
 from phlora.data.chat_template import ChatTemplate, chat_template
 from phlora.data.table import IGNORED
-from phlora.dropin.columns import CHATS, PAIR, Rows, as_meant, columns_of, formatted, with_known_roles
+from phlora.dropin.columns import (
+    CHATS,
+    PAIR,
+    Rows,
+    as_meant,
+    columns_of,
+    formatted,
+    tell_unused_text,
+    with_known_roles,
+)
 from phlora.dropin.rows import Wanted, look, show
 from phlora.dropin.tell import warn
 from phlora.errors import DataError
@@ -28,7 +37,13 @@ def ready(trainer: Any, dataset: Any, args: TrlConfig, formatting_func: Any, nam
         return dataset
     if formatting_func is not None:
         return formatted(dataset, formatting_func, text_field=args.dataset_text_field, name=name)
-    rows = as_meant(dataset, name=name, text_field=args.dataset_text_field, is_text_named=_names_text(args))
+    rows = as_meant(
+        dataset,
+        name=name,
+        text_field=args.dataset_text_field,
+        is_text_named=_names_text(args) and not trainer._marks_answers,
+    )
+    tell_unused_text(rows, name=name, text_field=args.dataset_text_field)
     template = _template_of(trainer)
     return rows if template is None else with_known_roles(rows, template, name=name)
 
@@ -84,7 +99,9 @@ def _template_of(trainer: Any) -> ChatTemplate | None:
 
 
 def _names_text(args: TrlConfig) -> bool:
-    """Whether the script says which column holds the texts; TRL's default is `text`."""
+    """Whether the script says which column holds the texts; TRL's default is `text`, and masks are for chats."""
+    if args.assistant_only_loss or args.completion_only_loss:
+        return False
     return "dataset_text_field" in getattr(args, "given", ()) or args.dataset_text_field != "text"
 
 

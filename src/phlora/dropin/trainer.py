@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 from peft import LoraConfig, PeftModel
@@ -38,7 +38,7 @@ from phlora.dropin.preparation import (
 from phlora.dropin.rows import RowProblems
 from phlora.dropin.targets import config_with_blocks, require_whole
 from phlora.dropin.tell import tell, warn
-from phlora.errors import ConfigError
+from phlora.errors import ConfigError, shown
 from phlora.models.quantization import use_operands
 from phlora.names import LORA, SETTINGS, TRAINER, by_todays_names, one_message
 from phlora.others import without_known_messages, without_known_warnings
@@ -88,6 +88,12 @@ class SFTTrainer(LaidOutTrainer):
         z_loss: float = 0.0,
         **kwargs: Any,
     ) -> None:
+        if row_problems not in get_args(RowProblems):
+            raise ConfigError(
+                f"{shown(row_problems)} is not known",
+                where="row_problems",
+                expected=f"one of {', '.join(get_args(RowProblems))}",
+            )
         call = with_trained_columns(with_adapter(loaded(arguments_of(args, kwargs))))
         self.row_problems = row_problems
         settings: TrlConfig = call["args"]

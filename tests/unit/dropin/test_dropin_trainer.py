@@ -277,6 +277,16 @@ def test_a_leftover_chat_does_not_hide_the_texts_of_the_script(make: Any, told: 
     assert "conversations is left out" in told()
 
 
+def test_a_text_beside_a_chat_is_told_once_and_a_mask_asks_for_the_chat(make: Any, told: Any) -> None:
+    rows = Dataset.from_list([{**row, "text": "x"} for row in chats()])
+    assert "say 0" in trained_text(make(rows))
+    assert told().count("text is not used") == 1
+    trainer = make(rows, settings={"assistant_only_loss": True, "dataset_text_field": "text"})
+    assert trained_text(trainer) == "salam دنیا 0<|end|><|endoftext|>"
+    with pytest.raises(ConfigError, match="one of refuse, warn"):
+        make(rows, row_problems="ignore")
+
+
 def test_a_formatting_function_wins_over_leftover_columns(make: Any) -> None:
     rows = Dataset.from_list(sharegpt())
     trainer = make(
