@@ -213,6 +213,8 @@ def test_commands_run(line: str, place: Path) -> None:
     words = shlex.split(command)[1:]
     if not parse(list(words)) or any(line.startswith(start) for start in NOT_RUN):
         return  # the name of a command in a list of them, or one that cannot run here
+    if "--quantize" in words:
+        pytest.importorskip("auto_round")
     if {"nf4", "dequantized"} & {*words}:
         pytest.importorskip("bitsandbytes")
     if words[0] == "train" and "--resume" not in words:

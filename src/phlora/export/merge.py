@@ -192,7 +192,7 @@ def merge_run(
     found = resolve_adapter(source, model=model, offline=offline)
     _require_base(base, found)
     _require_dtype(dtype)
-    chosen = _rows_of(found, rows, format=format, columns=columns)[:max_rows]
+    chosen = proof_rows(found, rows, format=format, columns=columns)[:max_rows]
 
     display.stage(f"Loading {found.base_name} in float32, and its adapter")
     tokenizer = load_tokenizer_of(found)
@@ -202,7 +202,7 @@ def merge_run(
     loaded = load_base(found, tokenizer=tokenizer, device=device, storage_dtype=stored, display=display)
     _tell(loaded, display)
     require_room_for(output, loaded.model.num_parameters() * DTYPES[saved_dtype].itemsize)
-    compared = _tokenize(chosen, found, tokenizer, loaded.model)
+    compared = tokenized_proof(chosen, found, tokenizer, loaded.model)
 
     how = _How(rows=compared, dtype=DTYPES[saved_dtype], choosing=bool(found.storage), display=display)
     merged = {"full": _merge(loaded, found.adapter, how)}
@@ -211,7 +211,7 @@ def merge_run(
         loaded = load_as_trained(found, tokenizer=tokenizer, device=device)
         merged["dequantized"] = _merge(loaded, found.adapter, how)
     as_trained = merged.get("dequantized", merged["full"])
-    losses = {"adapter": _loss(compared, as_trained.reference)}
+    losses = {"adapter": answer_loss(compared, as_trained.reference)}
     losses |= {name: candidate.loss for name, candidate in merged.items() if candidate.loss is not None}
     into, why = _choose(base, losses)
 
@@ -230,8 +230,8 @@ def merge_run(
 
         display.stage("Loading what was saved, and comparing")
         again = load_model(str(part), dtype="float32", device=device, offline=True)
-        logits = list(_answer_logits(again.model, compared, display))
-        losses[into] = _loss(compared, logits)
+        logits = list(answer_logits(again.model, compared, display))
+        losses[into] = answer_loss(compared, logits)
         differences = LogitDifferences()
         for before, after in zip(reference, logits, strict=True):
             differences.add(before, after)
@@ -289,7 +289,7 @@ def _merge(loaded: LoadedModel, adapter: Path, how: _How) -> _Merged:
         for note in adapted.report.notes:
             how.display.note(note)
     how.display.stage(f"Running base and adapter on {len(how.rows)} rows")
-    reference = list(_answer_logits(adapted.model, how.rows, how.display))
+    reference = list(answer_logits(adapted.model, how.rows, how.display))
     dequantize(adapted.model, dtype=torch.float32)
     model, num_modules = fold_adapter(adapted.model)
     loss = None
@@ -297,7 +297,7 @@ def _merge(loaded: LoadedModel, adapter: Path, how: _How) -> _Merged:
         how.display.stage("Running the merged model")
         for parameter in model.parameters():
             parameter.data = parameter.data.to(how.dtype).float()
-        loss = _loss(how.rows, _answer_logits(model, how.rows, how.display))
+        loss = answer_loss(how.rows, answer_logits(model, how.rows, how.display))
     return _Merged(model=model.to(how.dtype), num_modules=num_modules, reference=reference, loss=loss)
 
 
@@ -357,7 +357,12 @@ def _own_dtype(tokenizer: LoadedTokenizer) -> str:
 # ---------------------------------------------------------------------------------------------- the proof
 
 
-def _rows_of(found: ResolvedAdapter, data: Any, **how: Any) -> list[Row]:
+def proof_rows(found: ResolvedAdapter, data: Any, **how: Any) -> list[Row]:
+    """The rows that are named, or those that the run held out.
+
+    Raises:
+        DataError: there are none.
+    """
     rows = rows_or_held_out(found, data, command="phlora merge", option="--rows", **how)
     if rows is None:
         raise DataError(
@@ -369,7 +374,7 @@ def _rows_of(found: ResolvedAdapter, data: Any, **how: Any) -> list[Row]:
     return rows
 
 
-def _tokenize(
+def tokenized_proof(
     rows: Sequence[Row], found: ResolvedAdapter, tokenizer: LoadedTokenizer, model: Any
 ) -> list[TokenizedRow]:
     """The rows as tokens, as many as there is room for the logits of."""
@@ -387,7 +392,7 @@ def _tokenize(
 
 
 @torch.no_grad()
-def _answer_logits(model: Any, rows: Sequence[TokenizedRow], display: Display) -> Iterator[Tensor]:
+def answer_logits(model: Any, rows: Sequence[TokenizedRow], display: Display) -> Iterator[Tensor]:
     """The logits (S, V) at the trained tokens of each row, in fp32 on the CPU.
 
     Of all positions where the model does something to its logits after the head.
@@ -408,7 +413,7 @@ def _answer_logits(model: Any, rows: Sequence[TokenizedRow], display: Display) -
             advance(1)
 
 
-def _loss(rows: Sequence[TokenizedRow], logits: Iterable[Tensor]) -> float:
+def answer_loss(rows: Sequence[TokenizedRow], logits: Iterable[Tensor]) -> float:
     """Mean cross-entropy of the answers' tokens, in nats."""
     total, count = 0.0, 0
     for row, predicted in zip(rows, logits, strict=True):

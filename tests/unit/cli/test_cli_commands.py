@@ -38,6 +38,7 @@ RUNS = [
     "chat runs/file --system Brief. --max-new-tokens 2 --temperature 0.5 --top-p 0.9 --seed 3 --offline",
     "merge runs/file -o m --base full --model base --dtype float16 --rows train.jsonl --max-rows 2 --device cpu",
     "merge runs/file --output m --offline --quiet --json",
+    "merge runs/file -o m --quantize gptq",
     f"merge runs/file -o m --base full --rows fragen.csv --format qa {COLUMNS} --quiet",
     "convert runs/file --to loralib -o adapter.pt --offline --json",
     "convert blocks.pt --to peft -o a --lora-alpha 4 --enable q,v --blocks qkv_proj=64,32,32",
@@ -120,6 +121,8 @@ def furnished(trained: Path) -> Path:
 def test_it_runs(furnished: Path, run: str) -> None:
     if "nf4" in run:
         pytest.importorskip("bitsandbytes")
+    if "gptq" in run:
+        pytest.importorskip("auto_round")
     words, (_, _, code) = words_of(run)[1], run.partition(" -> ")
     done = invoke(*words, stdin="say 1\n")
     assert done.code == int(code or 0), done.err

@@ -109,7 +109,7 @@ def test_logits_that_a_model_caps_are_the_model_s_own(tmp_path: Path) -> None:
     """Gemma 2 caps its logits after the head."""
     model = tiny_gemma2(final_logit_softcapping=0.01)
     row = TokenizedRow(input_ids=[5, 6, 7, 8], labels=[-100, -100, 7, 8], weights=None, origin=Origin("a", 1))
-    (logits,) = merge._answer_logits(model, [row], QUIET)
+    (logits,) = merge.answer_logits(model, [row], QUIET)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, 1:3]
     assert logits.abs().max() <= 0.01 and torch.equal(logits, expected.float())
