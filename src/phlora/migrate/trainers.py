@@ -82,6 +82,12 @@ class Trainers:
                     entry.value, f"{entry.name} is an argument of {old.to}: {old.to}({old.new}=...)"
                 )
         self._attributes(call, SETTINGS)
+        is_early = "max_seq_length" in arguments.given and self.imports.names(call.func) & SFT_CONFIGS
+        if is_early and arguments.are_all_known and "learning_rate" not in arguments.given:
+            self.edits.say(
+                call,
+                "learning_rate is not said: SFTConfig's own is 2e-5 now, and was 5e-5 in its first versions",
+            )
 
     def _attributes(self, call: cst.Call, of: str) -> None:
         statement = self.code.parent(call)

@@ -212,6 +212,15 @@ def test_what_training_arguments_did_by_default_is_said() -> None:
     )
 
 
+def test_a_default_that_has_changed_is_told() -> None:
+    text = TRL + "SFTConfig(max_seq_length=9)\n"
+    told = [remark.text for remark in migrate_text(text).remarks]
+    assert any("learning_rate is not said" in line for line in told)
+    assert next(f.default for f in dataclasses.fields(trl.SFTConfig) if f.name == "learning_rate") == 2e-5
+    quiet = migrate_text(text.replace("=9", "=9, learning_rate=1e-4")).remarks
+    assert not any("learning_rate" in remark.text for remark in quiet)
+
+
 def test_the_defaults_are_those_of_the_libraries() -> None:
     def default(kind: type, name: str) -> object:
         return next(field.default for field in dataclasses.fields(kind) if field.name == name)
