@@ -13,6 +13,18 @@ from phlora.models.builtin import EMBEDDED, embedded_folder
 from phlora.models.families import fused_row_blocks
 
 
+def with_tokenizer(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with the model's own tokenizer, where none is given and one is looked into before TRL's turn."""
+    args, model = call["args"], call.get("model")
+    if call.get("processing_class") is not None or not args.assistant_only_loss or model is None:
+        return call
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    keywords = args.model_init_kwargs or {}
+    of_hub = {key: keywords[key] for key in ("revision", "token") if key in keywords}
+    made = AutoProcessor.from_pretrained(name, trust_remote_code=args.trust_remote_code, **of_hub)
+    return {**call, "processing_class": made}
+
+
 def loaded(call: dict[str, Any]) -> dict[str, Any]:
     """The call with the model itself, where its adapter may name parts of fused weights; a built-in model's folder."""
     name, config = call.get("model"), call.get("peft_config")

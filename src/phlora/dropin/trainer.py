@@ -26,7 +26,7 @@ from phlora.dropin.config import SFTConfig, settings_of
 from phlora.dropin.hub import name_base
 from phlora.dropin.hub import one_message as one_hub_message
 from phlora.dropin.layout import LaidOutTrainer
-from phlora.dropin.loading import loaded
+from phlora.dropin.loading import loaded, with_tokenizer
 from phlora.dropin.masks import lacks_markers, with_answers_marked
 from phlora.dropin.preparation import (
     look_at,
@@ -94,7 +94,7 @@ class SFTTrainer(LaidOutTrainer):
                 where="row_problems",
                 expected=f"one of {', '.join(get_args(RowProblems))}",
             )
-        call = with_trained_columns(with_adapter(loaded(arguments_of(args, kwargs))))
+        call = with_trained_columns(with_adapter(with_tokenizer(loaded(arguments_of(args, kwargs)))))
         self.row_problems = row_problems
         settings: TrlConfig = call["args"]
         self._marks_answers = settings.assistant_only_loss and lacks_markers(call.get("processing_class"))

@@ -389,6 +389,11 @@ def test_answers_alone_train_where_trl_has_no_markers_for_the_template(
         make(Dataset.from_list([{"text": "x"}]), args=args)
 
 
+def test_answers_alone_train_with_a_model_by_its_name(make: Any, model_folder: Path) -> None:
+    trainer = make(model=str(model_folder), processing_class=None, settings={"assistant_only_loss": True})
+    assert "say 0" not in trained_text(trainer)
+
+
 def test_rows_are_counted_and_shown(make: Any, told: Any) -> None:
     rows = [{"text": "<s><s>x"}, {"text": ""}, {"text": "a" * 200}, {"text": "plain"}]
     trainer = make(Dataset.from_list(rows))
