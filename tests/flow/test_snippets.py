@@ -28,7 +28,10 @@ from phlora.testing import chat_rows, invoke, tiny_adapter, tiny_folder, write_r
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+    [
+        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "guide" / "en.md"),
+        *(*ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")),
+    ]
 )
 # Models that are not on this machine; and sixteen bits, in which a random model's many near ties turn.
 IN_PLACE_OF = {
