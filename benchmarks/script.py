@@ -52,10 +52,13 @@ class Side:
 
     def steps(self, count: int) -> dict[str, Any]:
         """Seconds of each of `count` steps, and the loss of the last one."""
+        from transformers import PrinterCallback
+
         watch = _watch()
         if self.trainer is None:
             self.trainer = (self._run if self.side == "train" else self._script)()
         trainer = self.trainer
+        trainer.remove_callback(PrinterCallback)
         trainer.args.max_steps = count + 1
         trainer.add_callback(watch)
         # What `fit` does around the trainer; a script's trainer does so itself.

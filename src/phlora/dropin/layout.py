@@ -96,7 +96,9 @@ class LaidOutTrainer(SFTTrainer):
     @property
     def _max_positions(self) -> int | None:
         longest = self._now.longest if self._now is not None else None
-        return longest and int(self._train_batch_size * longest)
+        if longest is None:
+            return super()._max_positions
+        return int(self._train_batch_size * longest)
 
     @contextmanager
     def _laid_out(self, *, training: bool) -> Iterator[None]:

@@ -16,6 +16,8 @@ from datasets import Dataset
 from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from phlora.data.collate import SharedPrefixCollator
+
 # Whose code is known to compute each row by itself, and to be exchanged by what computes the same.
 _KNOWN = ("phlora", "trl", "transformers", "peft", "accelerate", "torch", "bitsandbytes", "datasets")
 # Methods that are given batches. Of a trainer that has its own of these, nothing else can be known.
@@ -81,6 +83,8 @@ def random_masks(model: nn.Module) -> str | None:
 def own_batches(trainer: Any, *, training: bool) -> str | None:
     """Why the batches of a trainer have to be those that TRL makes."""
     collator = trainer.data_collator
+    if type(collator) is SharedPrefixCollator:
+        return "not chosen here: data_collator shares them"
     if type(collator) is not DataCollatorForLanguageModeling or collator.return_position_ids:
         return f"data_collator is a {_name_of(collator)}"
     names = (*_READ_BATCHES, *(_READ_TRAINING_BATCHES if training else _READ_HELD_OUT_BATCHES))
