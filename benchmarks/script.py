@@ -239,7 +239,8 @@ def main() -> None:
         lines.append(
             [name, *(f"{taken[side]:.2f} s" for side in sides), f"{taken['script'] / taken['train']:.3f}"]
         )
-        print(f"{name}: {results['script']['told']}", flush=True)
+        ratio = taken["script"] / taken["train"]
+        print(f"{name}: script/train {ratio:.3f}; {results['script']['told']}", flush=True)
         document["sets"][name] = {
             "seconds": taken,
             "all": seconds,

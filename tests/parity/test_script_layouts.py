@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[], Dataset], bool, dict[str, Any]]] = {
     "text": (texts, SHARED, {}),
     "tokens": (tokens, SHARED, {}),
     "unlabelled": (unlabelled, SHARED, {"dataset_kwargs": {"skip_prepare_dataset": True}}),
-    "accumulated": (chats, SHARED, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}),
+    "accumulated": (chats, SHARED, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}),
     "packed": (chats, SHARED, {"packing": True, "per_device_train_batch_size": 2, "max_length": 256}),
     "packed-and-split": (chats, SHARED, {"packing": True, "packing_strategy": "bfd_split", "max_length": 64}),
     "wrapped": (chats, SHARED, {"packing": True, "packing_strategy": "wrapped", "max_length": 64}),
