@@ -153,11 +153,8 @@ def test_the_short_script_helps(place: Path, smollm2_folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_accelerate_launches_the_model_cards_script(
-    num_processes: int, place: Path, model_folder: Path
-) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes))
+def test_accelerate_launches_the_model_cards_script(place: Path, model_folder: Path) -> None:
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
     said = run_script(
         "sample_finetune.py",
         *(
@@ -173,5 +170,5 @@ def test_accelerate_launches_the_model_cards_script(
         place=place,
         launcher=launcher,
     )
-    assert f"Rank 0 of {num_processes}" in said
+    assert "Rank 0 of 1" in said
     assert "Stock PEFT gives the same 3 answers" in said
