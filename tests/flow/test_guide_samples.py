@@ -153,8 +153,18 @@ def test_the_short_script_helps(place: Path, smollm2_folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_accelerate_launches_the_model_cards_script(place: Path, model_folder: Path) -> None:
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+@pytest.mark.parametrize(
+    "num_processes, launcher",
+    [
+        (1, ("accelerate.commands.launch", "--cpu", "--num_processes", "1")),
+        # accelerate's launcher starts several processes on CPUs through MPI alone.
+        (2, ("torch.distributed.run", "--nproc_per_node", "2")),
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_the_model_cards_script_is_launched(
+    num_processes: int, launcher: tuple[str, ...], place: Path, model_folder: Path
+) -> None:
     said = run_script(
         "sample_finetune.py",
         *(
@@ -168,7 +178,7 @@ def test_accelerate_launches_the_model_cards_script(place: Path, model_folder: P
             "3",
         ),
         place=place,
-        launcher=launcher,
+        launcher=("-m", *launcher),
     )
-    assert "Rank 0 of 1" in said
+    assert f"Rank 0 of {num_processes}" in said
     assert "Stock PEFT gives the same 3 answers" in said
