@@ -35,7 +35,7 @@ RUNS = [
     "train -m base -d train.jsonl --format messages -o runs/e --dry-run",
     "evaluate runs/file --quiet --json",
     "chat runs/file --tools tools.json --max-new-tokens 2",
-    "chat runs/file --system Brief. --max-new-tokens 2 --temperature 0.5 --top-p 0.9 --seed 3 --offline",
+    "chat runs/file --system Brief. --max-new-tokens 2 --temperature 0.5 --top-p 0.9 --top-k 5 --seed 3 --offline",
     "merge runs/file -o m --base full --model base --dtype float16 --rows train.jsonl --max-rows 2 --device cpu",
     "merge runs/file --output m --offline --quiet --json",
     "merge runs/file -o m --quantize gptq",
