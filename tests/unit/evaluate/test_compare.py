@@ -5,7 +5,14 @@ import math
 import peft
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 from phlora.errors import DataError
 from phlora.evaluate.compare import (
@@ -273,3 +280,40 @@ class TestCompare:
         bare = EvaluationItem(prompt_ids=[1], reference="a", messages=None, origin=None)
         comparison = compare(side(["b"], [bare]), side(["a"], [bare]), [bare])
         assert comparison.changed("improved")[0].messages == []
+
+
+SMALL = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    initializer_range=0.2,
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(head_dim=8, final_logit_softcapping=0.5, **SMALL),
+        GraniteConfig(logits_scaling=8.0, **SMALL),
+        CohereConfig(logit_scale=0.25, **SMALL),
+    ],
+    ids=["gemma2", "granite", "cohere"],
+)
+def test_the_loss_of_a_model_that_changes_its_logits_is_that_of_its_logits(config) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rows = rows_of([7, 12, 9])
+    found = score_loss(model, rows, collate=collate, batch_size=2)
+    expected = []
+    for row in rows:
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0].double()
+        targets = torch.tensor(row["labels"])[1:]
+        expected.append(torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum").item())
+    assert [row[0] for row in found.per_row] == pytest.approx(expected, rel=1e-5)
