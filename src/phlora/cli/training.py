@@ -136,8 +136,6 @@ def train(
         assignments or [],
         columns or [],
     )
-    if config.model.offline:
-        forbid_network()
     from phlora.train.finetune import finetune
 
     try:
@@ -192,8 +190,6 @@ def plan(
         assignments or [],
         columns or [],
     )
-    if config.model.offline:
-        forbid_network()
     from phlora.train.finetune import plan_run
 
     with standard_output_kept():
@@ -295,7 +291,10 @@ def _options(
 def _run_config(
     file: Path | None, options: Mapping[str, Any], assignments: Sequence[str], columns: Sequence[str]
 ) -> RunConfig:
-    """The file, the options over it, the assignments over both, and the names of all data files' columns."""
+    """The file, the options over it, the assignments over both, and the names of all data files' columns.
+
+    From here on no network is reached where the configuration says so.
+    """
     from phlora.config import build_config, default_output, parse_columns
     from phlora.config_values import apply_overrides, read_config
 
@@ -303,6 +302,8 @@ def _run_config(
     values, origins = _apply_options(values, origins, options)
     values, origins = apply_overrides(values, assignments, origins)
     config = build_config(values, origins)
+    if config.model.offline:
+        forbid_network()
     if columns:
         config = replace(config, data=_with_columns(config.data, parse_columns(columns)))
     if "output" in values:
