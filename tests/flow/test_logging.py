@@ -87,7 +87,7 @@ def test_a_run_leaves_levels_and_handlers_as_they_were(
     assert "Phi3Config {" not in heard.getvalue() and "GenerationConfig {" not in heard.getvalue()
     assert run.folder is not None
     log = (run.folder / "train.log").read_text("utf-8")
-    assert "INFO phlora: Training 1 step" in log and "optimizer steps of 4 rows" in log
+    assert "INFO phlora: Training 1 step" in log and "1 optimizer step of 4 rows" in log
     assert ("INFO transformers.trainer: ***** Running training *****" in log) is (log_level == "info")
 
 
