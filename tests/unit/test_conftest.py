@@ -18,5 +18,7 @@ def test_the_embedded_model_is_found_by_name_without_being_converted_again(smoll
 
 def test_file_names_are_unique() -> None:
     """Test folders are no packages, so Python knows a file by its name alone."""
-    names = [path.name for path in Path(__file__).parents[1].rglob("*.py") if path.name != "conftest.py"]
+    # Scripts that are read as data, and run by themselves, are no modules.
+    files = [path for path in Path(__file__).parents[1].rglob("*.py") if "shapes" not in path.parts]
+    names = [path.name for path in files if path.name != "conftest.py"]
     assert sorted(names) == sorted(set(names))

@@ -53,6 +53,17 @@ static inline float exponential(float x) {
     return p * power;
 }
 
+/* 1 / (1 + e^-x), 0 where e^-x is more than float32 holds. Made 0 bit by bit: no compiler may take a product with it for
+   0 then, so that what is no number stays none, whichever way the comparison falls for it. */
+static inline float sigmoid_of(float x) {
+    float s = 1.0f / (1.0f + exponential(-x));
+    uint32_t bits;
+    memcpy(&bits, &s, 4);
+    bits &= -(uint32_t)(x >= -88.0f);
+    memcpy(&s, &bits, 4);
+    return s;
+}
+
 /* All of the rest twice. */
 #define T bf16
 #define F(name) name##_bf16
@@ -74,7 +85,7 @@ static inline float exponential(float x) {
 static void F(gate_row)(const T *restrict gate, const T *restrict up, T *restrict y, count width) {
     for (count i = 0; i < width; i++) {
         float g = WIDEN(gate[i]);
-        float silu = WIDEN(NARROW(g / (1.0f + exponential(-g))));
+        float silu = WIDEN(NARROW(g * sigmoid_of(g)));
         y[i] = NARROW(silu * WIDEN(up[i]));
     }
 }
@@ -90,7 +101,7 @@ static void F(gate_backward_row)(const T *restrict dy, const T *restrict gate, c
                                 T *restrict d_gate, T *restrict d_up, count width) {
     for (count i = 0; i < width; i++) {
         float g = WIDEN(gate[i]), d = WIDEN(dy[i]);
-        float sigmoid = 1.0f / (1.0f + exponential(-g)), silu = g * sigmoid;
+        float sigmoid = sigmoid_of(g), silu = g * sigmoid;
         d_up[i] = NARROW(d * silu);
         d_gate[i] = NARROW(d * WIDEN(up[i]) * (sigmoid + silu * (1.0f - sigmoid)));
     }

@@ -18,6 +18,7 @@ import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -152,13 +153,7 @@ def _call(name: str, tensors: Sequence[Tensor], *numbers: int) -> None:
 def _library() -> ctypes.CDLL | str:
     """What is compiled, or why nothing is."""
     try:
-        file = _compiled()
-        try:
-            return _loaded(file)
-        except OSError:
-            # What another system, or a full disk, has left there.
-            file.unlink()
-            return _loaded(_compiled())
+        return _loaded(_compiled())
     except (_NoKernels, OSError, subprocess.SubprocessError) as reason:
         return str(reason)
 
@@ -190,19 +185,36 @@ def _compiled() -> Path:
     flags = [*_FLAGS, *(_FLAGS_OF_X86 if platform.machine() == "x86_64" else ())]
     openmp = _openmp()
     facts = [_SOURCE.read_bytes(), " ".join([*flags, openmp]).encode(), _cpu_flags()]
-    file = cache_root() / f"kernels-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:16]}.so"
-    if not file.is_file():
-        _compile(file, flags, openmp)
-    return file
+    name = f"kernels-{_digest(b'|'.join(facts))}"
+    for file in cache_root().glob(f"{name}-*.so"):
+        if _is_whole(file):
+            return file
+        # What a full disk or an interrupted copy has left: to load it would end the process.
+        file.unlink()
+    return _compile(name, flags, openmp)
 
 
-def _compile(file: Path, flags: Sequence[str], openmp: str) -> None:
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file has the content that its name says, and nobody else can write into it."""
+    status = file.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    return file.stem.rpartition("-")[2] == _digest(file.read_bytes())
+
+
+def _compile(name: str, flags: Sequence[str], openmp: str) -> Path:
+    """Compile into the cache folder: a file that is named after its source and its content."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler:
         raise _NoKernels("no C compiler")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        parts, whole = Path(folder) / "kernels.o", Path(folder) / file.name
+    cache = cache_root()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        parts, whole = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         # Linked with the threads that torch has: those of a second library would wait for work beside them.
         for command in (
             [compiler, *flags, "-c", str(_SOURCE), "-o", str(parts)],
@@ -212,15 +224,23 @@ def _compile(file: Path, flags: Sequence[str], openmp: str) -> None:
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
                 raise _NoKernels(f"{compiler} failed: {said}")
-        whole.replace(file)
+        whole.chmod(0o755)
+        return whole.replace(cache / f"{name}-{_digest(whole.read_bytes())}.so")
 
 
 def _openmp() -> str:
-    """The file of the OpenMP library whose threads torch uses."""
+    """The file of the OpenMP library whose threads torch uses; other packages bring libraries of their own."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    for path in (line.split(maxsplit=5)[-1] for line in maps):
-        if Path(path).name.startswith(("libgomp", "libiomp5")) and Path(path).is_file():
-            return path
+    loaded = dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps)
+    found = [Path(path) for path in loaded if Path(path).name.startswith(("libgomp", "libiomp5"))]
+    packages = Path(torch.__file__).resolve().parents[1]
+    of_torch = [
+        path for path in found if path.parent in (packages / "torch" / "lib", packages / "torch.libs")
+    ]
+    of_the_system = [path for path in found if packages not in path.parents]
+    for path in (*of_torch, *of_the_system):
+        if path.is_file():
+            return str(path)
     raise _NoKernels("torch has no OpenMP library that gcc's code can use")
 
 

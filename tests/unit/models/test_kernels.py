@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,12 +57,13 @@ def test_the_gated_product_and_its_gradient(dtype, shape, by_torch):
 @needs_compiler
 @dtypes
 def test_a_gate_that_is_far_from_zero(dtype):
-    gate = torch.tensor([-1e4, -200.0, -90.0, -87.0, 87.0, 90.0, 1e4, float("nan")]).to(dtype)
+    ends = [-math.inf, -3e38, -1e36, -1e4, -200.0, -90.0, -87.0, 87.0, 90.0, 1e4, 3e38, math.inf, math.nan]
+    gate = torch.tensor(ends).to(dtype)
     y = lean_layers._gate(torch.cat([gate, torch.ones_like(gate)]))
     torch.testing.assert_close(y, F.silu(gate), rtol=1e-6, atol=1e-30, equal_nan=True)
     dx = kernels.gate_backward(torch.ones_like(gate), torch.cat([gate, torch.ones_like(gate)]))
-    slopes = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, float("nan")]).to(dtype)
-    torch.testing.assert_close(dx[:8], slopes, rtol=1e-6, atol=1e-30, equal_nan=True)
+    slopes = torch.tensor([math.nan, *[0.0] * 6, *[1.0] * 4, math.nan, math.nan]).to(dtype)
+    torch.testing.assert_close(dx[: len(gate)], slopes, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 @needs_compiler
@@ -148,14 +151,26 @@ def test_without_a_compiler_torch_computes_and_the_reason_is_said(
 
 
 @needs_compiler
-def test_what_was_compiled_is_kept_and_compiled_again_where_it_does_not_load(monkeypatch, tmp_path):
-    for folder in ("first", "second"):
-        monkeypatch.setenv("PHLORA_CACHE", str(tmp_path / folder))
-        assert not isinstance(kernels._library.__wrapped__(), str)
-        (file,) = (tmp_path / folder).iterdir()
-        # A library that is loaded is not read again, so the second one is that of another folder.
-        if folder == "first":
-            (tmp_path / "second").mkdir()
-            (tmp_path / "second" / file.name).write_bytes(b"not a library")
-    monkeypatch.setenv("CC", "false")
-    assert not isinstance(kernels._library.__wrapped__(), str)
+@pytest.mark.parametrize("left", [0, 0.1, 0.5, 0.9, 1], ids="{:.0%} of the file".format)
+def test_what_was_compiled_is_kept_and_compiled_again_where_it_is_damaged(left, monkeypatch, tmp_path):
+    """A part of a library ends the process that loads it, so that it must not be tried."""
+    monkeypatch.setenv("PHLORA_CACHE", str(tmp_path))
+    file = kernels._compiled()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(left * len(whole))])
+    if left == 1:
+        monkeypatch.setenv("CC", "false")
+    assert kernels._compiled() == file and file.read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@needs_compiler
+def test_a_library_into_which_others_can_write_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("PHLORA_CACHE", str(tmp_path))
+    kernels._compiled().chmod(0o777)
+    assert kernels._compiled().stat().st_mode & 0o022 == 0
+
+
+def test_the_threads_are_torch_s_whatever_other_packages_brought():
+    pytest.importorskip("sentencepiece")
+    assert "sentencepiece" not in kernels._openmp()

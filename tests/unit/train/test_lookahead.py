@@ -339,7 +339,7 @@ def test_what_cannot_be_forecast_is_said_and_trains(configured: Configured, caps
     assert run.plan.forecast is None
     assert "not forecast: loss_type dft" in capsys.readouterr().err
     planned = plan_run(config, display=QUIET)
-    assert "1 optimizer steps" in planned.render() and planned.to_json()["forecast"] is None
+    assert "1 optimizer step" in planned.render() and planned.to_json()["forecast"] is None
 
 
 def test_a_forecast_that_takes_long_is_said_to(
