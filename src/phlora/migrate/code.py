@@ -44,6 +44,19 @@ NOT_LITERAL = object()
 _KNOWN_PACKAGES = {*UNIMPORTED.values(), "loralib", "phlora"}
 
 
+def _require_readable_depth(text: str) -> None:
+    """Python's own parser counts how deep it goes; libcst's ends the process where its stack does."""
+    try:
+        ast.parse(text)
+    except MemoryError:
+        raise RecursionError("too deep for Python's parser") from None
+    except SyntaxError as error:
+        if "too many nested" in str(error):
+            raise RecursionError(str(error)) from None
+    except ValueError:
+        pass  # A null byte: for libcst to say, as any other syntax error.
+
+
 class Code:
     """A module with its names resolved.
 
@@ -52,9 +65,11 @@ class Code:
 
     Raises:
         libcst.ParserSyntaxError: it is no Python.
+        RecursionError: it is nested too deeply.
     """
 
     def __init__(self, text: str) -> None:
+        _require_readable_depth(text)
         wrapper = MetadataWrapper(cst.parse_module(text))
         self.module = wrapper.module
         self._parents = wrapper.resolve(ParentNodeProvider)

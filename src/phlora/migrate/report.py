@@ -96,6 +96,18 @@ def migrate_files(paths: Sequence[Path | str], *, write: bool = False) -> list[F
     return reports
 
 
+def _require_characters(text: str, path: Path) -> None:
+    """JSON can say half of a character, which no file of text can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The code holds half of a character ({error.object[error.start : error.end]!r})",
+            where=str(path),
+            fix="remove it from the cell, or write the whole character",
+        ) from None
+
+
 def migrate_file(path: Path, *, write: bool = False) -> FileReport:
     """Migrate one script or notebook.
 
@@ -107,7 +119,8 @@ def migrate_file(path: Path, *, write: bool = False) -> FileReport:
     from phlora.migrate.migration import migrate_text
 
     source = read_source(path)
-    if not _MENTIONED.search(source.text.encode("utf-8", "replace")):
+    _require_characters(source.text, path)
+    if not _MENTIONED.search(source.text.encode()):
         return FileReport(path, notes=source.notes)
     try:
         migrated = migrate_text(source.text)

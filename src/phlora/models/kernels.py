@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -208,8 +209,9 @@ def _is_whole(file: Path) -> bool:
 
 def _compile(name: str, flags: Sequence[str], openmp: str) -> Path:
     """Compile into the cache folder: a file that is named after its source and its content."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if not compiler:
+    # CC may hold arguments, or a program that calls the compiler: `ccache gcc`.
+    compiler = shlex.split(os.environ.get("CC") or "") or [shutil.which("gcc") or shutil.which("cc") or ""]
+    if not compiler[0]:
         raise _NoKernels("no C compiler")
     cache = cache_root()
     cache.mkdir(parents=True, exist_ok=True)
@@ -217,13 +219,15 @@ def _compile(name: str, flags: Sequence[str], openmp: str) -> Path:
         parts, whole = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
         # Linked with the threads that torch has: those of a second library would wait for work beside them.
         for command in (
-            [compiler, *flags, "-c", str(_SOURCE), "-o", str(parts)],
-            [compiler, "-shared", str(parts), openmp, "-o", str(whole)],
+            [*compiler, *flags, "-c", str(_SOURCE), "-o", str(parts)],
+            [*compiler, "-shared", str(parts), openmp, "-o", str(whole)],
         ):
             done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_COMPILATION)
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
-                raise _NoKernels(f"{compiler} failed: {said}")
+                raise _NoKernels(f"{compiler[0]} failed: {said}")
+        if not whole.is_file():
+            raise _NoKernels(f"{compiler[0]} wrote nothing")
         whole.chmod(0o755)
         return whole.replace(cache / f"{name}-{_digest(whole.read_bytes())}.so")
 

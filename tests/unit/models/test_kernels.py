@@ -137,6 +137,7 @@ def test_a_forecast_s_tensors_are_made_and_not_computed():
     [
         ("PHLORA_KERNELS", "0", "PHLORA_KERNELS is 0"),
         ("CC", "false", "false failed: it said nothing"),
+        ("CC", "true -O2", "true wrote nothing"),
         ("CC", "/no/such/compiler", "/no/such/compiler"),
     ],
 )
