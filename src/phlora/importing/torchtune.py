@@ -194,6 +194,11 @@ def _training(settings: Settings) -> None:
             "max_steps_per_epoch",
             "of all epochs together",
         )
+        settings.notes.append(
+            f"max_steps_per_epoch: {steps} steps of every epoch are trained; here {int(steps * (epochs or 1))} "
+            f"steps in all, even where the rows make fewer than {steps} steps an epoch: that would be more epochs "
+            f"than {epochs or 1}. `phlora plan` counts the steps; take max_steps out where that is so"
+        )
     clip = settings.number("clip_grad_norm")
     settings.put("training_config.max_grad_norm", clip, "clip_grad_norm")
     shared.optimizer(
@@ -215,6 +220,7 @@ def _training(settings: Settings) -> None:
     if component:
         found = re.search(r"get_(\w+?)_schedule", component)
         shared.schedule(settings, f"lr_scheduler.{_COMPONENT}", found[1] if found else component)
+    _evaluation(settings)
     settings.put(
         "training_config.warmup_steps",
         settings.number("lr_scheduler.num_warmup_steps", whole=True),
@@ -223,6 +229,16 @@ def _training(settings: Settings) -> None:
     _loss(settings)
     _tracker(settings)
     settings.put("output", settings.text("output_dir"), "output_dir")
+
+
+def _evaluation(settings: Settings) -> None:
+    """How often, and in what batches, the loss of `dataset_val` is taken."""
+    target = "training_config.per_device_eval_batch_size"
+    settings.put(target, settings.number("batch_size_val", whole=True), "batch_size_val")
+    steps = settings.number("run_val_every_n_steps", whole=True)
+    if steps:
+        settings.put("training_config.eval_strategy", "steps", "run_val_every_n_steps")
+        settings.put("training_config.eval_steps", steps, "run_val_every_n_steps")
 
 
 def _optimizer(component: str | None) -> str | None:
@@ -270,16 +286,38 @@ def _tracker(settings: Settings) -> None:
 
 
 def _rows(settings: Settings) -> None:
-    sets = settings.take("dataset")
-    if not isinstance(sets, list):
-        inner = {key.partition(".")[2]: settings.take(key) for key in settings.values_at("dataset")}
-        sets = [inner] if inner else []
-    if not sets:
+    files, packed, prompts = _sets(settings, "dataset")
+    if not files:
         raise settings.error("dataset", None, "a data set, such as torchtune.datasets.alpaca_dataset")
-    files, packed, prompts = [], False, []
+    settings.put("data.files", files, "dataset")
+    if packed:
+        settings.put("training_config.packing", True, "dataset.packed", "rows never see each other")
+    if all(prompts):
+        settings.put("data.train_on", "all", "dataset.train_on_input")
+    elif any(prompts):
+        settings.notes.append("dataset: prompts are trained in some of the sets only; here in none")
+    held_out, _, scored = _sets(settings, "dataset_val")
+    if held_out:
+        settings.put("data.eval", held_out, "dataset_val")
+        if all(scored) != all(prompts):
+            settings.notes.append("dataset_val: prompts are scored where they are trained, unlike there")
+    else:
+        shared.held_out(settings, "eval_size", None)
+
+
+def _sets(settings: Settings, section: str) -> tuple[list[dict[str, Any]], bool, list[bool]]:
+    """Files of the data sets of a section, whether they are packed, and of each whether its prompts are trained."""
+    sets = settings.take(section)
+    if not isinstance(sets, list):
+        inner = {key.partition(".")[2]: settings.take(key) for key in settings.values_at(section)}
+        sets = [inner] if inner else []
+    files: list[dict[str, Any]] = []
+    packed, prompts = False, []
     for number, entry in enumerate(sets):
         one = Settings(
-            settings.tool, f"{settings.file}: dataset", flattened(entry if isinstance(entry, Mapping) else {})
+            settings.tool,
+            f"{settings.file}: {section}",
+            flattened(entry if isinstance(entry, Mapping) else {}),
         )
         packed = bool(one.flag("packed")) or packed
         name = str(one.take(_COMPONENT) or "").rpartition(".")[2]
@@ -290,18 +328,8 @@ def _rows(settings: Settings) -> None:
         one.leave("prompt_template", shared.TEMPLATE)
         one.leave("filter_fn", "filter the rows before")
         one.leave_unknown()
-        place = f"dataset[{number}]" if len(sets) > 1 else "dataset"
-        settings.adopt(one, place)
-    settings.put("data.files", files, "dataset")
-    if packed:
-        settings.put("training_config.packing", True, "dataset.packed", "rows never see each other")
-    if all(prompts):
-        settings.put("data.train_on", "all", "dataset.train_on_input")
-    elif any(prompts):
-        settings.notes.append("dataset: prompts are trained in some of the sets only; here in none")
-    shared.held_out(settings, "eval_size", None)
-    for key in settings.values_at("dataset_val"):
-        settings.leave(key, "name held-out rows as data.eval")
+        settings.adopt(one, f"{section}[{number}]" if len(sets) > 1 else section)
+    return files, packed, prompts
 
 
 def _trains_prompts(one: Settings, name: str) -> bool:

@@ -1,0 +1,106 @@
+"""What settings of other tools mean, where a name or a default of theirs could be read otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from phlora.errors import ConfigError
+from phlora.importing.story import ImportedConfig, import_config
+
+AXOLOTL = {
+    "base_model": "m",
+    "adapter": "lora",
+    "datasets": [{"path": "owner/chats", "type": "chat_template"}],
+    "sequence_len": 128,
+}
+TORCHTUNE = {
+    "model": {"_component_": "torchtune.models.phi3.lora_phi3_mini", "lora_attn_modules": ["q_proj"]},
+    "tokenizer": {"_component_": "torchtune.models.phi3.phi3_mini_tokenizer", "max_seq_len": 64},
+    "checkpointer": {"checkpoint_dir": "m"},
+    "dataset": {"_component_": "torchtune.datasets.chat_dataset", "source": "owner/chats"},
+}
+LLAMAFACTORY = {
+    "model_name_or_path": "m",
+    "stage": "sft",
+    "finetuning_type": "lora",
+    "dataset": "owner/chats",
+    "dataset_dir": "ONLINE",
+}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def imported(base: dict[str, Any], **changes: Any) -> ImportedConfig:
+    """A file of a tool, with these settings of it."""
+    Path("given.yaml").write_text(yaml.safe_dump({**base, **changes}), encoding="utf-8")
+    return import_config("given.yaml")
+
+
+def looked_at(result: ImportedConfig, key: str) -> bool:
+    """Whether a person is told to look at a setting, in the text too."""
+    told = result.text.partition("# To look at:")[2].partition("# Left out:")[0]
+    return any(note.startswith(f"{key}:") for note in result.notes) and f"# - {key}:" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "passes"),
+    [
+        ({"batch_size": 16, "micro_batch_size": 2}, 2, 8),
+        ({"batch_size": 16}, 1, 16),
+        ({"batch_size": 16, "gradient_accumulation_steps": 4}, 4, 4),
+        ({"batch_size": 8, "micro_batch_size": 2, "gradient_accumulation_steps": 4}, 2, 4),
+        ({"micro_batch_size": 3}, 3, None),
+    ],
+)
+def test_the_batch_of_axolotl(given: dict[str, int], rows: int, passes: int | None) -> None:
+    result = imported(AXOLOTL, **given)
+    training = result.config["training_config"]
+    assert training["per_device_train_batch_size"] == rows
+    assert training.get("gradient_accumulation_steps") == passes
+    assert all("nothing to do" in one.why for one in result.left_out if one.source == "batch_size")
+
+
+def test_a_batch_of_axolotl_that_does_not_divide() -> None:
+    result = imported(AXOLOTL, batch_size=7, micro_batch_size=2)
+    assert result.config["training_config"]["gradient_accumulation_steps"] == 3
+    assert looked_at(result, "batch_size")
+    for given in (
+        {"batch_size": 1, "micro_batch_size": 2},
+        {"batch_size": 9, "micro_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"batch_size": 9, "gradient_accumulation_steps": 4},
+    ):
+        with pytest.raises(ConfigError, match="batch_size"):
+            imported(AXOLOTL, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"), [({}, 0.03), ({"warmup_steps": 0}, 0), ({"warmup_ratio": 0.1}, 0.1)]
+)
+def test_the_warmup_of_axolotl(given: dict[str, float], steps: float) -> None:
+    result = imported(AXOLOTL, **given)
+    assert result.config["training_config"]["warmup_steps"] == steps
+    assert ("Axolotl's default: a share of all steps" in result.text) == (not given)
+
+
+def test_steps_of_an_epoch_are_to_be_looked_at() -> None:
+    result = imported(TORCHTUNE, max_steps_per_epoch=10, epochs=3)
+    assert result.config["training_config"]["max_steps"] == 30
+    assert looked_at(result, "max_steps_per_epoch")
+
+
+def test_held_out_rows_of_torchtune() -> None:
+    held_out = {"_component_": "torchtune.datasets.chat_dataset", "source": "owner/held", "split": "test"}
+    result = imported(TORCHTUNE, dataset_val=held_out, run_val_every_n_steps=7, batch_size_val=3)
+    assert result.config["data"]["eval"] == [
+        {"path": "owner/held", "format": "conversations", "split": "test"}
+    ]
+    assert "eval_size" not in result.config["data"] and "would train on all rows" not in result.text
+    training = result.config["training_config"]
+    assert training["eval_steps"] == 7 and training["per_device_eval_batch_size"] == 3
