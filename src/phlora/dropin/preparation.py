@@ -78,7 +78,11 @@ def template_errors(rows: Rows, name: str) -> Iterator[None]:
 
 
 def look_at(trainer: Any, prepared: Any, args: TrlConfig, packing: bool, name: str) -> None:
-    """Tell what will be trained; packs that split rows lose nothing of them."""
+    """Tell what will be trained; packs that split rows lose nothing of them.
+
+    Raises:
+        DataError: rows would be trained as something else than what they say, or nothing of them.
+    """
     loses = not packing or args.packing_strategy == "bfd"
     tokenizer = trainer._tokenizer
     config = getattr(trainer.model, "generation_config", None) if hasattr(trainer, "model") else None
@@ -88,6 +92,8 @@ def look_at(trainer: Any, prepared: Any, args: TrlConfig, packing: bool, name: s
         is_masked=bool(args.assistant_only_loss or trainer._marks_answers or args.completion_only_loss),
         max_length=args.max_length if loses else None,
         stop_ids=stop_token_ids(tokenizer, config),
+        keeps_end=not packing and args.truncation_mode == "keep_end",
+        is_packed=packing,
     )
     found = look(prepared, wanted, name=name)
     show(found, tokenizer, row_problems=trainer.row_problems, with_preview=name == "train")

@@ -56,6 +56,8 @@ class Wanted:
         template: rendered the chats; None where there is no chat template.
         is_masked: whether answers alone should train.
         max_length: what is over it is lost; None: nothing is.
+        keeps_end: the end of a row is kept, and its beginning lost.
+        is_packed: rows become packs; otherwise those without a trained token are left out.
         stop_ids: tokens that end an answer.
     """
 
@@ -64,6 +66,8 @@ class Wanted:
     is_masked: bool
     max_length: int | None
     stop_ids: Collection[int]
+    keeps_end: bool = False
+    is_packed: bool = False
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Look:
     Attributes:
         name: of the data set: train, eval, or the key under which it was given.
         num_rows, num_tokens, num_trained_tokens: as far as they were looked at, before anything is cut.
+        num_kept: trained tokens that are still there when rows have been cut.
+        longest: tokens of the longest row.
         is_whole: whether all rows were looked at; of a stream the first ones are.
         first: the first row.
     """
@@ -82,6 +88,8 @@ class Look:
     num_rows: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
+    num_kept: int = 0
+    longest: int = 0
     first: TokenizedRow | None = None
     problems: list[Problem] = field(default_factory=list)
 
@@ -96,9 +104,14 @@ class Look:
 
 
 def look(rows: Rows, wanted: Wanted, *, name: str) -> Look:
-    """Look at rows with `input_ids` and `labels`, and at the chats or texts beside them."""
+    """Look at rows with `input_ids` and `labels`, and at the chats or texts beside them.
+
+    Raises:
+        DataError: `max_length` leaves nothing of what is trained; labels are not as long as their tokens.
+    """
     found = Look(name, is_whole=isinstance(rows, Dataset))
     _look_at_tokens(rows, wanted, found)
+    _require_kept(found, wanted)
     _look_at_chats(rows, wanted, found)
     found.problems = list(merge_problems(found.problems))
     return found
@@ -111,12 +124,15 @@ def show(found: Look, tokenizer: Tokenizer, *, row_problems: RowProblems, with_p
         DataError: rows would be trained as something else than what they say, unless `row_problems` is `warn`.
     """
     errors = [problem for problem in found.problems if problem.severity == "error"]
-    if errors and row_problems == "refuse":
+    trains_nothing = found.is_whole and found.num_rows > 0 and found.num_trained_tokens == 0
+    if errors and (row_problems == "refuse" or trains_nothing):
+        fixes = list(dict.fromkeys(_FIXES[problem.kind] for problem in errors))
+        if not trains_nothing:
+            fixes.append('or row_problems="warn" to train them all the same')
         raise DataError(
             "The rows would not be trained as what they say:\n" + "\n".join(map(render_problem, errors)),
             where=found.name,
-            fix="; ".join(dict.fromkeys(_FIXES[problem.kind] for problem in errors))
-            + '; or row_problems="warn" to train them all the same',
+            fix="; ".join(fixes),
         )
     tell(found.render())
     for problem in found.problems:
@@ -137,12 +153,32 @@ def _preview(row: TokenizedRow, tokenizer: Tokenizer) -> str:
 # ------------------------------------------------------------------------------------------------ tokens
 
 
+def _require_kept(found: Look, wanted: Wanted) -> None:
+    """A data set of which nothing trains any more has no loss: 0 at every step, or no rows at all."""
+    is_cut = wanted.max_length is not None and found.longest > wanted.max_length
+    if not is_cut or not found.num_trained_tokens or found.num_kept:
+        return
+    first = "" if found.is_whole else "the first "
+    ways = [f"a larger max_length (the longest row has {found.longest:,} tokens)"]
+    if wanted.is_packed:
+        ways.append('packing_strategy="bfd_split", which cuts nothing off')
+    elif not wanted.keeps_end:
+        ways.append('truncation_mode="keep_end"')
+    raise DataError(
+        f"max_length ({wanted.max_length}) cuts off every trained token: none of {first}{found.num_rows:,} rows "
+        f"keeps one of its {found.num_trained_tokens:,}",
+        where=found.name,
+        expected="a row of which something trained stands within max_length",
+        fix=", or ".join(ways),
+    )
+
+
 def _look_at_tokens(rows: Rows, wanted: Wanted, found: Look) -> None:
     tokenizer = wanted.tokenizer
     control = {token for token, item in tokenizer.added_tokens_decoder.items() if item.special}
     control |= set(tokenizer.all_special_ids)
     whole = num_full = num_empty = num_untrained = 0
-    for ids, labels, offsets in _token_batches(rows):
+    for ids, labels, offsets in _token_batches(rows, found.name):
         if found.first is None and len(offsets) > 1:
             first, end = offsets[:2]
             found.first = TokenizedRow(
@@ -168,23 +204,30 @@ def _look_at_tokens(rows: Rows, wanted: Wanted, found: Look) -> None:
         )
         report("doubled_bos", _DOUBLED, _begin_twice(ids, offsets, tokenizer.bos_token_id))
         if wanted.max_length is not None:
+            lost = "beginning" if wanted.keeps_end else "end"
             report(
                 "too_long",
-                f"The row is longer than max_length ({wanted.max_length}): its end is cut off",
+                f"The row is longer than max_length ({wanted.max_length}): its {lost} is cut off",
                 lengths > wanted.max_length,
             )
-            kept = np.minimum(offsets[:-1] + wanted.max_length, offsets[1:])
+            begins, ends_at = _kept(offsets, wanted)
+            left_out = "trains nothing" if wanted.is_packed else "is left out"
             report(
                 "nothing_left",
-                "Nothing that is trained stands within max_length: the row is left out",
-                (_between(trained, offsets[:-1], kept) == 0) & (counts > 0),
+                f"Nothing that is trained stands within max_length: the row {left_out}",
+                (_between(trained, begins, ends_at) == 0) & (counts > 0),
             )
+            # The first token of a row is never predicted.
+            found.num_kept += int(_between(trained, np.minimum(begins + 1, ends_at), ends_at).sum())
+        else:
+            found.num_kept += int(trained.sum())
         num_empty += int((said == 0).sum())
         num_untrained += int((counts == 0).sum())
         num_full += int(((counts == lengths) & (lengths > 0)).sum())
         whole += len(lengths)
         found.num_rows += len(lengths)
         found.num_tokens += len(ids)
+        found.longest = max(found.longest, int(lengths.max(initial=0)))
         found.num_trained_tokens += int(trained.sum())
     if wanted.is_masked and whole and num_full == whole:
         found.problems.append(Problem("prompts_trained", "error", _PROMPTS_TRAINED))
@@ -202,21 +245,43 @@ _DOUBLED = "The row begins with the first token twice: the text has one, and the
 _PROMPTS_TRAINED = "Answers alone should train, and every token of every row does, prompts too"
 
 
-def _token_batches(rows: Rows) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+def _token_batches(rows: Rows, name: str) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
     """Ids and labels of many rows behind one another, and where each row begins."""
     if isinstance(rows, IterableDataset):
         several = list(islice(iter(rows), LOOKED_AT))
-        yield _flat([row["input_ids"] for row in several], [row["labels"] for row in several])
+        ids, labels = ([row[column] for row in several] for column in ("input_ids", "labels"))
+        _require_pairs(_lengths(ids), _lengths(labels), 0, name)
+        yield _flat(ids, labels)
         return
+    number = 0
     for table in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
         ids, labels = (_list_array(table[name]) for name in ("input_ids", "labels"))
         offsets = ids.offsets.to_numpy()
         begin, end = int(offsets[0]), int(offsets[-1])
         others = labels.offsets.to_numpy()
+        _require_pairs(np.diff(offsets), np.diff(others), number, name)
+        number += len(ids)
         yield (
             ids.values.to_numpy(zero_copy_only=False)[begin:end],
             labels.values.to_numpy(zero_copy_only=False)[int(others[0]) : int(others[-1])],
             offsets - begin,
+        )
+
+
+def _lengths(values: list[Any]) -> NDArray[np.int64]:
+    return np.array([len(value) for value in values], np.int64)
+
+
+def _require_pairs(ids: NDArray[Any], labels: NDArray[Any], number: int, name: str) -> None:
+    """Each row has a label for each token."""
+    unlike = np.flatnonzero(ids != labels)
+    if len(unlike):
+        row = int(unlike[0])
+        raise DataError(
+            f"`labels` has {labels[row]} values for {ids[row]} tokens",
+            where=str(Origin(name, number + row + 1)),
+            expected="a label for each token of `input_ids`, -100 where it is not trained",
+            fix="mend the column, or leave it out: dataset.remove_columns('labels')",
         )
 
 
@@ -245,6 +310,14 @@ def _between(flags: NDArray[np.bool_], begins: NDArray[Any], ends: NDArray[Any])
     sums = np.concatenate([[0], np.cumsum(flags, dtype=np.int64)])
     counted: NDArray[np.int64] = sums[ends] - sums[begins]
     return counted
+
+
+def _kept(offsets: NDArray[Any], wanted: Wanted) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Where what is kept of each row begins and ends."""
+    begins, ends, most = offsets[:-1], offsets[1:], wanted.max_length or 0
+    if wanted.keeps_end:
+        return np.maximum(begins, ends - most), ends
+    return begins, np.minimum(ends, begins + most)
 
 
 def _begin_twice(ids: NDArray[Any], offsets: NDArray[Any], bos: int | None) -> NDArray[np.bool_]:

@@ -16,9 +16,17 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from phlora.adapters.attach import attach
-from phlora.adapters.targets import ALL_LINEAR, adaptable_modules, matching, resolve_targets, row_block_names
+from phlora.adapters.targets import (
+    ALL_LINEAR,
+    adaptable_modules,
+    block_name,
+    matching,
+    resolve_targets,
+    row_block_names,
+)
 from phlora.dropin.tell import warn
-from phlora.errors import ConfigError, nearest
+from phlora.errors import ConfigError, nearest, shown
+from phlora.models.families import fused_row_blocks
 from phlora.patterns import matches
 from phlora.train.optimizer import is_lora_B
 
@@ -54,45 +62,58 @@ def get_peft_model(
 
 
 def require_whole(model: PeftModel) -> None:
-    """An adapter that was made by PEFT has all that its configuration names.
+    """Each adapter of a model, the one that is trained among them, has all that its configuration names.
 
     Raises:
         ConfigError: names of parts of fused weights matched nothing.
     """
-    for config in model.peft_config.values():
+    base = model.get_base_model()
+    for name, config in model.peft_config.items():
         if not isinstance(config, LoraConfig) or not config.target_modules:
             continue
-        base = model.get_base_model()
-        missing = _left_by_peft(base, config)
-        if missing and _is_trained(model):
-            warn(f"This adapter has no {_joined(missing)}: PEFT made it without these parts of fused weights")
+        missing = _left_by_peft(base, name, config)
+        which = "this adapter" if len(model.peft_config) == 1 else f"the adapter {shown(name)}"
+        if missing and (_is_trained(model, name) or name not in model.active_adapters):
+            warn(
+                f"T{which[1:]} has no {_joined(list(missing))}: PEFT made it without these parts of fused weights"
+            )
         elif missing:
             raise ConfigError(
-                f"{_joined(missing)} matched nothing when PEFT made this adapter: they are parts of "
-                f"{_joined(_fused(base, missing))}",
+                f"{_joined(list(missing))} matched nothing when PEFT made {which}: they are parts of "
+                f"{_joined(list(dict.fromkeys(missing.values())))}",
                 where=_WHERE,
-                fix="make it with phlora.get_peft_model, or pass the base model with peft_config to phlora.SFTTrainer",
+                fix="make it with phlora.get_peft_model on the base model, which has one adapter then, "
+                "or pass the base model with peft_config to phlora.SFTTrainer",
             )
 
 
-def _left_by_peft(base: nn.Module, config: LoraConfig) -> list[str]:
-    """The names of row blocks that a configuration asks for, of fused weights on which PEFT has put no adapter."""
-    parts, targets = list(row_block_names(base)), config.target_modules
+def _left_by_peft(base: nn.Module, adapter: str, config: LoraConfig) -> dict[str, str]:
+    """The names of row blocks that a configuration asks for, and the fused weights on which its adapter has nothing."""
+    sizes, targets = fused_row_blocks(getattr(base, "config", None)), config.target_modules
+    if targets == ALL_LINEAR:
+        return {}
+    without = {
+        block_name(module, part): _leaf(module)
+        for module, layer in base.named_modules()
+        if module and adapter not in getattr(layer, "lora_A", ())
+        for part in sizes.get(_leaf(module), ())
+    }
+    parts = list(without)
     if isinstance(targets, str):
-        found = (
-            []
-            if targets == ALL_LINEAR
-            else [part for part, named in zip(parts, matches(targets, parts), strict=True) if named]
-        )
+        found = [part for part, named in zip(parts, matches(targets, parts), strict=True) if named]
     else:
         names = targets or ()
         found = [part for part in parts if any(part == name or part.endswith(f".{name}") for name in names)]
-    return list(dict.fromkeys(map(_leaf, found)))
+    return {_leaf(part): without[part] for part in found}
 
 
-def _is_trained(model: PeftModel) -> bool:
+def _is_trained(model: PeftModel, adapter: str) -> bool:
     """Whether an adapter has been trained already: a fresh one has a B of zeros."""
-    ups = [parameter for name, parameter in model.named_parameters() if is_lora_B(name)]
+    ups = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if is_lora_B(name) and f".{adapter}." in f"{name}."
+    ]
     return any(bool(parameter.any()) for parameter in ups)
 
 

@@ -60,7 +60,7 @@ def make(model: nn.Module, tokenizer: Any, tmp_path: Path) -> Callable[..., phlo
         rows: Any = None, *, settings: dict[str, Any] | None = None, **kwargs: Any
     ) -> phlora.SFTTrainer:
         given = {"max_steps": 2, "report_to": "none", "per_device_train_batch_size": 2, "max_length": 96}
-        kwargs.setdefault("args", phlora.SFTConfig(str(tmp_path / "out"), **given, **(settings or {})))
+        kwargs.setdefault("args", phlora.SFTConfig(str(tmp_path / "out"), **{**given, **(settings or {})}))
         kwargs.setdefault("model", model)
         kwargs.setdefault("processing_class", tokenizer)
         kwargs.setdefault("train_dataset", chats() if rows is None else rows)
@@ -201,6 +201,27 @@ def test_an_adapter_that_peft_has_made_without_the_parts_is_refused(make: Any, m
     half = peft.get_peft_model(model, LoraConfig(r=4, target_modules=SEVEN))
     with pytest.raises(ConfigError, match="phlora.get_peft_model"):
         make(model=half)
+
+
+@pytest.mark.parametrize("targets", [SEVEN, ".*(q_proj|o_proj)"])
+def test_a_second_adapter_that_peft_has_made_without_the_parts_is_refused(
+    make: Any, model: nn.Module, told: Any, targets: Any
+) -> None:
+    adapted = phlora.get_peft_model(model, LoraConfig(r=4, target_modules=SEVEN))
+    adapted.add_adapter("two", LoraConfig(r=4, target_modules=targets))
+    adapted.set_adapter("two")
+    with pytest.raises(ConfigError, match=r"q_proj.* the adapter `two`.*qkv_proj"):
+        make(model=adapted)
+    # The one that is whole trains, and the other is told.
+    adapted.set_adapter("default")
+    assert make(model=adapted) and "The adapter `two` has no q_proj" in told()
+
+
+def test_a_second_adapter_with_all_that_it_names_trains(make: Any, model: nn.Module, told: Any) -> None:
+    adapted = phlora.get_peft_model(model, LoraConfig(r=4, target_modules=SEVEN))
+    adapted.add_adapter("two", LoraConfig(r=4, target_modules=["qkv_proj", "down_proj"]))
+    adapted.set_adapter("two")
+    assert make(model=adapted) and "has no" not in told()
 
 
 def test_get_peft_model_adapts_the_parts(make: Any, model: nn.Module, told: Any) -> None:
@@ -418,6 +439,48 @@ def test_rows_that_train_nothing_are_refused_when_all_do(make: Any, told: Any) -
     assert "None of the row's tokens is trained" in told()
     with pytest.raises(DataError, match="None of the row's tokens"):
         make(Dataset.from_list(rows[:1]))
+
+
+LATE = [{"input_ids": [5] * 10 + [6, 7], "labels": [-100] * 10 + [6, 7]}] * 4
+
+
+@pytest.mark.parametrize("row_problems", ["refuse", "warn"])
+@pytest.mark.parametrize("layout", [{}, {"packing": True}])
+@pytest.mark.parametrize("side", ["train", "eval"])
+def test_rows_that_lose_all_trained_tokens_to_max_length_are_refused(
+    make: Any, layout: dict[str, Any], side: str, row_problems: str
+) -> None:
+    sets = {"train": chats(4), "eval": chats(4), side: Dataset.from_list(LATE)}
+    with pytest.raises(
+        DataError, match="max_length .8. cuts off every trained token: none of 4 rows"
+    ) as refused:
+        make(
+            sets["train"],
+            eval_dataset=sets["eval"],
+            settings={"max_length": 8, "eval_packing": layout.get("packing"), **layout},
+            row_problems=row_problems,
+        )
+    assert side in str(refused.value) and "the longest row has 12 tokens" in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_a_cut_leaves_of_rows_is_said_as_it_is(make: Any, told: Any) -> None:
+    some = Dataset.from_list([*LATE, {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}])
+    packed = {"max_length": 8, "packing": True}
+    make(some, settings=packed)
+    assert "within max_length: the row trains nothing (4 rows)" in told() and "left out" not in told()
+    assert len(make(some, settings={"max_length": 8}).train_dataset) == 1
+    assert "within max_length: the row is left out (4 rows)" in told()
+    # What splits rows, or keeps their ends, loses nothing here.
+    assert make(Dataset.from_list(LATE), settings={**packed, "packing_strategy": "bfd_split"}).train()
+    kept = make(Dataset.from_list(LATE), settings={"max_length": 8, "truncation_mode": "keep_end"})
+    assert len(kept.train_dataset) == 4 and "its beginning is cut off" in told()
+
+
+def test_rows_without_a_trained_token_are_refused_whatever_is_said(make: Any) -> None:
+    with pytest.raises(DataError, match="None of the row's tokens") as refused:
+        make(Dataset.from_list([{"input_ids": [5, 6], "labels": [-100] * 2}]), row_problems="warn")
+    assert "row_problems" not in str(refused.value)
 
 
 def test_a_collator_that_never_trains_the_end_is_told(make: Any, tokenizer: Any, told: Any) -> None:
