@@ -38,6 +38,7 @@ _NUMBERS = {
     "adam_beta1": "training_config.adam_beta1",
     "adam_beta2": "training_config.adam_beta2",
     "adam_epsilon": "training_config.adam_epsilon",
+    "noisy_embedding_alpha": "training_config.neftune_noise_alpha",
     "neftune_noise_alpha": "training_config.neftune_noise_alpha",
     "logging_steps": "training_config.logging_steps",
     "label_smoothing_factor": "training_config.label_smoothing_factor",
@@ -66,7 +67,7 @@ _LEFT = {
     **dict.fromkeys(
         ("base_model_config", "tokenizer_config", "processor_config"), "the model's own configuration is used"
     ),
-    **dict.fromkeys(("chat_template", "chat_template_jinja", "default_system_message"), shared.TEMPLATE),
+    **dict.fromkeys(("chat_template",), shared.TEMPLATE),
     **dict.fromkeys(("bf16", "fp16", "bfloat16", "float16", "tf32", "bf16_full_eval"), shared.PRECISION),
     **dict.fromkeys(
         ("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"),
@@ -137,23 +138,28 @@ _LEFT = {
         ("eval_table_size", "eval_max_new_tokens", "eval_causal_lm_metrics", "do_causal_lm_eval"),
         "the base and the tuned model answer held-out rows after every run; see the section `evaluation`",
     ),
-    **dict.fromkeys(("special_tokens", "tokens", "added_tokens_overrides"), "a run adds no tokens"),
-    "resize_token_embeddings_to_32x": "a run adds no tokens",
     "strict": "every setting is looked at",
     "debug": "`phlora data preview` shows the tokens of a row",
-    "early_stopping_patience": "the adapter with the lowest held-out loss is kept, as adapter/best",
     "load_best_model_at_end": "the adapter with the lowest held-out loss is kept, as adapter/best",
     "save_safetensors": "adapters are always saved as safetensors",
     "save_only_model": "a run is continued from its optimizer's state too",
     "lora_fan_in_fan_out": "found out from the model",
-    "loraplus_lr_embedding": "embeddings of an adapter learn at the learning rate of all else",
     "gptq": "a base that is quantised already is known by its files",
-    "train_on_split": "say split beside the file in data.files",
     "min_sample_len": "rows without trained tokens are left out and counted",
     "gpu_memory_limit": "`phlora plan` says what a run takes",
 }
 
 
+_CHANGES_TRAINING = {
+    **dict.fromkeys(("chat_template_jinja", "default_system_message"), shared.TEMPLATE),
+    **dict.fromkeys(
+        ("special_tokens", "tokens", "added_tokens_overrides", "resize_token_embeddings_to_32x"),
+        "a run adds no tokens",
+    ),
+    "early_stopping_patience": "a run goes to its end; the adapter with the lowest held-out loss is adapter/best",
+    "loraplus_lr_embedding": "embeddings of an adapter learn at the learning rate of all else",
+    "train_on_split": "say split beside the file in data.files",
+}
 _WARMUP = 0.03
 
 
@@ -177,6 +183,10 @@ def map_settings(settings: Settings) -> None:
     shared.numbers(settings, _NUMBERS)
     _batches(settings)
     _training(settings)
+    # A token for padding is trained nowhere; others are.
+    if set(settings.values.get("special_tokens") or ()) == {"pad_token"}:
+        settings.leave("special_tokens", "padding is never trained")
+    settings.look_at_all(_CHANGES_TRAINING)
     settings.leave_all(_LEFT)
     for key in settings.values_at("fsdp_config"):
         settings.leave(key, shared.ONE_PROCESS)

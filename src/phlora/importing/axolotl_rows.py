@@ -60,14 +60,17 @@ def _data_set(settings: Settings, key: str, entry: Any) -> list[dict[str, Any]]:
     one.leave_all(
         {
             **dict.fromkeys(("ds_type", "trust_remote_code", "preprocess_shards"), "found out"),
-            **dict.fromkeys(("chat_template", "chat_template_jinja", "conversation"), shared.TEMPLATE),
-            "train_on_eos": _TRAINS_END,
-            "train_on_eot": _TRAINS_END,
+            **dict.fromkeys(("chat_template", "conversation"), shared.TEMPLATE),
             "message_field_training": "`train` in a message is followed",
             "message_field_training_detail": "`train` in a message is followed for whole turns",
-            "drop_system_message": "leave it out of the rows",
         }
     )
+    for end in ("train_on_eos", "train_on_eot"):
+        if one.values.get(end) in ("turn", "all", True):
+            one.leave(end, _TRAINS_END)
+        one.look_at(end, _TRAINS_END)
+    one.look_at("chat_template_jinja", shared.TEMPLATE)
+    one.look_at("drop_system_message", "leave it out of the rows")
     for part in ("name", "shards", "revision"):
         if (value := one.take(part)) is not None:
             one.miss(part, value, "a part of a data set cannot be named: download it, and name its files")

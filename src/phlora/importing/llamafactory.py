@@ -71,7 +71,6 @@ _NUMBERS = {
 }
 _LEFT = {
     "template": shared.TEMPLATE,
-    "default_system": "write it into the rows: a system message stands in each chat that has it",
     "enable_thinking": "data.reasoning says what becomes of what was thought",
     "tool_format": "tools are written by the model's own template; see the page on data",
     "bf16": shared.PRECISION,
@@ -117,15 +116,19 @@ _LEFT = {
     "cache_dir": "set HF_HOME",
     "use_fast_tokenizer": "the fast tokenizer is taken where there is one",
     "low_cpu_mem_usage": "weights are read one tensor at a time",
-    "resize_vocab": "a run adds no tokens",
-    "mix_strategy": "the rows of all files are mixed; a file's `limit` and `weight` say how much it counts",
-    "interleave_probs": "the rows of all files are mixed; a file's `limit` and `weight` say how much it counts",
     "media_dir": "only text is trained",
     "quantization_device_map": "model.device says where the model is",
     "quantization_method": "NF4 and int8 are those of bitsandbytes",
     "ignore_pad_token_for_loss": "padding is never trained",
     "eval_on_each_dataset": "all held-out rows are scored together",
     "pissa_convert": "the adapter is saved for the base as it was by PEFT's own means; see peft_config",
+}
+_MIXED = "the rows of all files are mixed; a file's `limit` and `weight` say how much it counts"
+_CHANGES_TRAINING = {
+    "default_system": "write it into the rows: a system message stands in each chat that has it",
+    "resize_vocab": "a run adds no tokens",
+    "interleave_probs": _MIXED,
+    "mix_strategy": _MIXED,
 }
 _OTHER_TRAINING = {
     "use_galore": "GaLore trains the base's own weights",
@@ -134,7 +137,6 @@ _OTHER_TRAINING = {
     "use_llama_pro": "LLaMA Pro trains blocks of the base",
     "mixture_of_depths": "it changes the model",
     "shift_attn": "it changes what the model attends to",
-    "use_dft_loss": "it is another loss",
     "use_eaft_loss": "it is another loss",
     "use_asft_loss": "it is another loss",
 }
@@ -157,6 +159,11 @@ def map_settings(settings: Settings, *, dataset_info: Path | None = None) -> Non
     shared.numbers(settings, _WHOLE, whole=True)
     shared.numbers(settings, _NUMBERS)
     _training(settings)
+    if settings.flag("use_dft_loss"):
+        settings.put("training_config.loss_type", "dft", "use_dft_loss")
+    if settings.values.get("mix_strategy") == "concat":
+        settings.leave("mix_strategy", _MIXED)
+    settings.look_at_all(_CHANGES_TRAINING)
     settings.leave_all(_LEFT)
     settings.leave_rest()
     rank = settings.mapped.get("peft_config.r")

@@ -15,6 +15,16 @@ from typing import Any
 from phlora.errors import ConfigError, masked, shown
 
 Left = Mapping[str, str]
+# Sections that become `data.files` or `data.eval` as a whole; their settings are accounted for one by one there.
+_SECTIONS_OF_ROWS = ("dataset", "dataset_val")
+_ONE_OR_MORE = (
+    *("peft_config.r", "training_config.max_length"),
+    *("training_config.per_device_train_batch_size", "training_config.per_device_eval_batch_size"),
+    "training_config.gradient_accumulation_steps",
+)
+_ABOVE_ZERO = ("peft_config.lora_alpha", "training_config.num_train_epochs")
+# Where -1 means that there is none.
+_ANY_NUMBER = ("training_config.max_steps", "training_config.save_total_limit")
 ANYWAY = "nothing to do: that is so here anyway"
 NOT_SHOWN = "(not shown)"
 UNKNOWN = "nothing here has this meaning, or its name is not known"
@@ -85,13 +95,10 @@ class Settings:
         value = self.take(key)
         if value is None:
             return None
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number) or (whole and number != int(number)):
+        number = _number(value)
+        if number is None or (whole and number != int(number)):
             raise self.error(key, value, "a whole number" if whole else "a number")
-        return int(number) if whole or isinstance(value, int) else number
+        return int(number) if whole else number
 
     def text(self, key: str) -> str | None:
         value = self.take(key)
@@ -113,7 +120,17 @@ class Settings:
     # ----------------------------------------------------------------------------- deciding
 
     def put(self, target: str, value: Any, source: str = "", remark: str = "") -> None:
-        """Map a setting; one without a value is left to Phlora."""
+        """Map a setting; one without a value is left to Phlora.
+
+        Raises:
+            ConfigError: a number below what has a meaning.
+        """
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            bound = _bound(target)
+            if value < bound or (value == 0 and target in _ABOVE_ZERO):
+                raise self.error(
+                    source, value, "above 0" if target in _ABOVE_ZERO else f"{bound:.0f} or more"
+                )
         if value is not None:
             self.mapped[target] = Mapped(target, value, source, remark)
 
@@ -136,6 +153,17 @@ class Settings:
         self.leave_value(key, value, why)
         self.notes.append(f"{key}: {shown(hidden(value, key))} is not done here: {why}")
 
+    def look_at(self, key: str, why: str) -> None:
+        """Leave out a setting that changes what is trained, where it is given and not turned off."""
+        if self.values.get(key) is False:
+            self.leave(key, ANYWAY)
+        elif key in self.values:
+            self.miss(key, self.values.pop(key), why)
+
+    def look_at_all(self, left: Left) -> None:
+        for key, why in left.items():
+            self.look_at(key, why)
+
     def leave_all(self, left: Left) -> None:
         for key, why in left.items():
             self.leave(key, why)
@@ -144,14 +172,16 @@ class Settings:
         """Account for whatever is not accounted for: it asks for what is so anyway, or it is not known."""
         told = {name.strip() for one in self.mapped.values() for name in one.source.split(",")}
         told |= {one.source for one in self.left}
+        sections = {f"{name}." for name in told if name in _SECTIONS_OF_ROWS}
         for key, value in self.taken.items():
-            if key not in told:
+            if key not in told and not key.startswith(tuple(sections)):
                 self.leave_value(key, value, ANYWAY)
         self.leave_unknown()
 
     def leave_unknown(self) -> None:
+        """Whatever else there is may change the training: nobody here knows."""
         for key in list(self.values):
-            self.leave(key, UNKNOWN)
+            self.miss(key, self.values.pop(key), UNKNOWN)
 
     def adopt(self, part: Settings, name: str) -> None:
         """What was left out of a part of the file, such as one data set."""
@@ -184,6 +214,24 @@ def hidden(value: Any, key: str) -> Any:
     if _SECRET.search(key) and not _WORDS_OF_MODELS.search(key):
         return NOT_SHOWN
     return masked(value, key.rpartition(".")[2])
+
+
+def _bound(target: str) -> float:
+    """The least number that has a meaning."""
+    return -math.inf if target in _ANY_NUMBER else 1 if target in _ONE_OR_MORE else 0
+
+
+def _number(value: Any) -> int | float | None:
+    """The number that a value is, or None; whole ones to the last digit, which a float would round."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,40}\s*", value):
+        return int(value)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

@@ -50,7 +50,6 @@ _TRAINS_PROMPTS = ("alpaca_dataset", "alpaca_cleaned_dataset")
 _LEFT = {
     "dtype": shared.PRECISION,
     "device": "model.device: auto takes a GPU where there is one",
-    "shuffle": "every epoch has an order of its own",
     "enable_activation_checkpointing": shared.CHECKPOINTING,
     "enable_activation_offloading": shared.CHECKPOINTING,
     "ac_mode": shared.CHECKPOINTING,
@@ -73,7 +72,6 @@ _LEFT = {
     "tokenizer.merges_file": "the model's own tokenizer is used",
     "tokenizer.special_tokens_path": "the model's own tokenizer is used",
     f"tokenizer.{_COMPONENT}": "the model's own tokenizer is used",
-    "tokenizer.prompt_template": shared.TEMPLATE,
     "checkpointer.checkpoint_files": "all files of the folder are read",
     "checkpointer.model_type": "found out from the model's own configuration",
     "checkpointer.output_dir": "a run has one folder, `output`",
@@ -144,6 +142,11 @@ def map_settings(settings: Settings) -> None:
     _training(settings)
     for key in [*settings.values_at("profiler"), *settings.values_at("quantizer")]:
         settings.leave(key, "nothing is profiled; benchmarks are apart")
+    if settings.flag("shuffle") is False:
+        settings.miss("shuffle", False, "every epoch has an order of its own")
+    for key in list(settings.values_at("tokenizer")):
+        if key.startswith("tokenizer.prompt_template"):
+            settings.look_at(key, shared.TEMPLATE)
     settings.leave_all(_LEFT)
     settings.leave_rest()
     for target, value in _DEFAULTS.items():
@@ -324,9 +327,9 @@ def _sets(settings: Settings, section: str) -> tuple[list[dict[str, Any]], bool,
         files += _data_set(settings, one, name)
         prompts.append(_trains_prompts(one, name))
         one.leave("max_seq_len", "tokenizer.max_seq_len says it")
-        one.leave("new_system_prompt", "write it into the rows, as a system message")
-        one.leave("prompt_template", shared.TEMPLATE)
-        one.leave("filter_fn", "filter the rows before")
+        one.look_at("new_system_prompt", "write it into the rows, as a system message")
+        one.look_at("prompt_template", shared.TEMPLATE)
+        one.look_at("filter_fn", "filter the rows before")
         one.leave_unknown()
         settings.adopt(one, f"{section}[{number}]" if len(sets) > 1 else section)
     return files, packed, prompts
@@ -355,6 +358,9 @@ def _data_set(settings: Settings, one: Settings, name: str) -> list[dict[str, An
     column = one.text("conversation_column") or one.text("column")
     mapped = {str(key.partition(".")[2]): one.take(key) for key in one.values_at("column_map")}
     style = one.text("conversation_style")
+    if name == "chat_dataset":
+        for key in mapped.keys() - {"conversations", "messages"}:
+            one.miss(f"column_map.{key}", mapped[key], "the column of the chats is conversation_column")
     if name in _SETS:
         path, format, columns, remark = _SETS[name]
         path = source or path

@@ -104,3 +104,121 @@ def test_held_out_rows_of_torchtune() -> None:
     assert "eval_size" not in result.config["data"] and "would train on all rows" not in result.text
     training = result.config["training_config"]
     assert training["eval_steps"] == 7 and training["per_device_eval_batch_size"] == 3
+
+
+@pytest.mark.parametrize("seed", [9007199254740993, "9007199254740993"])
+def test_whole_numbers_stay_as_they_are(seed: Any) -> None:
+    assert imported(AXOLOTL, seed=seed).config["training_config"]["seed"] == 9007199254740993
+    assert imported(AXOLOTL, weight_decay=3).config["training_config"]["weight_decay"] == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("learning_rate", value) for value in (-1, -1e-4, True, "-1")),
+        *(("lora_r", value) for value in (0, -3, True)),
+        *(("num_epochs", value) for value in (0, -1, False)),
+        *(
+            ("seed", -1),
+            ("lora_alpha", 0),
+            ("lora_dropout", -0.1),
+            ("micro_batch_size", 0),
+            ("batch_size", -8),
+        ),
+        *(("sequence_len", 0), ("warmup_steps", -1), ("warmup_ratio", -0.1), ("eval_batch_size", 0)),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        imported(AXOLOTL, **{key: value})
+    assert key in error.value.where and error.value.expected
+
+
+def test_no_steps_at_most_is_no_number_of_steps() -> None:
+    assert imported(AXOLOTL, max_steps=-1).config["training_config"]["max_steps"] == -1
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "value"),
+    [
+        *((base, "no_such_setting", 3) for base in (AXOLOTL, TORCHTUNE, LLAMAFACTORY)),
+        (LLAMAFACTORY, "default_system", "Be short."),
+        (LLAMAFACTORY, "rope_scaling", "linear"),
+        (LLAMAFACTORY, "mix_strategy", "interleave_under"),
+        (LLAMAFACTORY, "interleave_probs", "0.3,0.7"),
+        (LLAMAFACTORY, "disable_shuffling", True),
+        (LLAMAFACTORY, "add_tokens", "<a>,<b>"),
+        (AXOLOTL, "tokens", ["<a>"]),
+        (AXOLOTL, "special_tokens", {"eos_token": "<end>"}),
+        (AXOLOTL, "default_system_message", "Be short."),
+        (AXOLOTL, "chat_template_jinja", "{{ messages }}"),
+        (AXOLOTL, "cosine_min_lr_ratio", 0.1),
+        (AXOLOTL, "early_stopping_patience", 3),
+        (AXOLOTL, "embedding_lr", 1e-5),
+        (AXOLOTL, "overrides_of_model_config", {"rope_scaling": {"factor": 2}}),
+        (AXOLOTL, "train_on_eos", "none"),
+        (AXOLOTL, "curriculum_sampling", True),
+        (TORCHTUNE, "shuffle", False),
+    ],
+)
+def test_what_changes_the_training_or_is_not_known_is_to_be_looked_at(
+    base: dict[str, Any], key: str, value: Any
+) -> None:
+    result = imported(base, **{key: value})
+    assert looked_at(result, key)
+    assert any(one.source == key for one in result.left_out)
+
+
+@pytest.mark.parametrize(
+    ("base", "key", "value"),
+    [
+        (LLAMAFACTORY, "overwrite_cache", True),
+        (LLAMAFACTORY, "mix_strategy", "concat"),
+        (LLAMAFACTORY, "resize_vocab", False),
+        (AXOLOTL, "special_tokens", {"pad_token": "<pad>"}),
+        (AXOLOTL, "deepspeed", "zero2.json"),
+        (TORCHTUNE, "device", "cuda"),
+        (TORCHTUNE, "shuffle", True),
+    ],
+)
+def test_what_is_harmless_is_left_out_alone(base: dict[str, Any], key: str, value: Any) -> None:
+    result = imported(base, **{key: value})
+    assert not looked_at(result, key) and any(one.source == key for one in result.left_out)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("dataset", "new_system_prompt", "Be short."),
+        ("dataset", "prompt_template", "torchtune.data.QuestionAnswerTemplate"),
+        ("dataset", "column_map.input", "q"),
+        ("tokenizer", "prompt_template", "torchtune.data.QuestionAnswerTemplate"),
+        ("tokenizer", "prompt_template.user", ["[", "]"]),
+        ("lr_scheduler", "num_cycles", 0.25),
+    ],
+)
+def test_sections_of_torchtune_too(section: str, key: str, value: Any) -> None:
+    outer, _, inner = key.partition(".")
+    given = {**TORCHTUNE.get(section, {}), outer: {inner: value} if inner else value}
+    result = imported(TORCHTUNE, **{section: given})
+    assert looked_at(result, f"{section}.{key}")
+    assert all("that is so here anyway" not in one.why for one in result.left_out if one.source.endswith(key))
+
+
+def test_settings_of_a_data_set_of_axolotl_too() -> None:
+    rows = {
+        "path": "owner/chats",
+        "type": "chat_template",
+        "train_on_eos": "turn",
+        "drop_system_message": True,
+    }
+    result = imported(AXOLOTL, datasets=[rows])
+    assert looked_at(result, "datasets[0].drop_system_message")
+    assert not looked_at(result, "datasets[0].train_on_eos")
+
+
+def test_other_names_of_what_phlora_has() -> None:
+    config = imported(AXOLOTL, noisy_embedding_alpha=5).config
+    assert config["training_config"]["neftune_noise_alpha"] == 5
+    config = imported(LLAMAFACTORY, use_dft_loss=True).config
+    assert config["training_config"]["loss_type"] == "dft"
