@@ -26,6 +26,8 @@ Rows: TypeAlias = Dataset | IterableDataset
 # What TRL makes rows of, besides the column of texts, and in this order.
 CHATS = ("messages", "conversations")
 PAIR = ("prompt", "completion")
+# What TRL makes of rows while it prepares them, and takes for its own where a row brings it.
+_LABELS = ("labels", "completion_mask", "assistant_masks")
 LOOKED_AT = 100
 _KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
@@ -37,14 +39,17 @@ def columns_of(rows: Rows) -> list[str]:
 def as_meant(rows: Rows, *, name: str, text_field: str, is_text_named: bool) -> Rows:
     """The rows without the columns that TRL would take in the place of those that are meant.
 
+    Rows that are tokenised already stay as they are.
+
     Args:
         name: of the data set, for messages.
         text_field: `dataset_text_field`.
         is_text_named: whether the script has said so, rather than TRL's default.
 
     Raises:
-        DataError: TRL can make nothing of these columns.
+        DataError: TRL can make nothing of these columns, or a column of labels holds none.
     """
+    rows = without_others_tokens(rows, name=name, text_field=text_field)
     there = columns_of(rows)
     if "input_ids" in there:
         return rows
@@ -64,6 +69,48 @@ def as_meant(rows: Rows, *, name: str, text_field: str, is_text_named: bool) -> 
         warn(f"{name}: {_are(kept)} trained, and {_are(others)} left out: leftover columns would take over")
         rows = rows.remove_columns(others)
     return rows
+
+
+def without_others_tokens(rows: Rows, *, name: str, text_field: str) -> Rows:
+    """The rows without numbers of a script that are named as TRL names tokens and labels: a class in `labels`.
+
+    Raises:
+        DataError: rows that are tokenised already have single values in a column of labels, or in `input_ids`.
+    """
+    there = columns_of(rows)
+    reserved = [column for column in ("input_ids", *_LABELS) if column in there]
+    if not reserved:
+        return rows
+    first: Mapping[str, Any] = next(iter(rows), {})
+    single = [column for column in reserved if column in first and not _is_list(first[column])]
+    has_text = bool({*CHATS, *PAIR, text_field} & set(there))
+    is_tokenised = "input_ids" in reserved and "input_ids" not in single
+    if single and (is_tokenised or not has_text):
+        column = single[0]
+        raise DataError(
+            f"`{column}` holds {type(first[column]).__name__}",
+            where=name,
+            expected="a list of numbers in each row, one for each token",
+            fix=f'dataset.remove_columns("{column}"), or dataset.rename_column("{column}", "class")',
+        )
+    if is_tokenised or not has_text:
+        return rows
+    warn(
+        f"{name}: {_are(reserved)} left out: the tokens and labels of these rows are made from their texts, "
+        "and such columns would stand for them"
+    )
+    return rows.remove_columns(reserved)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it is a list of any kind, a tensor with a dimension too."""
+    if isinstance(value, str | bytes | Mapping):
+        return False
+    try:
+        len(value)
+    except TypeError:
+        return False
+    return True
 
 
 def tell_unused_text(rows: Rows, *, name: str, text_field: str) -> None:

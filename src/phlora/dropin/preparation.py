@@ -24,6 +24,7 @@ from phlora.dropin.columns import (
     formatted,
     tell_unused_text,
     with_known_roles,
+    without_others_tokens,
 )
 from phlora.dropin.rows import Wanted, look, show
 from phlora.dropin.tell import warn
@@ -33,6 +34,7 @@ from phlora.models.families import stop_token_ids
 
 def ready(trainer: Any, dataset: Any, args: TrlConfig, formatting_func: Any, name: str) -> Any:
     """The rows of a data set as the script means them."""
+    dataset = without_others_tokens(dataset, name=name, text_field=args.dataset_text_field)
     if "input_ids" in columns_of(dataset):
         return dataset
     if formatting_func is not None:

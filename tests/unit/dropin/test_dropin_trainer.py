@@ -308,6 +308,51 @@ def test_a_text_beside_a_chat_is_told_once_and_a_mask_asks_for_the_chat(make: An
         make(rows, row_problems="ignore")
 
 
+def kinds_of_rows() -> dict[str, Dataset]:
+    turns = [row["messages"] for row in chat_rows(4)]
+    return {
+        "messages": Dataset.from_list([{"messages": messages} for messages in turns]),
+        "prompt": Dataset.from_list([{"prompt": f"{i} and", "completion": " one"} for i in range(4)]),
+        "text": Dataset.from_list([{"text": f"{i} and one"} for i in range(4)]),
+    }
+
+
+@pytest.mark.parametrize("column", ["labels", "input_ids", "completion_mask", "assistant_masks"])
+@pytest.mark.parametrize("kind", ["messages", "prompt", "text"])
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_leftover_numbers_named_as_tokens_or_labels_are_left_out(
+    make: Any, told: Any, kind: str, column: str, is_stream: bool
+) -> None:
+    rows = kinds_of_rows()[kind]
+    plain = make(rows).train_dataset[:]
+    # A list in input_ids says that rows are tokenised.
+    for values in [[1] * 4] + [[[1, 2, 3]] * 4] * (column != "input_ids"):
+        more = rows.add_column(column, values)
+        trainer = make(more.to_iterable_dataset() if is_stream else more)
+        assert f"train: {column} is left out" in told()
+        made = list(trainer.train_dataset)
+        assert [row["labels"] for row in made] == plain["labels"]
+        assert [row["input_ids"] for row in made] == plain["input_ids"]
+
+
+@pytest.mark.parametrize("column", ["labels", "completion_mask", "assistant_masks"])
+def test_single_values_beside_tokens_are_refused_by_their_column(make: Any, column: str) -> None:
+    tokens = Dataset.from_list([{"input_ids": [5, 6, 7]}] * 4)
+    with pytest.raises(DataError, match=f"`{column}` holds int"):
+        make(tokens.add_column(column, [1] * 4))
+    with pytest.raises(DataError, match="`input_ids` holds int"):
+        make(Dataset.from_list([{"input_ids": 5}] * 4))
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_labels_of_another_length_than_their_tokens_are_refused(make: Any, is_stream: bool) -> None:
+    rows = Dataset.from_list(
+        [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [5], "labels": [5, 6]}]
+    )
+    with pytest.raises(DataError, match="train:2: `labels` has 2 values for 1 tokens"):
+        make(rows.to_iterable_dataset() if is_stream else rows)
+
+
 def test_a_formatting_function_wins_over_leftover_columns(make: Any) -> None:
     rows = Dataset.from_list(sharegpt())
     trainer = make(
