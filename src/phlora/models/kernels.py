@@ -42,6 +42,7 @@ _FLAGS = tuple(
 )
 _FLAGS_OF_X86 = ("-march=native", "-mprefer-vector-width=512")
 _LONGEST_COMPILATION = 60.0
+_OFF = ("0", "false", "off", "no")
 # Tensors without numbers stand for real ones in a forecast.
 _KINDS = (Tensor, nn.Parameter, FakeTensor)
 
@@ -179,8 +180,9 @@ def _computes_rightly(library: ctypes.CDLL) -> bool:
 
 def _compiled() -> Path:
     """The shared library in the cache folder, compiled where it is not there yet."""
-    if os.environ.get("PHLORA_KERNELS") == "0":
-        raise _NoKernels("PHLORA_KERNELS is 0")
+    switch = os.environ.get("PHLORA_KERNELS", "")
+    if switch.lower() in _OFF:
+        raise _NoKernels(f"PHLORA_KERNELS is {switch}")
     if sys.platform != "linux":
         raise _NoKernels("they are compiled on Linux only")
     flags = [*_FLAGS, *(_FLAGS_OF_X86 if platform.machine() == "x86_64" else ())]

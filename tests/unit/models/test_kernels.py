@@ -136,6 +136,7 @@ def test_a_forecast_s_tensors_are_made_and_not_computed():
     ("setting", "value", "said"),
     [
         ("PHLORA_KERNELS", "0", "PHLORA_KERNELS is 0"),
+        ("PHLORA_KERNELS", "Off", "PHLORA_KERNELS is Off"),
         ("CC", "false", "false failed: it said nothing"),
         ("CC", "true -O2", "true wrote nothing"),
         ("CC", "/no/such/compiler", "/no/such/compiler"),
