@@ -16,8 +16,8 @@ from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.model_names import other_spellings
 
 Origins = dict[str, str]
-# Values in a configuration, and levels of them: far more than one has, and far fewer than a trap.
-_MOST_VALUES, _DEEPEST = 100_000, 100
+# Values in a configuration, their characters and levels: far more than one has, and far fewer than a trap.
+_MOST_VALUES, _MOST_CHARACTERS, _DEEPEST = 100_000, 20_000_000, 100
 # What a value that is no mapping means where a section belongs.
 _SHORT_KEYS = {"model": "model.name", "data": "data.files", "model.quantization": "model.quantization.type"}
 
@@ -99,15 +99,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _require_reasonable(values: Any, where: str) -> None:
     """Anchors of YAML can refer to themselves, or to one another until nothing has room for what they stand for."""
-    left = _MOST_VALUES
+    left, room = _MOST_VALUES, _MOST_CHARACTERS
     waiting: list[tuple[Any, int]] = [(values, 0)]
     while waiting:
         value, depth = waiting.pop()
         left -= 1
-        if left < 0 or depth > _DEEPEST:
+        room -= len(value) if isinstance(value, str) else 0
+        if left < 0 or room < 0 or depth > _DEEPEST:
             raise ConfigError(
                 "The file is too large for a configuration: its anchors refer to one another again and again"
-                if left < 0
+                if left < 0 or room < 0
                 else "The file is nested too deeply, or an anchor of it refers to itself",
                 where=where,
                 fix="write it without anchors",
@@ -193,6 +194,17 @@ def kind_of(value: Any) -> str:
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that stands twice is a mistake: plain YAML would drop the first value silently."""
+
+    _merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` merges into a mapping; mappings merged into one another again and again are a trap."""
+        super().flatten_mapping(node)
+        self._merged += len(node.value)
+        if self._merged > _MOST_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, "its anchors are merged into one another again and again", node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()

@@ -100,3 +100,22 @@ def test_values_that_yaml_itself_stumbles_over_are_one_message(value: str, tmp_p
         load_config(file)
     with pytest.raises(ConfigError, match="no valid YAML"):
         apply_overrides({}, [f"output={value}"])
+
+
+@pytest.mark.parametrize("wide", [10, 300])
+def test_mappings_merged_again_and_again_are_refused_quickly(tmp_path: Path, wide: int) -> None:
+    lines = ["x0: &x0 {a: 1}"]
+    lines += [f"x{n}: &x{n} {{<<: [{', '.join([f'*x{n - 1}'] * wide)}]}}" for n in range(1, 11)]
+    with pytest.raises(ConfigError, match="merged into one another again and again"):
+        read_mapping(written(tmp_path, "\n".join(lines)))
+
+
+def test_a_long_text_named_again_and_again_is_refused(tmp_path: Path) -> None:
+    text = f"a: &a {'x' * 100_000}\nb: [{', '.join(['*a'] * 1000)}]\n"
+    with pytest.raises(ConfigError, match="again and again"):
+        read_mapping(written(tmp_path, text))
+
+
+def test_a_merged_mapping_is_read(tmp_path: Path) -> None:
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, *a], z: 4}\n"
+    assert read_mapping(written(tmp_path, text))["c"] == {"x": 1, "y": 3, "z": 4}

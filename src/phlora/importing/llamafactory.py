@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phlora.config_values import read_mapping
+from phlora.config_values import kind_of, read_mapping
 from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.importing import shared
 from phlora.importing.settings import Settings, said
@@ -292,6 +292,8 @@ def _rows(settings: Settings, dataset_info: Path | None) -> None:
     names, held_out = settings.names("dataset"), settings.names("eval_dataset")
     folder = settings.text("dataset_dir") or "data"
     limit = settings.number("max_samples", whole=True)
+    if limit is not None and limit < 1:
+        raise settings.error("max_samples", limit, "1 or more")
     if not names:
         raise settings.error("dataset", names, "the names of data sets in dataset_info.json")
     if folder.upper().startswith("REMOTE:"):
@@ -317,7 +319,7 @@ def _rows(settings: Settings, dataset_info: Path | None) -> None:
 
 
 def _dataset_info(settings: Settings, folder: str, given: Path | None) -> dict[str, Any]:
-    """The table of data sets, and under the empty name the folder that its files are in."""
+    """The table of data sets, and under the empty name the file that it is."""
     looked = (
         [given]
         if given
@@ -325,7 +327,7 @@ def _dataset_info(settings: Settings, folder: str, given: Path | None) -> dict[s
     )
     for path in looked:
         if path.is_file():
-            return {**read_mapping(path), "": path.parent}
+            return {**read_mapping(path), "": path}
     raise ConfigError(
         f"There is no {INFO_FILE} that says where the data sets are",
         where=f"{settings.file}: dataset",
@@ -340,16 +342,25 @@ def _data_set(
     """One entry of dataset_info.json as one of `data.files`."""
     if place is None:
         return shared.data_file(name, limit=limit)
-    where = f"{place / INFO_FILE}: {name}"
-    if not isinstance(info.get(name), Mapping):
+    where = f"{place}: {name}"
+    if name not in info:
         raise ConfigError(
-            f"There is no data set {shown(name)}", where=str(place / INFO_FILE), fix=did_you_mean(name, info)
+            f"There is no data set {shown(name)}", where=str(place), fix=did_you_mean(name, info)
+        )
+    if not isinstance(info[name], Mapping):
+        raise ConfigError(
+            f"The data set {shown(name)} is {kind_of(info[name])}",
+            where=str(place),
+            expected="a mapping with file_name or hf_hub_url",
         )
     entry = Settings(settings.tool, where, said(info[name]))
     columns = _columns(entry)
-    file = _path(settings, entry, key, place)
+    file = _path(settings, entry, key, place.parent)
     split = entry.text("split")
-    number = entry.number("num_samples", whole=True) or limit
+    samples = entry.number("num_samples", whole=True)
+    if samples is not None and samples < 0:
+        raise entry.error("num_samples", samples, "0 or more")
+    number = samples or limit
     for left in ("subset", "folder"):
         if (part := entry.take(left)) is not None:
             entry.miss(left, part, "a part of a data set cannot be named: download it, and name its file")
@@ -367,6 +378,9 @@ def _data_set(
 
 
 def _path(settings: Settings, entry: Settings, key: str, place: Path) -> str:
+    for key_of_place in ("file_name", "hf_hub_url"):
+        if not isinstance(entry.values.get(key_of_place, ""), str):
+            raise entry.error(key_of_place, entry.values[key_of_place], "a name, as text")
     file = entry.text("file_name")
     hub = [entry.text(name) for name in ("hf_hub_url", "ms_hub_url", "om_hub_url")]
     if file:
@@ -386,8 +400,7 @@ def _path(settings: Settings, entry: Settings, key: str, place: Path) -> str:
 
 def _columns(entry: Settings) -> dict[str, str]:
     """`format`, and Phlora's columns where the file's are called otherwise."""
-    given = dict(entry.take("columns") or {})
-    tags = dict(entry.take("tags") or {})
+    given, tags = _words(entry, "columns"), _words(entry, "tags")
     formatting = entry.text("formatting") or "alpaca"
     if entry.flag("ranking") or {"chosen", "rejected", "kto_tag"} & given.keys():
         raise entry.refuse(
@@ -425,6 +438,19 @@ def _columns(entry: Settings) -> dict[str, str]:
         **shared.columns_of({**pairs, **shared_columns}),
         **_left_columns(entry, given),
     }
+
+
+def _words(entry: Settings, key: str) -> dict[str, str]:
+    """A mapping of names to names."""
+    given = entry.take(key)
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise entry.error(key, given, "a mapping of names to names")
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise entry.error(f"{key}.{name}", value, "a name, as text")
+    return {str(name): value for name, value in given.items() if value is not None}
 
 
 def _left_columns(entry: Settings, given: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from phlora.errors import ConfigError
 from phlora.importing.story import ImportedConfig, import_config
+from phlora.testing import invoke
 
 AXOLOTL = {
     "base_model": "m",
@@ -222,3 +224,30 @@ def test_other_names_of_what_phlora_has() -> None:
     assert config["training_config"]["neftune_noise_alpha"] == 5
     config = imported(LLAMAFACTORY, use_dft_loss=True).config
     assert config["training_config"]["loss_type"] == "dft"
+
+
+SHAREGPT = {"file_name": "c.jsonl", "formatting": "sharegpt"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        *(({**SHAREGPT, "tags": odd}, "tags") for odd in (7, "role", ["role"], {"role_tag": 3})),
+        *(({**SHAREGPT, "columns": odd}, "columns") for odd in (7, ["a"], {"messages": [1]}, {"system": {}})),
+        *(({**SHAREGPT, "num_samples": odd}, "num_samples") for odd in (-5, "many", 1.5, True)),
+        *(({**SHAREGPT, "formatting": odd}, "formatting") for odd in ([1], {"a": 1}, True, "odd")),
+        *(({"file_name": odd}, "file_name") for odd in (5, ["c.jsonl"], True)),
+        ({"hf_hub_url": 5}, "hf_hub_url"),
+        ({**SHAREGPT, "split": ["a"]}, "split"),
+        ({**SHAREGPT, "ranking": "maybe"}, "ranking"),
+        (None, "a mapping with file_name"),
+        (5, "a mapping with file_name"),
+        ([SHAREGPT], "a mapping with file_name"),
+    ],
+)
+def test_odd_entries_of_a_table_of_data_sets_are_one_message(entry: Any, says: str) -> None:
+    Path("given.yaml").write_text(yaml.safe_dump({**LLAMAFACTORY, "dataset": "d"}).replace("ONLINE", "."))
+    Path("sets.info").write_text(json.dumps({"d": entry}), encoding="utf-8")
+    done = invoke("import-config", "given.yaml", "--dataset-info", "sets.info")
+    assert done.code == 2 and says in done.err and "sets.info" in done.err, done.err
+    assert "did you mean `d`" not in done.err
