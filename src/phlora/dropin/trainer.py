@@ -67,7 +67,8 @@ class SFTTrainer(LaidOutTrainer):
         row_problems: `refuse`: rows that would be trained as something else than what they say are an error; `warn`:
             they are told and trained.
         speed: `auto`: rows share their common starts, and layers are fused, wherever that is exact, while the trainer
-            computes (one line in the log says what was chosen); `reference`: neither.
+            computes (one line in the log says what was chosen), with other masks of `lora_dropout` than TRL draws;
+            `reference`: neither, and the same masks.
         loraplus_lr_ratio: the learning rate of every `lora_B`, as a multiple of that of all else (LoRA+).
         z_loss: weight of the squared log-normaliser of each trained token; the held-out loss is without it. The other
             arguments are those of `trl.SFTTrainer`, now or earlier.
@@ -76,6 +77,7 @@ class SFTTrainer(LaidOutTrainer):
         ConfigError: arguments that are not known, gone for good or contradict each other; names in `target_modules`
             that an adapter made by PEFT is missing; `loraplus_lr_ratio` beside an optimizer of one's own, or for a
             model without LoRA; `z_loss` beside a loss that is not this trainer's.
+        DataError: rows of which nothing trains, or that would be trained as something else than what they say.
         NonFiniteError: from `train`, at the first loss or gradient that is NaN or infinite.
     """
 
