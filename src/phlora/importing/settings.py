@@ -132,6 +132,9 @@ class Settings:
                     source, value, "above 0" if target in _ABOVE_ZERO else f"{bound:.0f} or more"
                 )
         if value is not None:
+            given, value = value, cleaned(value)
+            if value != given:
+                self.notes.append(f"{source}: a password or token in it is not written down")
             self.mapped[target] = Mapped(target, value, source, remark)
 
     def put_default(self, target: str, value: Any) -> None:
@@ -203,7 +206,9 @@ class Settings:
 
 
 # `wandb_token` and the like, which only a configuration holds; `pad_token` and its kin are words of a model.
-_SECRET = re.compile(r"(?:^|[._])(?:token|api_key|key|secret|password)$")
+_SECRET = re.compile(
+    r"(?:^|[._])(?:token|api_key|key|secret|password|passwd|pwd|auth|authorization|bearer|cookie|credentials?|sas_url)$"
+)
 _WORDS_OF_MODELS = re.compile(r"(?:pad|eos|bos|unk|cls|sep|mask)_token$")
 
 
@@ -213,7 +218,22 @@ def hidden(value: Any, key: str) -> Any:
         return {name: hidden(entry, str(name)) for name, entry in value.items()}
     if _SECRET.search(key) and not _WORDS_OF_MODELS.search(key):
         return NOT_SHOWN
-    return masked(value, key.rpartition(".")[2])
+    return cleaned(masked(value, key.rpartition(".")[2]))
+
+
+# What signs an address, beside what `masked` knows.
+_SIGNED = re.compile(r"([?&](?:sig|signature|key|auth|pwd|x-amz-[\w-]+)=)[^&\s]+", re.IGNORECASE)
+
+
+def cleaned(value: Any) -> Any:
+    """A value without tokens, and without passwords of addresses, wherever they stand in it."""
+    if isinstance(value, Mapping):
+        return {name: cleaned(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(cleaned(entry) for entry in value)
+    if not isinstance(value, str):
+        return value
+    return NOT_SHOWN if value.lstrip().startswith("hf_") else _SIGNED.sub(rf"\1{NOT_SHOWN}", masked(value))
 
 
 def _bound(target: str) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phlora.importing.settings import Settings
+from phlora.importing.settings import Settings, cleaned
 
 # Of transformers, which Phlora trains with.
 _SCHEDULES = (
@@ -115,7 +115,7 @@ def base_model(settings: Settings, key: str, name: str | None) -> str:
     if not name:
         raise settings.error(key, name, "the name or the folder of the base model")
     settings.put("model.name", name, key)
-    return name
+    return str(cleaned(name))
 
 
 def located(settings: Settings, key: str, name: str) -> str:
@@ -128,7 +128,7 @@ def located(settings: Settings, key: str, name: str) -> str:
         except OSError:  # too long for a name
             break
     if not is_hub_name(name):
-        settings.notes.append(f"{key}: {name} is not there, neither from here nor beside the file")
+        settings.notes.append(f"{key}: {cleaned(name)} is not there, neither from here nor beside the file")
     return name
 
 

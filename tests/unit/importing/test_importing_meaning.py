@@ -251,3 +251,31 @@ def test_odd_entries_of_a_table_of_data_sets_are_one_message(entry: Any, says: s
     done = invoke("import-config", "given.yaml", "--dataset-info", "sets.info")
     assert done.code == 2 and says in done.err and "sets.info" in done.err, done.err
     assert "did you mean `d`" not in done.err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"base_model": "https://user:s3cret@hub.example/m"},
+        {"base_model": "hf_s3cret/m"},
+        {"output_dir": "s3://KEY:s3cret@bucket/x"},
+        {"datasets": [{"path": "https://u:s3cret@host/c.jsonl?token=s3cret", "type": "chat_template"}]},
+        {"datasets": [{"path": "https://host/c.jsonl?sig=s3cret", "type": "chat_template"}]},
+        {"wandb_project": "p", "wandb_run_id": "hf_s3cret"},
+        {"hub_model_id": "hf_s3cret"},
+        {"mlflow_tracking_uri": "https://u:s3cret@host"},
+        {"pwd": "s3cret", "authorization": "s3cret", "cookie": "s3cret", "sas_url": "s3cret"},
+        {"deepspeed": {"auth": {"bearer": "s3cret", "passwd": "s3cret", "list": ["hf_s3cret"]}}},
+    ],
+)
+def test_what_opens_a_door_is_not_written(given: dict[str, Any]) -> None:
+    result = imported(AXOLOTL, **given)
+    everything = result.text + json.dumps(result.to_json())
+    assert "s3cret" not in everything and "not shown" in everything
+    assert yaml.safe_load(result.text) == result.config
+
+
+def test_nor_said_in_an_error() -> None:
+    with pytest.raises(ConfigError) as error:
+        imported(AXOLOTL, learning_rate="hf_s3cret")
+    assert "s3cret" not in str(error.value)
