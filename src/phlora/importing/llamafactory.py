@@ -400,7 +400,7 @@ def _path(settings: Settings, entry: Settings, key: str, place: Path) -> str:
 
 def _columns(entry: Settings) -> dict[str, str]:
     """`format`, and Phlora's columns where the file's are called otherwise."""
-    given, tags = _words(entry, "columns"), _words(entry, "tags")
+    given, tags = entry.pairs("columns"), entry.pairs("tags")
     formatting = entry.text("formatting") or "alpaca"
     if entry.flag("ranking") or {"chosen", "rejected", "kto_tag"} & given.keys():
         raise entry.refuse(
@@ -438,19 +438,6 @@ def _columns(entry: Settings) -> dict[str, str]:
         **shared.columns_of({**pairs, **shared_columns}),
         **_left_columns(entry, given),
     }
-
-
-def _words(entry: Settings, key: str) -> dict[str, str]:
-    """A mapping of names to names."""
-    given = entry.take(key)
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        raise entry.error(key, given, "a mapping of names to names")
-    for name, value in given.items():
-        if value is not None and not isinstance(value, str):
-            raise entry.error(f"{key}.{name}", value, "a name, as text")
-    return {str(name): value for name, value in given.items() if value is not None}
 
 
 def _left_columns(entry: Settings, given: Mapping[str, Any]) -> dict[str, str]:

@@ -117,6 +117,18 @@ class Settings:
             return value
         raise self.error(key, value, "names, in a list or with commas between them")
 
+    def pairs(self, key: str) -> dict[str, str]:
+        """A mapping of names to names."""
+        given = self.take(key)
+        if given is None:
+            return {}
+        if not isinstance(given, Mapping):
+            raise self.error(key, given, "a mapping of names to names")
+        for name, value in given.items():
+            if value is not None and not isinstance(value, str):
+                raise self.error(f"{key}.{name}", value, "a name, as text")
+        return {str(name): value for name, value in given.items() if value is not None}
+
     # ----------------------------------------------------------------------------- deciding
 
     def put(self, target: str, value: Any, source: str = "", remark: str = "") -> None:

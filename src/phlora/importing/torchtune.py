@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from phlora.errors import shown
 from phlora.importing import shared
 from phlora.importing.settings import Settings, flattened
 
@@ -112,6 +113,11 @@ def map_settings(settings: Settings) -> None:
     Raises:
         ConfigError: it would train something else.
     """
+    settings.notes += [
+        f"{key}: {shown(value)} refers to nothing in the file, and is written as it is"
+        for key, value in settings.values.items()
+        if isinstance(value, str) and "${" in value
+    ]
     component = settings.text(f"model.{_COMPONENT}") or ""
     builder = component.rpartition(".")[2]
     if not builder.startswith(("lora_", "qlora_", "dora_")):

@@ -279,3 +279,9 @@ def test_nor_said_in_an_error() -> None:
     with pytest.raises(ConfigError) as error:
         imported(AXOLOTL, learning_rate="hf_s3cret")
     assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["${nope}/m", "${oc.env:HOME}", "${output_dir}"])
+def test_references_to_nothing_are_to_be_looked_at(name: str) -> None:
+    result = imported(TORCHTUNE, checkpointer={"checkpoint_dir": name}, output_dir="runs/a")
+    assert looked_at(result, "checkpointer.checkpoint_dir") == (name != "${output_dir}")
