@@ -27,6 +27,7 @@ def test_a_preview_writes_nothing(script: Path) -> None:
 
 
 def test_colours_on_a_terminal(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # A dumb one has no colours, whatever is forced.
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = invoke("migrate", script).out
