@@ -7,6 +7,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# What is shown must not depend on where the tests run; a test that wants a terminal forces one.
+for _name in (
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "COLORTERM",
+    "TTY_COMPATIBLE",
+    "TTY_INTERACTIVE",
+    "COLUMNS",
+    "LINES",
+):
+    os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm"
+
 import pytest  # noqa: E402
 
 # Only converted models may stay in it: converting one takes long.

@@ -27,6 +27,14 @@ _MOST_LINES_KEPT = 500
 _LEVELS = {"stage": "INFO", "note": "INFO", "show": "INFO", "warn": "WARNING"}
 
 
+def has_colours(stream: TextIO) -> bool:
+    """Whether colours are shown there: on a terminal that has some, and as NO_COLOR, FORCE_COLOR and TERM say."""
+    from rich.console import Console
+
+    console = Console(file=stream)
+    return console.color_system is not None and not console.no_color
+
+
 class Bar(Protocol):
     """How far one thing is, where it is seen."""
 

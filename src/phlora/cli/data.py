@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from phlora.cli.console import (
 )
 from phlora.cli.options import Columns, Json, Offline, Quiet
 from phlora.config import TrainOn
-from phlora.display import Display, printable
+from phlora.display import Display, has_colours, printable
 from phlora.errors import EXIT_DONE, EXIT_FINDING, ConfigError
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ def preview_data(
     if as_json:
         print_result({"file": file, "model": model, "rows": [_preview_json(row) for row in shown]})
         return
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = has_colours(sys.stdout)
     display.note(f"Tokens of {model}; trained ones {'are green' if colour else 'stand in ⟦ ⟧'}")
     print_result("\n\n".join(preview_text(row, colour=colour, plain=plain) for row in shown))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,14 +29,20 @@ def test_a_preview_writes_nothing(script: Path) -> None:
     assert "1 left to you" in done.out and "--write does it" in done.out
 
 
-def test_colours_on_a_terminal(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")  # A dumb one has no colours, whatever is forced.
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    out = invoke("migrate", script).out
-    assert "\x1b[31m-from trl" in out and "\x1b[32m+from phlora" in out
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b[3" not in invoke("migrate", script).out
+def test_colours_on_a_terminal(script: Path) -> None:
+    """In a process of its own: what decides is its environment alone."""
+
+    def shown(**variables: str) -> str:
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
+        command = [sys.executable, "-m", "phlora", "migrate", str(script)]
+        return subprocess.run(
+            command, env=kept | variables, capture_output=True, encoding="utf-8", check=True
+        ).stdout
+
+    forced = shown(TERM="xterm", FORCE_COLOR="1")
+    assert "\x1b[31m-from trl" in forced and "\x1b[32m+from phlora" in forced
+    assert "\x1b[3" not in shown(TERM="xterm", FORCE_COLOR="1", NO_COLOR="1")
+    assert "\x1b" not in shown(TERM="xterm") and "\x1b" not in shown(TERM="dumb", FORCE_COLOR="1")
 
 
 def test_writing_once_is_enough(script: Path) -> None:

@@ -196,3 +196,40 @@ def test_a_signal_before_training_is_an_interruption(tmp_path: Path, number: int
     _, error = process.communicate(timeout=60)
     if process.returncode != 2:  # it had read the empty row already
         assert process.returncode == 130 and "Interrupted." in error and "Traceback" not in error
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_within_a_finalizer_is_not_lost(number: int) -> None:
+    """Python drops what is raised there; other errors are still shown as Python shows them."""
+    code = """
+import signal, sys, time
+from phlora.cli import entry, main
+
+class Slow:
+    def __del__(self):
+        signal.raise_signal(int(sys.argv[1]))
+
+class Faulty:
+    def __del__(self):
+        raise ValueError("still shown")
+
+def work(arguments):
+    Faulty()
+    Slow()
+    time.sleep(5)
+    print("reached")
+    return 0
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+entry._invoke = work
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130 and "reached" not in done.stdout
+    assert "Interrupted." in done.stderr and "KeyboardInterrupt" not in done.stderr
+    assert "ValueError: still shown" in done.stderr
