@@ -7,6 +7,7 @@ into a file too.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def counted(count: int, word: str) -> str:
 
 
 class Display:
-    """Stages, notes and progress of one command.
+    """Stages, notes and progress of one command; any thread may speak.
 
     Args:
         stream: where to write; standard error by default, or the output of the cell in a notebook.
@@ -76,6 +77,7 @@ class Display:
         self._terminal = _Terminal(self.stream)
         self._log: TextIO | None = None
         self._unwritten: deque[str] = deque(maxlen=_MOST_LINES_KEPT)
+        self._lock = threading.RLock()
 
     def stage(self, text: str) -> None:
         """Say which step of the story begins."""
@@ -96,9 +98,10 @@ class Display:
     def log(self, text: str, *, level: str = "INFO", source: str = "phlora") -> None:
         """Write into the file alone what is seen elsewhere, such as beside a bar."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._unwritten.append(f"{stamp} {level} {source}: {printable(masked(text))}\n")
-        if self._log is not None:
-            self._write_log()
+        with self._lock:
+            self._unwritten.append(f"{stamp} {level} {source}: {printable(masked(text))}\n")
+            if self._log is not None:
+                self._write_log()
 
     def relay(self, text: str, *, level: str, source: str, is_shown: bool) -> None:
         """Write what a library has logged into the file, and show it where it is to be seen."""
@@ -121,7 +124,8 @@ class Display:
                 self.log(f"{type(error).__name__}: {error}", level="ERROR")
                 raise
             finally:
-                self._log = None
+                with self._lock:
+                    self._log = None
 
     @contextmanager
     def progress(self, title: str, total: int, *, unit: str = "rows") -> Iterator[Advance]:
@@ -161,14 +165,15 @@ class Display:
     def _show(self, kind: str, text: str) -> None:
         if self.quiet and kind != "warn":
             return
-        if self.page is not None:
-            self.page.tell(kind, text)
-        elif self.fancy:
-            self._terminal.tell(kind, text)
-        else:
-            before = {"stage": "> ", "note": "  ", "warn": "! ", "show": ""}[kind]
-            self.stream.write(f"{before}{text}\n")
-            self.stream.flush()
+        with self._lock:
+            if self.page is not None:
+                self.page.tell(kind, text)
+            elif self.fancy:
+                self._terminal.tell(kind, text)
+            else:
+                before = {"stage": "> ", "note": "  ", "warn": "! ", "show": ""}[kind]
+                self.stream.write(f"{before}{text}\n")
+                self.stream.flush()
 
     def _write_log(self) -> None:
         assert self._log is not None

@@ -199,4 +199,7 @@ class GentleStop(TrainerCallback):
             self.restore()
             raise KeyboardInterrupt
         self.signal = number
-        self.display.warn("Stopping after this step, with a checkpoint; once more to stop at once")
+        # By another thread: the signal may have come while this one writes, and a stream refuses to be written to
+        # by one that it has interrupted.
+        text = "Stopping after this step, with a checkpoint; once more to stop at once"
+        threading.Thread(target=self.display.warn, args=(text,), daemon=True).start()

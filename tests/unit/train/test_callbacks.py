@@ -137,6 +137,39 @@ def test_a_second_ctrl_c_stops_at_once(args: TrainingArguments, stop: GentleStop
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_signal_while_a_line_is_written_waits_with_its_own(args: TrainingArguments, tmp_path: Path) -> None:
+    """Streams of Python refuse to be written to by a handler that has interrupted them."""
+    told = threading.Event()
+
+    class Stream(io.StringIO):
+        is_writing = False
+
+        def write(self, text: str) -> int:
+            assert not self.is_writing, "written to within a write"
+            self.is_writing = True
+            if "a fact" in text:
+                signal.raise_signal(signal.SIGINT)
+            length = super().write(text)
+            self.is_writing = False
+            if "Stopping" in text:
+                told.set()
+            return length
+
+    stream = Stream()
+    display = Display(stream=stream)
+    stop = GentleStop(display)
+    stop.on_train_begin(args, at(0), TrainerControl())
+    try:
+        with display.logged(tmp_path / "train.log"):
+            display.note("a fact")
+            assert told.wait(5) and stop.signal == signal.SIGINT
+    finally:
+        stop.restore()
+    shown = stream.getvalue()
+    assert shown.index("a fact") < shown.index("Stopping after this step")
+    assert "Stopping after this step" in (tmp_path / "train.log").read_text(encoding="utf-8")
+
+
 def test_a_thread_that_gets_no_signals_leaves_them_alone(args: TrainingArguments, stop: GentleStop) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     failed: list[BaseException] = []

@@ -176,6 +176,9 @@ def _member(path: Path, name: str, info: zipfile.ZipInfo) -> StoredFile:
     def opened() -> IO[bytes]:
         if info.flag_bits & _IS_ENCRYPTED:
             raise DataError("The archive is encrypted", where=name, fix="unpack it first")
+        # `zipfile` says this in other words in each version of Python, or nothing.
+        if info.header_offset + info.compress_size > path.stat().st_size:
+            raise DataError("The file cannot be read: it ends too early", where=name)
         # Closing the archive leaves the member readable: zipfile counts who still reads.
         with _archive(path, name) as archive:
             return archive.open(info)
