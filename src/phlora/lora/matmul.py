@@ -134,6 +134,8 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
         return False
     if weight.dtype is not torch.float32 or type(x) not in _PLAIN or type(weight) not in _PLAIN:
         return False
+    if x.layout is not torch.strided or weight.layout is not torch.strided:
+        return False
     if x.numel() * weight.shape[0] < _LEAST_WORK:
         return False
     # Rows with gaps between them, as slices have, would be multiplied number by number.

@@ -63,11 +63,22 @@ def fits(*tensors: Tensor) -> bool:
     if dtype not in _NAMES:
         return False
     for x in tensors:
-        if x.dtype != dtype or type(x) not in _KINDS or x.device.type != "cpu" or not x.numel():
+        if x.dtype != dtype or type(x) not in _KINDS or x.device.type != "cpu" or not _lies_in_memory(x):
             return False
         if recorded and x.requires_grad:
             return False
     return not sees_through() and not isinstance(_library(), str)
+
+
+def _lies_in_memory(x: Tensor) -> bool:
+    """Whether there are numbers at the address of a tensor, and they are its own: what reads them by it goes by that.
+
+    Not so with sparse and oneDNN's layouts, tensors that torch keeps as a sign (a view that is the negative of another
+    one) or as the word that they are zero, and those of no numbers at all.
+    """
+    return (
+        x.layout is torch.strided and x.numel() > 0 and not x.is_neg() and not torch._is_zerotensor(x)
+    )
 
 
 def gate(gate_up: Tensor) -> Tensor:

@@ -125,6 +125,24 @@ def test_where_torch_computes():
     assert torch.func.vmap(lambda row: lean_layers._gate(row))(x).shape == (2, 2)
 
 
+def test_torch_computes_with_what_does_not_lie_in_memory_as_it_is():
+    """A negated view has the numbers of the one that it negates; others have none at their address."""
+    x = torch.randn(3, 8)
+    odd = [torch._neg_view(x), torch._efficientzerotensor(3, 8), x.to_sparse(), x[:, :0]]
+    odd += [x.to_mkldnn()] if torch.backends.mkldnn.is_available() else []
+    assert [tensor for tensor in odd if kernels.fits(tensor) or kernels.fits(x, tensor)] == []
+    torch.testing.assert_close(lean_layers._gate(odd[0]), lean_layers._gate(-x))
+    torch.testing.assert_close(lean_layers._gate(odd[1]), torch.zeros(3, 4))
+
+
+@needs_compiler
+@dtypes
+def test_views_of_any_strides_have_the_numbers_of_their_copies(dtype):
+    x = torch.randn(6, 5, 24).to(dtype)
+    for view in (x[::2, :, ::3], x.transpose(0, 1), x[1:, 2:, 4:], x[:1].expand(4, 5, 24), x.flip(-1)):
+        assert kernels.fits(view) and torch.equal(kernels.gate(view), kernels.gate(view.clone()))
+
+
 @needs_compiler
 def test_a_forecast_s_tensors_are_made_and_not_computed():
     with FakeTensorMode():
