@@ -9,8 +9,8 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 # Larger pieces, such as a chunk of logits, are given back: kept, they would leave holes that nothing else fits into.
 _MOST_KEPT, _LARGEST_KEPT = 512 << 20, 32 << 20
-# The largest that glibc raises the first to by itself.
-_MOST_KEPT_BY_DEFAULT = 64 << 20
+# The largest that glibc raises both to by itself, as soon as a process has freed a piece of that size.
+_MOST_KEPT_BY_DEFAULT, _LARGEST_KEPT_BY_DEFAULT = 64 << 20, 32 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -27,9 +27,14 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Undo `keep_freed_memory`: what is free goes back to the system, now and from now on."""
+    """Undo `keep_freed_memory`: what is free goes back to the system, now and from now on.
+
+    glibc raises neither threshold any more once one of them was set, so both are set to what it would raise them to:
+    else pieces from 128 KiB on might be asked of the system, and cleared by it, each time anew.
+    """
     libc = _glibc()
     if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BY_DEFAULT)
         libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT_BY_DEFAULT)
         libc.malloc_trim(0)
 

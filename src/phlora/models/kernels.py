@@ -76,9 +76,7 @@ def _lies_in_memory(x: Tensor) -> bool:
     Not so with sparse and oneDNN's layouts, tensors that torch keeps as a sign (a view that is the negative of another
     one) or as the word that they are zero, and those of no numbers at all.
     """
-    return (
-        x.layout is torch.strided and x.numel() > 0 and not x.is_neg() and not torch._is_zerotensor(x)
-    )
+    return x.layout is torch.strided and x.numel() > 0 and not x.is_neg() and not torch._is_zerotensor(x)
 
 
 def gate(gate_up: Tensor) -> Tensor:
