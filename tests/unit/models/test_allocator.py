@@ -1,4 +1,4 @@
-"""The C library's own account of which pieces it asks the system for, in a process of its own for each sequence of calls."""
+"""The C library's own account of which pieces it asks the system for, each time in a new process."""
 
 from __future__ import annotations
 
