@@ -265,7 +265,7 @@ def stream(
     sampling: Sampling = GREEDY,
     reply: int = 0,
 ) -> Iterator[str]:
-    """Yield a reply piece by piece; a character of several tokens comes when it is whole.
+    """Yield the reply of `generate` piece by piece; a character of several tokens comes when it is whole.
 
     Args:
         model: causal language model, bare or under PEFT.
@@ -324,7 +324,11 @@ def _tokens(
 
 
 def _text_pieces(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Text of a growing token list; each piece is decoded behind the one before it, for the spaces' sake."""
+    """Text of a growing token list; each piece is decoded behind the one before it, for the spaces' sake.
+
+    Together they are what decoding all tokens gives, where a character that the end of the reply cuts in two is the
+    replacement character.
+    """
     ids: list[int] = []
     start = shown = 0
 
@@ -342,6 +346,5 @@ def _text_pieces(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> I
         if piece and not piece.endswith("\ufffd"):
             yield piece
             start, shown = shown, len(ids)
-    rest = fresh().rstrip("\ufffd")
-    if rest:
+    if rest := fresh():
         yield rest
