@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phlora.adapters.base_view import as_base
 from phlora.adapters.speed import speed_up
+from phlora.data.rows import kind_of
 from phlora.display import Display, printable
 from phlora.errors import ConfigError, InputError, ModelError, shown
 from phlora.models.causal_lm import as_causal_lm
@@ -60,7 +61,8 @@ class LLM:
         model: a `peft.PeftModel` where there is an adapter, else a model of transformers.
         tokenizer: with the chat template that the adapter was trained with.
         stop_token_ids: the tokens that end a reply, the end of a turn first.
-        system: the system prompt of chats that have none of their own; None for none. It may be set anew.
+        system: the system prompt of chats that have none of their own; None for none. It may be set anew, to a text
+            or None.
         trained_system: the one that the rows of the training shared; None for none.
         name: what was loaded.
         notes: what a person should know about it.
@@ -74,6 +76,11 @@ class LLM:
     name: str = ""
     notes: tuple[str, ...] = ()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "system":
+            _require_system(value)
+        super().__setattr__(name, value)
+
     @classmethod
     def of(
         cls,
@@ -86,8 +93,10 @@ class LLM:
         """One around a model and a tokenizer that are in memory already; neither is changed.
 
         Raises:
+            InputError: a system prompt that is no text.
             ModelError: no token of the tokenizer ends a turn.
         """
+        _require_system(system)
         lm = as_causal_lm(model)
         words = prepare_tokenizer(
             copy.deepcopy(tokenizer),
@@ -276,7 +285,9 @@ def load(
         RunError: a run without an adapter.
         ModelError: no such model, or an adapter that does not fit it.
         ConfigError: a setting that there is not, or settings for a model that is in memory already.
+        InputError: a system prompt that is no text.
     """
+    _require_system(system)
     display = display or Display()
     if isinstance(source, InMemory):
         return _in_memory(source, base=base, system=system, fields=fields)
@@ -330,6 +341,13 @@ def _in_memory(run: InMemory, *, base: str | None, system: str | None, fields: M
     trained = prompts.text if prompts else None
     loaded = LLM.of(run.model, run.tokenizer, system=trained if system is None else system)
     return replace(loaded, trained_system=trained, name=str(run.folder or loaded.name))
+
+
+def _require_system(system: Any) -> None:
+    if system is not None and not isinstance(system, str):
+        raise InputError(
+            f"{kind_of(system)} was given", where="system", expected="the system prompt as a text, or None"
+        )
 
 
 def _require_count(max_new_tokens: Any) -> None:

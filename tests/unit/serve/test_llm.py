@@ -201,6 +201,20 @@ def test_mistakes_are_told_with_their_place(
     assert found.lower() in str(error.value).lower() and error.value.where == where, error.value
 
 
+@pytest.mark.parametrize("system", [5, ["You answer."], b"You answer.", {"role": "system"}], ids=repr)
+def test_a_system_prompt_is_a_text_or_none_wherever_it_is_given(llm: LLM, system: Any) -> None:
+    for give in (
+        lambda: setattr(llm, "system", system),
+        lambda: load("no such run is looked for", system=system, display=QUIET),
+        lambda: open_chat("no such run is looked for", system=system, display=QUIET),
+        lambda: LLM.of(*tiny_phi3(), system=system),
+    ):
+        with pytest.raises(InputError, match="was given") as error:
+            give()
+        assert error.value.where == "system"
+    assert llm.system == SYSTEM
+
+
 def test_a_model_without_a_template_continues_texts_only() -> None:
     model, tokenizer = tiny_phi3()
     tokenizer.chat_template = None
