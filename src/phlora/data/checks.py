@@ -21,7 +21,7 @@ from phlora.data.leaks import num_leaks
 from phlora.data.lengths import Bin, histogram, limits_text, percentiles, percentiles_text, whole_at
 from phlora.data.problems import merge_problems, problems_json, render_problem, shown_formats
 from phlora.data.row_tokenizer import MISTAKES
-from phlora.data.rows import Origin, Problem, Row, sentence
+from phlora.data.rows import Origin, Problem, Row, each_row, sentence
 from phlora.data.tokenize import (
     IGNORED,
     Skipped,
@@ -234,9 +234,9 @@ def preview(
     too_long: TooLong = "truncate_history",
     training_template: str | None = None,
 ) -> Preview:
-    """The first `n` rows token by token; the other arguments are those of `tokenize_rows`."""
+    """The first `n` rows token by token; the other arguments, and errors, are those of `tokenize_rows`."""
     shown = Preview()
-    for row, _ in zip(rows, range(n), strict=False):
+    for row, _ in zip(each_row(rows), range(n), strict=False):
         result = tokenize_row(
             row,
             tokenizer,

@@ -7,12 +7,13 @@ import itertools
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, Literal, TypeAlias
 
 from phlora.config import TrainOn
+from phlora.errors import DataError
 
 Message: TypeAlias = dict[str, Any]
 Severity = Literal["error", "warning", "note"]
@@ -234,6 +235,29 @@ def single_spaced(text: str) -> str:
     if text.isprintable() and "  " not in text and text[:1] != " " != text[-1:]:
         return text
     return " ".join(text.split())
+
+
+def each_row(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows one by one, told from what was not read by `load_rows`: dicts, a path, a data set.
+
+    Raises:
+        DataError: something else stands among them, or in their place.
+    """
+
+    def refused(found: Any, where: str) -> DataError:
+        return DataError(
+            f"{kind_of(found)} was given",
+            where=where,
+            expected="rows as Phlora reads them",
+            fix="phlora.load_rows(...).rows reads them from files, dicts and data sets",
+        )
+
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise refused(rows, "rows")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Row):
+            raise refused(row, f"rows[{number}]")
+        yield row
 
 
 def kind_of(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import Tokenizer
 from phlora.data.row_tokenizer import MISTAKES, Options, RowTokenizer, Skipped
-from phlora.data.rows import Origin, Problem, Row, sentence
+from phlora.data.rows import Origin, Problem, Row, each_row, sentence
 from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
 from phlora.errors import DataError
 
@@ -92,6 +92,7 @@ def tokenize_rows(
     """Tokenise rows with the tokenizer's own chat template.
 
     Args:
+        rows: as `load_rows` reads them.
         train_on: `assistant` turns, the `last` assistant turn, or `all` tokens. A message's own `train` wins.
         max_length: longest row in tokens.
         too_long: for longer rows: `truncate_history` leaves out the oldest exchanges (never the system
@@ -103,14 +104,14 @@ def tokenize_rows(
         progress: called with the number of rows done since the last call.
 
     Raises:
-        DataError: see `too_long` and `on_bad`.
+        DataError: see `too_long` and `on_bad`; or what was given are no rows.
         ModelError: the tokenizer has no chat template or is not a fast one.
     """
     worker = RowTokenizer(tokenizer, Options(train_on, max_length, too_long, training_template))
     table = TableBuilder()
     skipped: list[Skipped] = []
     cut: list[Origin] = []
-    for results in worker.run_batches(rows):
+    for results in worker.run_batches(each_row(rows)):
         for result in results:
             if isinstance(result, Skipped):
                 skipped.append(result)

@@ -9,6 +9,7 @@ import pytest
 from phlora.data.checks import check, preview
 from phlora.data.dataset import load_rows
 from phlora.data.lengths import histogram, percentiles, whole_at
+from phlora.data.tokenize import tokenize_rows
 from phlora.errors import DataError
 from phlora.testing import LANGUAGES, chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
 from phlora.testing.tokenizers import CHATML
@@ -156,6 +157,27 @@ def test_preview_shows_whole_characters(tokenizer, language):
     trained = "".join(piece for piece, is_trained, _ in shown.tokens if is_trained)
     assert trained.strip().startswith(text)
     assert len(shown.tokens) > 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "found", "where"),
+    [
+        ([{"messages": []}], "an object was given", "rows[0]"),
+        (["chats.jsonl"], "a text was given", "rows[0]"),
+        ("chats.jsonl", "a text was given", "rows"),
+        ({"text": "a"}, "an object was given", "rows"),
+        (None, "nothing (null) was given", "rows"),
+        (load_rows([[_chat("x", "y")]]), "was given", "rows"),
+        ([*load_rows([[_chat("x", "y")]]).rows, 7], "a number (7) was given", "rows[1]"),
+    ],
+    ids=["dict", "path among rows", "path", "one dict", "nothing", "what load_rows returns", "after a row"],
+)
+def test_what_are_no_rows_is_refused_with_the_way_to_rows(rows, found, where):
+    for use in (lambda: preview(rows, phi3_tokenizer(), 3), lambda: tokenize_rows(rows, phi3_tokenizer())):
+        with pytest.raises(DataError) as error:
+            use()
+        assert found in str(error.value).lower() and error.value.where == where
+        assert "load_rows(...).rows" in str(error.value)
 
 
 def test_preview_weights_and_skipped_rows():
