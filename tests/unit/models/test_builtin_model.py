@@ -206,7 +206,6 @@ def test_full_disk_is_told_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="folders have no write permission there")
 def test_cache_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise PermissionError

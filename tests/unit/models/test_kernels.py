@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,10 +16,28 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from phlora.models import kernels, lean_layers
 
-needs_compiler = pytest.mark.skipif(kernels.obstacle() is not None, reason=str(kernels.obstacle()))
+needs_compiler = pytest.mark.usefixtures("compiler")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # Widths that no vector of a CPU divides, and enough numbers for several threads.
 SHAPES = [(1, 1, 5), (2, 3, 7), (3, 70, 333)]
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    """Skips where no C at all can be compiled; where only these chains cannot, the tests fail."""
+    if sys.platform != "linux":
+        pytest.skip("no Linux: the chains are compiled there alone")
+    if os.environ.get("PHLORA_KERNELS", "").lower() in kernels._OFF:
+        pytest.skip("PHLORA_KERNELS turns the chains off")
+    command = shlex.split(os.environ.get("CC", "")) or ["gcc" if shutil.which("gcc") else "cc"]
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"no C compiler: {command[0]}")
+    folder = tmp_path_factory.mktemp("compiler")
+    (folder / "one.c").write_text("int one(void) { return 1; }\n")
+    command += ["-fopenmp", "-fPIC", "-shared", "one.c", "-o", "one.so"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no C compiler with OpenMP: {command[0]} says {done.stderr.strip()[:200]}")
 
 
 @pytest.fixture
@@ -33,6 +56,11 @@ def assert_no_less_exact(ours: torch.Tensor, theirs: torch.Tensor, truth: torch.
     error, tolerated = ((x.double() - truth).norm() for x in (ours, theirs))
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
     assert error <= 1.1 * tolerated + 1e-7 * truth.norm()
+
+
+@needs_compiler
+def test_the_chains_are_compiled_where_anything_is():
+    assert kernels.obstacle() is None
 
 
 @needs_compiler

@@ -333,7 +333,7 @@ def test_a_base_that_bitsandbytes_quantised_loads_and_trains(tmp_path: Path) -> 
 @pytest.mark.parametrize("method", ["hqq", "torchao"])
 def test_a_base_whose_package_is_missing_is_one_error(tmp_path: Path, method: str) -> None:
     if is_installed(method):
-        pytest.skip("it is installed")
+        pytest.skip(f"{method} is installed, and this is about its absence")
     folder = tiny_folder(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": method, "bits": 4, "quant_type": "int4_weight_only"}
