@@ -7,14 +7,14 @@ meanwhile. Cells in another language (`%%bash`, `%%writefile`) are left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 # Magics of whole cells whose text is Python all the same.
 _PYTHON_MAGICS = frozenset(
     {"capture", "time", "timeit", "prun", "python", "python3", "debug", "memray_flamegraph", "memit"}
 )
-_CELL_MAGIC = re.compile(r"\s*%%(\w+)")
+_CELL_MAGIC = re.compile(r"\s*%%(\S*)")
 _BOUNDARY = "_phlora_cell_{}_"
 _STAND_IN = "_phlora_line_{}_"
 _IS_BOUNDARY = re.compile(r"^_phlora_cell_(\d+)_[ \t]*$", re.MULTILINE)
@@ -22,6 +22,30 @@ _IS_STAND_IN = re.compile(r"_phlora_line_(\d+)_")
 # A line that is IPython's as a whole, and an assignment of what it gives.
 _LINE = re.compile(r"(?P<indent>[ \t]*)(?P<text>(?:[%!]|\?{1,2}\w|[\w.]+\?{1,2}\s*$).*)", re.DOTALL)
 _ASSIGNED = re.compile(r"(?P<head>[ \t]*[\w.,\s]+=[ \t]*)(?P<text>[%!][^=].*)", re.DOTALL)
+
+
+# What a line of IPython's calls: `%time`, `!pip`.
+_CALLED = re.compile(r"(?:%|!+)\s*[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A line that is IPython's, with those that it goes on in.
+
+    Attributes:
+        cell: the place of its cell among all cells of the notebook.
+        number: the line in the cell, counted from 1.
+    """
+
+    text: str
+    cell: int
+    number: int
+
+    @property
+    def name(self) -> str:
+        """What it runs, as `%time` or `!pip`; empty where it runs nothing: a question, the magic of its whole cell."""
+        match = _CALLED.match(self.text)
+        return match[0] if match is not None else ""
 
 
 @dataclass(frozen=True)
@@ -32,13 +56,13 @@ class Cells:
         text: the module.
         numbers: the cells that are in it, by their place among all cells of the notebook.
         hidden: the lines that are IPython's, in the order of their names.
-        skipped: the cells that are in another language: their place and their magic's name.
+        skipped: the place of each cell in another language -> its magic's name.
     """
 
     text: str
     numbers: tuple[int, ...]
-    hidden: tuple[str, ...]
-    skipped: tuple[tuple[int, str], ...] = ()
+    hidden: tuple[Hidden, ...]
+    skipped: Mapping[int, str] = field(default_factory=dict)
     _starts: tuple[int, ...] = field(default=(), repr=False)
 
     def place(self, line: int) -> tuple[int, int]:
@@ -52,7 +76,7 @@ class Cells:
         found = {}
         for index, body in zip(parts[1::2], parts[2::2], strict=True):
             body = body.removeprefix("\n").removesuffix("\n")
-            found[int(index)] = _IS_STAND_IN.sub(lambda match: self.hidden[int(match[1])], body)
+            found[int(index)] = _IS_STAND_IN.sub(lambda match: self.hidden[int(match[1])].text, body)
         return found
 
 
@@ -61,22 +85,22 @@ def join(sources: Sequence[tuple[int, str]]) -> Cells:
     lines: list[str] = []
     numbers: list[int] = []
     starts: list[int] = []
-    hidden: list[str] = []
-    skipped: list[tuple[int, str]] = []
+    hidden: list[Hidden] = []
+    skipped: dict[int, str] = {}
     for number, source in sources:
         magic = _CELL_MAGIC.match(source)
         if magic is not None and magic[1] not in _PYTHON_MAGICS:
-            skipped.append((number, magic[1]))
+            skipped[number] = magic[1]
             continue
         lines.append(_BOUNDARY.format(number))
         numbers.append(number)
         starts.append(len(lines))
-        lines += _without_magics(source, hidden)
+        lines += _without_magics(source, number, hidden)
     text = "\n".join(lines) + "\n" if lines else ""
-    return Cells(text, tuple(numbers), tuple(hidden), tuple(skipped), tuple(starts))
+    return Cells(text, tuple(numbers), tuple(hidden), skipped, tuple(starts))
 
 
-def _without_magics(source: str, hidden: list[str]) -> list[str]:
+def _without_magics(source: str, cell: int, hidden: list[Hidden]) -> list[str]:
     """The lines of a cell with stand-ins for what is IPython's; as many lines as before."""
     result: list[str] = []
     lines = source.split("\n")
@@ -97,7 +121,7 @@ def _without_magics(source: str, hidden: list[str]) -> list[str]:
             whole.append(lines[index + len(whole)])
         head = match.groupdict().get("head") or match.groupdict().get("indent") or ""
         result.append(head + _STAND_IN.format(len(hidden)))
-        hidden.append("\n".join(whole))
+        hidden.append(Hidden("\n".join(whole), cell, index + 1))
         index += len(whole)
     return result
 

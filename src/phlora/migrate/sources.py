@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from phlora.display import printable
 from phlora.errors import InputError, shown
 from phlora.files import replaced_file
 from phlora.migrate.cells import Cells, join
+from phlora.migrate.notebook_text import with_code
 
 SUFFIXES = (".py", ".ipynb")
 # Folders that hold what others wrote.
@@ -75,8 +77,8 @@ class Notebook:
 
     path: Path
     cells: Cells
-    raw: bytes
-    content_of: Mapping[str, Any]
+    json: str
+    has_mark: bool
     notes: tuple[str, ...]
 
     @property
@@ -97,11 +99,8 @@ class Notebook:
 
     def content(self, text: str) -> bytes:
         old, new = self.cells.split(self.text), self.cells.split(text)
-        cells = [
-            _with_source(cell, new[number]) if number in new and new[number] != old[number] else cell
-            for number, cell in enumerate(self.content_of["cells"])
-        ]
-        return _as_json({**self.content_of, "cells": cells}, like=self.raw, same=self.content_of)
+        changed = {number: code for number, code in new.items() if code != old[number]}
+        return (codecs.BOM_UTF8 if self.has_mark else b"") + with_code(self.json, changed).encode()
 
 
 def read_source(path: Path) -> Script | Notebook:
@@ -136,7 +135,8 @@ def _script(path: Path, raw: bytes) -> Script:
 
 def _notebook(path: Path, raw: bytes) -> Notebook:
     try:
-        content = json.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"The notebook is no valid JSON ({error})", where=str(path)) from None
     cells = content.get("cells") if isinstance(content, dict) else None
@@ -150,16 +150,30 @@ def _notebook(path: Path, raw: bytes) -> Notebook:
     language = _language(content)
     if language not in ("", "python", "ipython", "python3"):
         raise InputError(f"The notebook is written in {shown(language)}", where=str(path), expected="Python")
-    sources = [
-        (number, _text_of(cell)) for number, cell in enumerate(cells) if cell.get("cell_type") == "code"
-    ]
-    joined = join(sources)
-    notes = tuple(
-        f"cell {number + 1} (%%{magic}) is not read"
-        + ("; migrate the file that it writes" if magic == "writefile" else "")
-        for number, magic in joined.skipped
+    joined = join(
+        [(number, _text_of(cell)) for number, cell in enumerate(cells) if cell.get("cell_type") == "code"]
     )
-    return Notebook(path, joined, raw, content, notes)
+    notes = [note for number, cell in enumerate(cells) for note in _unread(number, cell, joined)]
+    return Notebook(path, joined, text, raw.startswith(codecs.BOM_UTF8), tuple(notes))
+
+
+def _unread(number: int, cell: Mapping[str, Any], cells: Cells) -> Iterator[str]:
+    """What of a cell is not read, and what to do about it."""
+    name = f"cell {number + 1}"
+    kind = cell.get("cell_type")
+    if kind not in ("code", "markdown"):
+        if _text_of(cell).strip():
+            yield f"{name} ({printable(str(kind))}) is not read"
+    elif number in cells.skipped:
+        yield f"{name} (%%{cells.skipped[number]}) is not read" + (
+            "; migrate the file that it writes" if cells.skipped[number] == "writefile" else ""
+        )
+    for line in cells.hidden:
+        if line.cell == number and line.name:
+            runs = re.search(r"\b[\w./-]+\.(?:py|ipynb)\b", line.text)
+            yield f"{name}, line {line.number} ({line.name}) is not read" + (
+                f"; migrate {runs[0]}, which it names" if runs else ""
+            )
 
 
 def _language(content: Mapping[str, Any]) -> str:
@@ -174,38 +188,9 @@ def _language(content: Mapping[str, Any]) -> str:
 
 
 def _text_of(cell: Mapping[str, Any]) -> str:
-    source = cell.get("source", "")
-    return "".join(map(str, source)) if isinstance(source, list) else str(source)
-
-
-def _with_source(cell: Mapping[str, Any], text: str) -> dict[str, Any]:
-    is_list = isinstance(cell.get("source"), list)
-    return {**cell, "source": _lines(text) if is_list else text}
-
-
-def _lines(text: str) -> list[str]:
-    return re.findall(r"[^\n]*\n|[^\n]+", text)
-
-
-def _as_json(content: Mapping[str, Any], *, like: bytes, same: Mapping[str, Any]) -> bytes:
-    """A notebook as the program wrote it that wrote the original: indent, escapes and line ends."""
-    mark = codecs.BOM_UTF8 if like.startswith(codecs.BOM_UTF8) else b""
-    newline = "\r\n" if b"\r\n" in like else "\n"
-    end = "\n" if like.rstrip(b" \t").endswith(b"\n") else ""
-
-    def dumped(value: Mapping[str, Any], indent: int | str | None, is_ascii: bool) -> bytes:
-        text = json.dumps(value, indent=indent, ensure_ascii=is_ascii) + end
-        return mark + text.replace("\n", newline).encode("utf-8")
-
-    for indent in (1, 2, 4, "\t", None):
-        for is_ascii in (False, True):
-            with suppress(UnicodeEncodeError):
-                if dumped(same, indent, is_ascii) == like:
-                    return dumped(content, indent, is_ascii)
-    try:
-        return dumped(content, 1, False)
-    except UnicodeEncodeError:
-        return dumped(content, 1, True)
+    source = cell.get("source")
+    lines = source if isinstance(source, list) else [source]
+    return "".join(line for line in lines if isinstance(line, str))
 
 
 # ------------------------------------------------------------------------------------------------ which, and where

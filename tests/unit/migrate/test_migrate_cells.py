@@ -33,9 +33,24 @@ def test_a_cell_comes_back_to_the_letter(name: str) -> None:
 
 
 def test_cells_in_another_language_are_left_out() -> None:
-    cells = join([(0, "%%bash\nls"), (1, "x = 1"), (2, "  \n%%writefile train.py\nimport trl")])
+    sources = [
+        "%%bash\nls",
+        "x = 1",
+        "  \n%%writefile train.py\nimport trl",
+        "%%R -i x\nplot(x)",
+        "%%!\nls -l a",
+    ]
+    cells = join(list(enumerate(sources)))
     assert cells.numbers == (1,)
-    assert cells.skipped == ((0, "bash"), (2, "writefile"))
+    assert cells.skipped == {0: "bash", 2: "writefile", 3: "R", 4: "!"}
+
+
+def test_lines_that_run_something_say_what_and_where() -> None:
+    cells = join(
+        [(0, "%%time\nx = 1\n%time y = f()\nprint??"), (4, "\nfiles = !ls\n  %pip install \\\n trl")]
+    )
+    named = [(line.cell, line.number, line.name) for line in cells.hidden]
+    assert named == [(0, 1, ""), (0, 3, "%time"), (0, 4, ""), (4, 2, "!ls"), (4, 3, "%pip")]
 
 
 def test_lines_are_counted_within_their_cell() -> None:

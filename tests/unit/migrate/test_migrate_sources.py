@@ -75,6 +75,41 @@ def test_a_notebook_keeps_all_but_its_code(
     assert [line.where for line in report.changes] == ["cell 2, line 2"]
 
 
+ODD_NOTEBOOK = """{ "metadata" : {"big": 1e400, "small": 1E-05, "long": 0.10000000000000000001, "minus": -0,
+  "escaped": "\\u00e9\\/\\ud83d", "kernelspec": {"language":"python"}, "language_info": {"name": "python"}},
+ "nbformat":4,"nbformat_minor":5, "cells":[
+  {"source":["x = 1\\/2\\n" , "%s"
+  ], "outputs": [{"data": NaN}], "cell_type" : "code"} ,\t
+  {"cell_type":"code", "source": "y = '\\u00e9'\\n%s", "source2": []}]} \r\n\n"""
+
+
+def test_every_other_byte_of_a_notebook_stays(tmp_path: Path) -> None:
+    old = (OLD, "SFTTrainer(m, tokenizer=t)")
+    new = (NEW, "SFTTrainer(m, processing_class=t)")
+    file = tmp_path / "a.ipynb"
+    file.write_bytes(codecs.BOM_UTF8 + (ODD_NOTEBOOK % old).encode())
+    assert migrate_file(file, write=True).is_changed
+    assert file.read_bytes() == codecs.BOM_UTF8 + (ODD_NOTEBOOK % new).encode()
+
+
+@pytest.mark.parametrize("source", [[OLD], ["x = 1\n", OLD], [f"x = 1\n{OLD}\n", "", "y = 'é'"], OLD])
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" , ", " : ")])
+def test_lines_that_are_added_to_a_cell_are_laid_out_as_the_others(
+    tmp_path: Path, source: list[str] | str, separators: tuple[str, str]
+) -> None:
+    content = notebook("a")
+    content["cells"][1]["source"] = source
+    before = json.dumps(content, separators=separators)
+    file = tmp_path / "a.ipynb"
+    file.write_text(before.replace("SFTTrainer", "SFTTrainer, DPOTrainer"), encoding="utf-8")
+    migrate_file(file, write=True)
+    after = json.loads(file.read_text(encoding="utf-8"))
+    text = "".join(after["cells"][1].pop("source"))
+    assert text == "".join(source).replace(OLD, f"from trl import DPOTrainer\n{NEW}")
+    del content["cells"][1]["source"]
+    assert after["cells"][1] == content["cells"][1]
+
+
 def test_cells_know_each_other(tmp_path: Path) -> None:
     file = tmp_path / "a.ipynb"
     cells = [OLD, "from trl import SFTConfig\na = SFTConfig('o')", "SFTTrainer(m, a, packing=True)"]
@@ -90,6 +125,30 @@ def test_cells_that_are_not_read_are_named(tmp_path: Path) -> None:
     report = migrate_file(file)
     assert report.notes == ("cell 2 (%%writefile) is not read; migrate the file that it writes",)
     assert "%%writefile" in summary([report], is_written=False)
+
+
+def test_parts_of_a_notebook_that_are_not_read_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.ipynb"
+    cells = [
+        "!pip install -q trl\nx = 1",
+        "%%time\n!python train.py --x\n",
+        "%%R\nplot(x)",
+        "",
+        f"%time {OLD}\nprint?",
+    ]
+    content = notebook(*cells)
+    content["cells"].append({"cell_type": "raw", "metadata": {}, "source": [OLD]})
+    content["cells"].append({"cell_type": "raw", "metadata": {}, "source": [" "]})
+    content["cells"].append({"cell_type": "code", "metadata": {}, "source": None})
+    file.write_text(json.dumps(content), encoding="utf-8")
+    report = migrate_file(file)
+    assert report.notes == (
+        "cell 2, line 1 (!pip) is not read",
+        "cell 3, line 2 (!python) is not read; migrate train.py, which it names",
+        "cell 4 (%%R) is not read",
+        "cell 6, line 1 (%time) is not read",
+        "cell 7 (raw) is not read",
+    )
 
 
 def test_the_original_is_kept_and_never_overwritten(tmp_path: Path) -> None:
