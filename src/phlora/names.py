@@ -273,6 +273,7 @@ IMPORTS: Mapping[str, OldImport] = {
         ),
         OldImport("transformers.optimization.AdamW", "torch.optim.AdamW", says="as transformers.AdamW"),
         OldImport("peft.prepare_model_for_int8_training", "peft.prepare_model_for_kbit_training"),
+        OldImport("peft.prepare_model_for_training", "peft.prepare_model_for_kbit_training"),
         OldImport(
             "trl.DataCollatorForCompletionOnlyLM",
             same=False,
@@ -290,7 +291,29 @@ IMPORTS: Mapping[str, OldImport] = {
             same=False,
             says="it takes a model to copy from",
         ),
+        OldImport(
+            "trl.trainer.utils.PeftSavingCallback",
+            same=False,
+            says="leave it out: checkpoints hold the adapter anyway",
+        ),
+        OldImport(
+            "trl.get_kbit_device_map",
+            same=False,
+            says="leave device_map out: the trainer takes the model to its device",
+        ),
         OldImport("trl.SFTScriptArguments", "trl.ScriptArguments"),
+        OldImport("trl.is_xpu_available", "transformers.utils.is_torch_xpu_available"),
+        OldImport("trl.is_npu_available", "transformers.utils.is_torch_npu_available"),
+        OldImport("trl.is_peft_available", "transformers.utils.is_peft_available"),
+        OldImport(
+            "transformers.utils.is_flash_attn_available", "transformers.utils.is_flash_attn_2_available"
+        ),
+        OldImport(
+            "transformers.LineByLineTextDataset",
+            "datasets.load_dataset",
+            same=False,
+            says='load_dataset("text", data_files=...)',
+        ),
         OldImport(
             "transformers.TextDataset",
             "datasets.load_dataset",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phlora.cli.console import print_result
+from phlora.cli.console import make_display, print_result
 from phlora.cli.options import Json, Quiet
 from phlora.errors import EXIT_FINDING, EXIT_INPUT
 
@@ -48,7 +48,7 @@ def migrate(
     """
     from phlora.migrate.report import migrate_files, summary
 
-    reports = migrate_files(paths, write=write)
+    reports = migrate_files(paths, write=write, display=make_display(quiet))
     if as_json:
         print_result({"files": [report.to_json() for report in reports]})
     else:

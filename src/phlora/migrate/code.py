@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import heapq
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -76,18 +78,21 @@ class Code:
         self._positions = wrapper.resolve(PositionProvider)
         self._scopes = wrapper.resolve(ScopeProvider)
         self.nodes = list(_walk(self.module))
+        self._order = {node: number for number, node in enumerate(self.nodes)}
+        self._of_kind: dict[type[Any], list[Any]] = defaultdict(list)
+        for node in self.nodes:
+            self._of_kind[type(node)].append(node)
         self._starred = [
             dotted(node.module)
-            for node in self.nodes
-            if isinstance(node, cst.ImportFrom) and isinstance(node.names, cst.ImportStar) and node.module
+            for node in self.all(cst.ImportFrom)
+            if isinstance(node.names, cst.ImportStar) and node.module
         ]
         # What a module takes from a package that is not known may bind any name.
         self._may_be_bound = bool({name.partition(".")[0] for name in self._starred} - _KNOWN_PACKAGES)
-        self._order = {node: number for number, node in enumerate(self.nodes)}
 
     def all(self, *kinds: type[Any]) -> Iterator[Any]:
-        """The nodes of these kinds, in the order of the text."""
-        return (node for node in self.nodes if isinstance(node, kinds))
+        """The nodes of these kinds, none of which is a kind of another, in the order of the text."""
+        return heapq.merge(*(self._of_kind[kind] for kind in kinds), key=self._order.__getitem__)
 
     def comes_before(self, node: cst.CSTNode, other: cst.CSTNode) -> bool:
         return self._order[node] < self._order[other]

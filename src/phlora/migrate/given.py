@@ -182,6 +182,12 @@ def update(edits: Edits, entry: Given, old: Old, arguments: Arguments) -> None:
         _rename(edits, entry, old, arguments)
 
 
+def asks_for_nothing(code: Code, entry: Given, old: Old) -> bool:
+    """Whether an argument of an old name has a value that meant the default."""
+    value = code.literal(entry.value)
+    return value is not NOT_LITERAL and _is_in(value, old.values) and old.value(value) is None
+
+
 def _rename(edits: Edits, entry: Given, old: Old, arguments: Arguments) -> None:
     code = edits.code
     value = code.literal(entry.value)
@@ -201,7 +207,7 @@ def _rename(edits: Edits, entry: Given, old: Old, arguments: Arguments) -> None:
         edits.leave(entry.value, f"{old.name} is now {old.new}, where numbers from 1 on count steps")
         return
     is_translated = value is not NOT_LITERAL and _is_in(value, old.values)
-    if is_translated and old.value(value) is None:
+    if asks_for_nothing(code, entry, old):
         remove(edits, entry, f"{old.name} is left out: {code.text(entry.value)} asks for nothing")
         return
     edits.of(entry.holder).renamed[entry.index] = old.new

@@ -102,7 +102,10 @@ def rewritten(statement: Any, line: ImportLine) -> list[Any]:
 
 
 def _laid_out(old: Sequence[cst.ImportAlias], new: list[cst.ImportAlias]) -> list[cst.ImportAlias]:
-    """Aliases as a list, with what stood between the old ones between them, and behind the last what stood there."""
+    """Aliases as a list, with what stood between the old ones between them, and behind the last what stood there.
+
+    Without old ones they stand on one line, whatever stood behind them where they come from.
+    """
     new = _unique(new)
     if not any(alias in old for alias in new):
         new.sort(key=lambda alias: (not dotted(alias.name)[:1].isupper(), dotted(alias.name)))
@@ -115,7 +118,7 @@ def _laid_out(old: Sequence[cst.ImportAlias], new: list[cst.ImportAlias]) -> lis
     *rest, last = new
     listed = [
         alias
-        if isinstance(alias.comma, cst.Comma) and alias is not _last(old)
+        if old and isinstance(alias.comma, cst.Comma) and alias is not _last(old)
         else alias.with_changes(comma=between)
         for alias in rest
     ]

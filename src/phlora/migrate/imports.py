@@ -84,10 +84,14 @@ class Imports:
         """This use of an imported name goes away with what it stands in."""
         self._gone.add(node)
 
-    def need(self, full: str, near: cst.CSTNode) -> str:
-        """Import a full name where `near`, a use of an imported name, was imported; returns how to write it."""
+    def need(self, full: str, near: cst.CSTNode, *, before: cst.CSTNode | None = None) -> str:
+        """Import a full name where `near`, a use of an imported name, was imported; returns how to write it.
+
+        Args:
+            before: where it is needed, if that is not at `near`; an import above it does.
+        """
         module, _, name = full.rpartition(".")
-        known = self._local_name(full, before=near)
+        known = self._local_name(full, before=before or near)
         if known is not None:
             return known
         local = name
@@ -96,9 +100,9 @@ class Imports:
         self._needed.append((near, full, local))
         return local
 
-    def need_module(self, module: str, near: cst.CSTNode) -> str:
+    def need_module(self, module: str, near: cst.CSTNode, *, before: cst.CSTNode | None = None) -> str:
         """As `need`, for a module that is imported whole."""
-        return self.need(f".{module}", near).lstrip(".")
+        return self.need(f".{module}", near, before=before).lstrip(".")
 
     # ---------------------------------------------------------------------------------------------- doing
 
@@ -135,7 +139,8 @@ class Imports:
         return found.pop() if len(found) == 1 else ""
 
     def _new_name(self, full: str) -> str:
-        return self._moves.get(canonical(full), "")
+        new = self._moves.get(canonical(full), "")
+        return "" if new == full else new
 
     def _aliases(self) -> Iterator[tuple[cst.Import | cst.ImportFrom, int, str, str]]:
         """Every imported name: its statement, its place there, its local and its full name."""
@@ -216,7 +221,6 @@ class Imports:
                 new = self._packages[package] + module[len(package) :]
                 self._edits.change(node, from_module(new))
                 self._edits.say(node, f"{module} is {new}")
-                continue
         stars = [node for node in self._code.all(cst.ImportFrom) if isinstance(node.names, cst.ImportStar)]
         for use, new in self._retargeted.items():
             if not stars or not isinstance(use, cst.Name) or self._is_imported(use):

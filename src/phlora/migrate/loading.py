@@ -8,13 +8,22 @@ from phlora.migrate.code import NOT_LITERAL, expression
 from phlora.migrate.edits import Edits
 from phlora.migrate.given import Arguments, Given, entries_of, remove, update_arguments
 from phlora.migrate.imports import Imports
-from phlora.names import ARGUMENTS, FROM_PRETRAINED
+from phlora.names import ARGUMENTS, FROM_PRETRAINED, Old
 
 _LOADERS = ("transformers.", "peft.", "trl.")
 _FLASH = ("flash_attention_2", "flash_attention_3")
 _CUDA = "torch.cuda.is_available()"
 _BITS = ("load_in_4bit", "load_in_8bit")
 _BNB = "transformers.BitsAndBytesConfig"
+_LOAD_DATASET = {
+    old.name: old
+    for old in (
+        Old("use_auth_token", "renamed", "token"),
+        Old("ignore_verifications", "renamed", "verification_mode", values={True: "no_checks", False: None}),
+        Old("trust_remote_code", "idle", says="no code beside data is run any more"),
+        Old("task", "idle", says="columns are read as they are"),
+    )
+}
 # Built into transformers; the code beside these models is of 2024, and does not run any more.
 _BUILT_IN = (
     "microsoft/phi-3-mini",
@@ -37,6 +46,8 @@ class Loading:
                 self._quantization(call, arguments)
                 self._machine(call, arguments)
                 self._own_code(call, arguments)
+            elif "datasets.load_dataset" in self.imports.names(call.func):
+                update_arguments(self.edits, call, _LOAD_DATASET)
             elif isinstance(call.func, cst.Attribute) and call.func.attr.value == "to":
                 self._to_cuda(call)
 
@@ -144,7 +155,7 @@ class Loading:
         anchor = self._torch_anchor(call)
         if anchor is None:
             return
-        torch = self.imports.need_module("torch", anchor)
+        torch = self.imports.need_module("torch", anchor, before=call)
         text = self.code.text(call.args[0].value)
         self.edits.of(call).values[0] = expression(f'{text} if {torch}.cuda.is_available() else "cpu"')
         self.edits.say(call, 'to("cuda") where there is a GPU, else to the CPU')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 
 import libcst as cst
@@ -26,7 +27,14 @@ MOVES = {
     "unsloth.is_bfloat16_supported": "transformers.utils.is_torch_bf16_gpu_available",
     "unsloth.is_bf16_supported": "transformers.utils.is_torch_bf16_gpu_available",
     "unsloth.standardize_sharegpt": "phlora.standardize_sharegpt",
+    # Called as before, and no more in trl.commands.
+    "trl.TrlParser": "trl.TrlParser",
+    "trl.init_zero_verbose": "trl.init_zero_verbose",
 }
+
+
+class NoPythonError(Exception):
+    """The rewritten module is no Python: a mistake of the rewriting."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ def migrate_text(text: str) -> Migrated:
 
     Raises:
         libcst.ParserSyntaxError: it is no Python of today.
+        NoPythonError: what came out of it is none, though the module was.
     """
     code = Code(text)
     edits = Edits(code)
@@ -64,7 +73,21 @@ def migrate_text(text: str) -> Migrated:
     _unreadable_imports(edits)
     imports.plan()
     remarks = sorted(edits.remarks, key=lambda remark: remark.line)
-    return Migrated(edits.apply(), tuple(remarks))
+    new = edits.apply()
+    _require_python(new, text)
+    return Migrated(new, tuple(remarks))
+
+
+def _require_python(new: str, old: str) -> None:
+    """Nobody gets a file that Python cannot read for one that it could."""
+    try:
+        ast.parse(old)
+    except (SyntaxError, ValueError):
+        return  # Of a later Python than this one, perhaps.
+    try:
+        ast.parse(new)
+    except SyntaxError as error:
+        raise NoPythonError(f"{error.msg}: {(error.text or '').strip()}") from None
 
 
 def _metrics(edits: Edits, imports: Imports) -> None:

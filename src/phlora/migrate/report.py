@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phlora.display import Display
 from phlora.errors import InputError
 from phlora.extras import require
 from phlora.migrate.sources import Notebook, Script, files_of, read_source, write_changed
@@ -17,6 +18,8 @@ from phlora.migrate.sources import Notebook, Script, files_of, read_source, writ
 _MENTIONED = re.compile(
     rb"\b(trl|peft|transformers|loralib|unsloth|datasets|phlora|SFTTrainer|TrainingArguments)\b"
 )
+# Lines from which on reading takes longer than a person waits without a word.
+_LONG = 3000
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,15 @@ class FileReport:
         }
 
 
-def migrate_files(paths: Sequence[Path | str], *, write: bool = False) -> list[FileReport]:
+def migrate_files(
+    paths: Sequence[Path | str], *, write: bool = False, display: Display | None = None
+) -> list[FileReport]:
     """Migrate scripts and notebooks, and those in folders, to Phlora and today's names; nothing in them is run.
 
     Args:
         paths: files and folders.
         write: put the changed files in place; each original is kept as NAME.orig.
+        display: where to say how far it is, and which file takes long; nowhere by default.
 
     Returns:
         A report on every file, on one that cannot be read as well; of a folder on those that mention a library.
@@ -84,15 +90,18 @@ def migrate_files(paths: Sequence[Path | str], *, write: bool = False) -> list[F
     require({"libcst": "reading Python with its layout"}, where="phlora migrate")
     files = list(files_of([Path(path) for path in paths]))
     is_one = len(paths) == 1 and files == [Path(paths[0])]
+    display = display or Display(quiet=True)
     reports = []
-    for file in files:
-        try:
-            report = migrate_file(file, write=write)
-        except InputError as error:
-            if is_one:
-                raise
-            report = FileReport(file, problem=" ".join(str(error).split("\n")))
-        reports.append(report)
+    with display.counting("Migrating", unit="files") as advance:
+        for file in files:
+            try:
+                report = migrate_file(file, write=write, display=display)
+            except InputError as error:
+                if is_one:
+                    raise
+                report = FileReport(file, problem=" ".join(str(error).split("\n")))
+            reports.append(report)
+            advance(1)
     return reports
 
 
@@ -108,7 +117,7 @@ def _require_characters(text: str, path: Path) -> None:
         ) from None
 
 
-def migrate_file(path: Path, *, write: bool = False) -> FileReport:
+def migrate_file(path: Path, *, write: bool = False, display: Display | None = None) -> FileReport:
     """Migrate one script or notebook.
 
     Raises:
@@ -116,20 +125,29 @@ def migrate_file(path: Path, *, write: bool = False) -> FileReport:
     """
     import libcst
 
-    from phlora.migrate.migration import migrate_text
+    from phlora.migrate.migration import NoPythonError, migrate_text
 
     source = read_source(path)
     _require_characters(source.text, path)
     if not _MENTIONED.search(source.text.encode()):
         return FileReport(path, notes=source.notes)
+    lines = source.text.count("\n")
+    if display is not None and lines >= _LONG:
+        display.note(f"{path}: {lines:,} lines are read, which takes a while")
     try:
         migrated = migrate_text(source.text)
     except libcst.ParserSyntaxError as error:
         raise _no_python(source, error) from None
+    except NoPythonError as error:
+        raise InputError(
+            f"The code cannot be rewritten: it would be no Python any more ({error})",
+            where=str(path),
+            fix="change it by hand, by the page on migration, and report this: it is a mistake of phlora migrate",
+        ) from None
     except RecursionError:
         raise InputError("The code is nested too deeply to be read", where=str(path)) from None
     pieces = source.pieces(migrated.text)
-    lines = {
+    remarks = {
         is_left: tuple(
             Line(source.where(remark.line), remark.text)
             for remark in migrated.remarks
@@ -141,8 +159,8 @@ def migrate_file(path: Path, *, write: bool = False) -> FileReport:
     return FileReport(
         path,
         diffs=tuple(_diff(*piece) for piece in pieces),
-        changes=lines[False],
-        left=lines[True],
+        changes=remarks[False],
+        left=remarks[True],
         notes=source.notes,
         original=original,
     )

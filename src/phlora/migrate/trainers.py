@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import libcst as cst
@@ -13,6 +14,7 @@ from phlora.migrate.given import (
     Arguments,
     Given,
     arguments_of,
+    asks_for_nothing,
     remove,
     update,
     update_arguments,
@@ -105,7 +107,9 @@ class Trainers:
             old = ARGUMENTS[TRAINER].get(entry.name)
             if old is None:
                 continue
-            if old.fate == "moved":
+            if old.fate == "moved" and asks_for_nothing(self.code, entry, old):
+                remove(self.edits, entry, f"{entry.name} is left out: it asked for nothing")
+            elif old.fate == "moved":
                 moved.append(entry)
             else:
                 update(self.edits, entry, old, arguments)
@@ -238,19 +242,22 @@ class Trainers:
         """What the rows of a script for an earlier TRL train is said so that nothing else can be trained."""
         formatting = arguments.given.get("formatting_func")
         field = self._old_text_field(arguments, config)
-        is_in_danger = may_be_taken_over(self.code)
         if formatting is None:
-            if field is not None and is_in_danger:
+            if field is not None and self._is_in_danger:
                 keep_text_alone(self.edits, call, arguments, field)
             return
         made = self._formatted(formatting)
         if made is None or self.code.literal(formatting.value) is None:
             return
-        if is_in_danger and not isinstance(formatting.value, cst.Lambda):
+        if self._is_in_danger and not isinstance(formatting.value, cst.Lambda):
             map_to_text(self.edits, call, arguments, formatting, made=made, field=field)
         elif made != f"{self.code.text(formatting.value)}(row)":
             self.edits.of(formatting.holder).values[formatting.index] = expression(f"lambda row: {made}")
             self.edits.say(formatting.value, f"formatting_func gets one row now: {made}")
+
+    @cached_property
+    def _is_in_danger(self) -> bool:
+        return may_be_taken_over(self.code)
 
     def _old_text_field(self, arguments: Arguments, config: Given | None) -> cst.BaseExpression | None:
         """The column that is trained, where it is said in the way of a TRL that trained no other."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import libcst as cst
 
-from phlora.migrate.code import NOT_LITERAL, dotted, expression
+from phlora.migrate.code import NOT_LITERAL, dotted, expression, plain
 from phlora.migrate.edits import Edits, line_of, statements_of
 from phlora.migrate.given import Arguments, arguments_of
 from phlora.migrate.imports import Imports
@@ -31,10 +31,10 @@ _IDLE_IN_LOADING = frozenset(
     )
     + ("gpu_memory_utilization", "max_lora_rank", "float8_kv_cache", "unsloth_vllm_standby")
 )
-_LORA_DEFAULTS = {
-    "r": "16",
-    "target_modules": '["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]',
-    "lora_alpha": "16",
+# What is adapted where no modules are named, unless it is turned off.
+_PARTS = {
+    "finetune_attention_modules": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "finetune_mlp_modules": ("gate_proj", "up_proj", "down_proj"),
 }
 _TO_LORA = frozenset(
     ("r", "target_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save", "use_dora")
@@ -48,7 +48,13 @@ _TO_LORA = frozenset(
     )
 )
 _IDLE_IN_LORA = frozenset(
-    {"use_gradient_checkpointing", "random_state", "max_seq_length", "temporary_location"}
+    {
+        "use_gradient_checkpointing",
+        "random_state",
+        "max_seq_length",
+        "temporary_location",
+        "finetune_vision_layers",
+    }
 )
 _LONGEST_LINE = 100
 _SAVES = frozenset({"save_pretrained_merged", "push_to_hub_merged"})
@@ -68,11 +74,7 @@ NO_COUNTERPART = {
 
 
 class Unsloth:
-    """The calls of Unsloth in a module.
-
-    Attributes:
-        lengths: the `max_seq_length` that models were loaded with, and where.
-    """
+    """The calls of Unsloth in a module."""
 
     def __init__(self, edits: Edits, imports: Imports) -> None:
         self.edits, self.imports, self.code = edits, imports, edits.code
@@ -113,10 +115,9 @@ class Unsloth:
         else:
             self.edits.leave(call, f"{self.code.text(call.func)} has no counterpart here")
 
-    def _exchange(self, call: cst.Call, text: str, statement: cst.CSTNode | None = None) -> None:
+    def _exchange(self, call: cst.Call, text: str) -> None:
         self.imports.drop(call.func)
-        if statement is None:
-            self.edits.replace(call, expression(text))
+        self.edits.replace(call, expression(text))
         self.edits.say(call, f"{self.code.text(call.func)} is {text.partition('(')[0]}")
 
     # ------------------------------------------------------------------------------------------------ loading
@@ -201,24 +202,27 @@ class Unsloth:
         """Unsloth loads in 4 bits where nothing is said."""
         four, eight = (arguments.given.get(f"load_in_{bits}bit") for bits in (4, 8))
         full = arguments.given.get("full_finetuning")
-        if eight is not None and self.code.literal(eight.value) is True:
+        said = None if eight is None else self.code.literal(eight.value)
+        if said is True:
             name = self.imports.need("transformers.BitsAndBytesConfig", near)
             return [f"quantization_config={name}(load_in_8bit=True)"]
+        if eight is not None and said is NOT_LITERAL:
+            text = self.code.text(eight.value)
+            self.edits.leave(
+                eight.value,
+                f"load_in_8bit={text}: where it is true, say quantization_config=BitsAndBytesConfig(load_in_8bit=True)",
+            )
         asked = (
             self.code.literal(four.value)
             if four is not None
             else not (full and self.code.literal(full.value) is True)
         )
-        if asked in (False, None) and not (
-            four is not None and isinstance(four.value, cst.Name) and asked is NOT_LITERAL
-        ):
+        if asked in (False, None):
             return []
         name = self.imports.need("transformers.BitsAndBytesConfig", near)
         made = f'{name}(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
-        if asked is True and not (four is not None and isinstance(four.value, cst.Name)):
-            return [f"quantization_config={made}"]
-        assert four is not None
-        return [f"quantization_config={made} if {self.code.text(four.value)} else None"]
+        condition = "True" if four is None else self.code.text(four.value)
+        return [f"quantization_config={made}" + (f" if {condition} else None" if condition != "True" else "")]
 
     def _say_about(self, call: cst.Call, arguments: Arguments, used: Any, idle: frozenset[str]) -> None:
         for name, entry in arguments.given.items():
@@ -250,12 +254,20 @@ class Unsloth:
             if name in _TO_LORA
             and not (name == "loftq_config" and self.code.literal(entry.value) in (None, {}))
         }
-        left_to_defaults = {name: text for name, text in _LORA_DEFAULTS.items() if name not in given}
+        defaults = {"r": "16", "target_modules": self._targets(arguments), "lora_alpha": "16"}
+        left_to_defaults = {name: text for name, text in defaults.items() if name not in given}
         settings = {**given, **left_to_defaults, "task_type": given.get("task_type", '"CAUSAL_LM"')}
         make = self.imports.need(OUR_GET_PEFT_MODEL, call.func)
         config = self.imports.need("peft.LoraConfig", call.func)
         self.imports.drop(call.func)
-        self._say_about(call, arguments, {"model", *_TO_LORA}, _IDLE_IN_LORA)
+        self._say_about(
+            call, arguments, {"model", *_TO_LORA, *_PARTS, "finetune_language_layers"}, _IDLE_IN_LORA
+        )
+        language = arguments.given.get("finetune_language_layers")
+        if language is not None and self.code.literal(language.value) is not True:
+            self.edits.leave(
+                call, "finetune_language_layers: the layers of the language model are what is adapted here"
+            )
         self.edits.say(call, f"{self.code.text(call.func)} is {OUR_GET_PEFT_MODEL} with a {config}")
         if "random_state" in arguments.given:
             seed = self.code.text(arguments.given["random_state"].value)
@@ -264,7 +276,20 @@ class Unsloth:
             )
         values = ",\n".join(f"        {name}={text}" for name, text in settings.items())
         text = f"{make}(\n    {self.code.text(value)},\n    {config}(\n{values},\n    ),\n)"
-        self.edits.replace(call, expression(_with_indent(text, "")))
+        self.edits.replace(call, expression(text))
+
+    def _targets(self, arguments: Arguments) -> str:
+        """The modules that Unsloth adapts where none are named."""
+        names: list[str] = []
+        for part, modules in _PARTS.items():
+            entry = arguments.given.get(part)
+            asked = True if entry is None else self.code.literal(entry.value)
+            if entry is not None and asked is NOT_LITERAL and "target_modules" not in arguments.given:
+                self.edits.leave(
+                    entry.value, f"{part}: name the modules of target_modules, as the value is not known here"
+                )
+            names += modules if asked is not False else ()
+        return self.code.text(plain(names))
 
     # ------------------------------------------------------------------------------------------------- saving
 
@@ -363,7 +388,3 @@ def _in_place(old: Any, new: list[str]) -> Any:
     lines[0] = lines[0].with_changes(leading_lines=first.leading_lines)
     lines[-1] = lines[-1].with_changes(trailing_whitespace=last.trailing_whitespace)
     return cst.FlattenSentinel(lines)
-
-
-def _with_indent(text: str, indent: str) -> str:
-    return text.replace("\n", f"\n{indent}")

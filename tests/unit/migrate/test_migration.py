@@ -9,10 +9,15 @@ import pytest
 import transformers
 import trl
 
+from phlora.errors import InputError
+from phlora.migrate import report
+from phlora.migrate.edits import Edits
 from phlora.migrate.migration import migrate_text
+from phlora.migrate.report import migrate_files
 from phlora.migrate.sources import read_source
 from phlora.migrate.trainers import KEPT_DEFAULTS
 from phlora.names import ARGUMENTS, FROM_PRETRAINED, IMPORTS, SETTINGS, TRAINER
+from phlora.testing import invoke
 
 SHAPES = sorted(
     path for path in (Path(__file__).parents[2] / "shapes").glob("*/*") if path.suffix in (".py", ".ipynb")
@@ -49,6 +54,15 @@ IMPORT_CASES = {
         "from peft import (\n    LoraConfig,\n    get_peft_model,\n)\nget_peft_model(m, LoraConfig())\n",
         "from peft import (\n    LoraConfig,\n)\nfrom phlora import get_peft_model\nget_peft_model(m, LoraConfig())\n",
     ),
+    "two of several lines": (
+        "from trl import (\n    ModelConfig,\n    SFTConfig,\n    SFTTrainer,\n    TrlParser,\n)\n",
+        "from trl import (\n    ModelConfig,\n    TrlParser,\n)\nfrom phlora import SFTConfig, SFTTrainer\n",
+    ),
+    "a module that is gone": (
+        "from trl.commands.cli_utils import SFTScriptArguments, TrlParser\n",
+        "from trl import ScriptArguments, TrlParser\n",
+    ),
+    "as it is today": ("from trl import ScriptArguments, TrlParser\n",) * 2,
     "whole package": ("import trl\nt = trl.SFTTrainer()\n", "import phlora\nt = phlora.SFTTrainer()\n"),
     "whole package with other uses": (
         "import trl as t\nt.SFTTrainer()\nt.DPOTrainer()\n",
@@ -169,6 +183,10 @@ ARGUMENT_CASES = {
         'a = SFTConfig("o", max_length=9)\nt = SFTTrainer(m, a, max_seq_length=9)\n',
         'a = SFTConfig("o", max_length=9)\nt = SFTTrainer(m, a)\n',
     ),
+    "none was the default": (
+        "n = None\nt = SFTTrainer(m, SFTConfig(max_seq_length=None), max_seq_length=n, dataset_text_field=None)\n",
+        "n = None\nt = SFTTrainer(m, SFTConfig())\n",
+    ),
     "a subclass": (
         "class Mine(SFTTrainer):\n    pass\n\nt = Mine(m, tokenizer=k)\n",
         "class Mine(SFTTrainer):\n    pass\n\nt = Mine(m, processing_class=k)\n",
@@ -286,6 +304,22 @@ def test_quantisation_is_a_configuration() -> None:
     assert "load_in" not in migrated(
         "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained(n, load_in_4bit=False)\n"
     )
+
+
+def test_data_sets_are_loaded_by_today_s_names() -> None:
+    text = "from datasets import load_dataset\nload_dataset('a', split='b', use_auth_token=t, trust_remote_code=True)\n"
+    assert migrated(text) == "from datasets import load_dataset\nload_dataset('a', split='b', token=t)\n"
+    text = "import datasets\ndatasets.load_dataset('a', ignore_verifications={}, task='x')\n"
+    assert "load_dataset('a', verification_mode=\"no_checks\")" in migrated(text.format(True))
+    assert "load_dataset('a')" in migrated(text.format(False))
+
+
+def test_an_import_that_is_there_is_not_made_again() -> None:
+    text = "from unsloth import FastLanguageModel\nimport torch\nx.to('cuda')\nFastLanguageModel.for_inference(m)\n"
+    assert migrated(text).count("import torch") == 1
+    # One below does not help.
+    text = "from unsloth import FastLanguageModel\nx.to('cuda')\nimport torch\n"
+    assert migrated(text).index("import torch") < migrated(text).index("x.to(")
 
 
 def test_scripts_for_a_gpu_run_without_one() -> None:
@@ -425,6 +459,40 @@ def test_unsloth_s_own_defaults_are_said() -> None:
     compile(new, "new", "exec")
 
 
+def adapted_by_unsloth(arguments: str) -> str:
+    return migrated(f"from unsloth import FastModel\nm = FastModel.get_peft_model(m, {arguments})\n")
+
+
+def test_parts_that_unsloth_leaves_out_are_left_out() -> None:
+    new = adapted_by_unsloth("finetune_attention_modules=False, finetune_mlp_modules=True")
+    assert 'target_modules=["gate_proj", "up_proj", "down_proj"]' in new and "# phlora" not in new
+    assert 'target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]' in adapted_by_unsloth(
+        "finetune_mlp_modules=False"
+    )
+    # Names count where they are given.
+    assert "target_modules=['x']" in adapted_by_unsloth("target_modules=['x'], finetune_mlp_modules=False")
+    assert "# phlora: finetune_mlp_modules" in adapted_by_unsloth("finetune_mlp_modules=flag")
+    assert "# phlora: finetune_language_layers" in adapted_by_unsloth("finetune_language_layers=False")
+    assert "# phlora" not in adapted_by_unsloth("finetune_language_layers=True, finetune_vision_layers=True")
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        ("load_in_4bit=True", "double_quant=True))"),
+        ("load_in_4bit=False", "dtype='auto')"),
+        ("load_in_4bit=flag", "double_quant=True) if flag else None)"),
+        ("load_in_8bit=True", "BitsAndBytesConfig(load_in_8bit=True))"),
+        ("load_in_8bit=False", "double_quant=True))"),
+        ("load_in_8bit=flag, load_in_4bit=False", "# phlora: load_in_8bit=flag"),
+    ],
+)
+def test_how_unsloth_stores_the_base(given: str, written: str) -> None:
+    text = f"from unsloth import FastModel\nm, t = FastModel.from_pretrained('a/b', {given})\n"
+    new = "".join(migrated(text).replace('"', "'").split("\n"))
+    assert written in new.replace("None,)", "None)").replace("=True),)", "=True))"), new
+
+
 def test_a_length_that_only_unsloth_s_model_knew_is_left_to_the_user() -> None:
     text = "from trl import SFTTrainer\nfrom unsloth import FastLanguageModel\n"
     text += "m, t = FastLanguageModel.from_pretrained('a/b', max_seq_length=99)\nSFTTrainer(m)\n"
@@ -461,4 +529,22 @@ def test_the_comments_of_every_shape_stay(path: Path) -> None:
     new = migrate_text(source.text).text
     kept = {comment for comment in comments if comment in new}
     # Unsloth's two calls are written anew, with the comments inside them.
-    assert kept == comments or path.name == "unsloth_alpaca.py"
+    assert kept == comments or path.name in ("unsloth_alpaca.py", "unsloth_one_notebook.py")
+
+
+def test_what_would_be_no_python_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Edits, "apply", lambda edits: "from phlora import (\n")
+    file = tmp_path / "a.py"
+    file.write_text("import trl\n")
+    with pytest.raises(InputError, match="cannot be rewritten"):
+        migrate_files([file], write=True)
+    assert file.read_text() == "import trl\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_long_files_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("import trl\n" + "x = 1\n" * 20)
+    monkeypatch.setattr(report, "_LONG", 20)
+    done = invoke("migrate", file)
+    assert "a.py: 21 lines are read, which takes a while" in done.err and "lines are read" not in done.out
+    assert "lines are read" not in invoke("migrate", file, "--quiet").err
