@@ -39,7 +39,6 @@ import torch
 import trl
 from datasets import Dataset
 from peft import PeftModel
-from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -55,6 +54,7 @@ from phlora.models.lm_head import (
     trained_weight,
 )
 from phlora.models.prefix_attention import copy_cost
+from phlora.train.dtypes import keep_dtypes, trained_values
 from phlora.train.field_values import word_of
 from phlora.train.optimizer import raise_rate_of_B
 from phlora.train.pieces import Passes, Pieces
@@ -107,7 +107,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
             refuse_z_loss(why_trls_loss(given))
         if isinstance(given, nn.Module) and kwargs.get("peft_config") is not None:
             widen_what_trains(given, kwargs["peft_config"])
-        before = _trained_values(given) if isinstance(given, PeftModel) else None
+        before = trained_values(given) if isinstance(given, PeftModel) else None
         self._worn = Worn(given if isinstance(given, nn.Module) else None)
         with warnings.catch_warnings():
             # TRL 1.16 announces a slow way through all logits, which is not taken here.
@@ -117,7 +117,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
             except BaseException:
                 self._worn.take_off()
                 raise
-        _keep_dtypes(self.model, before)
+        keep_dtypes(self.model, before)
         for line in widen_adapted(self.model):
             _log.warning("%s", line)
         if loraplus_lr_ratio is not None and self.optimizer is not None:
@@ -421,24 +421,6 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         """A count summed over all processes."""
         total = torch.as_tensor(count, device=self.accelerator.device, dtype=torch.float64)
         return float(self.accelerator.reduce(total, reduction="sum"))
-
-
-def _trained_values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _keep_dtypes(model: nn.Module, before: dict[str, torch.Tensor] | None) -> None:
-    """Undo TRL's cast: the values of an adapter that was given come back, a fresh one has PEFT's dtype."""
-    quantized = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-    if not (quantized and isinstance(model, PeftModel)):
-        return
-    if before is None:
-        for name in model.active_adapters:
-            cast_adapter_dtype(model, name)
-        return
-    for name, parameter in model.named_parameters():
-        if name in before and parameter.dtype != before[name].dtype:
-            parameter.data = before[name]
 
 
 def _finished_step(checkpoint: str | bool | None, planned: Any) -> int | None:
