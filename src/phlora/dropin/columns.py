@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from jinja2 import TemplateError
 
 from phlora.data.chat_template import ChatTemplate
 from phlora.data.messages import ROLES
@@ -29,6 +30,9 @@ PAIR = ("prompt", "completion")
 # What TRL makes of rows while it prepares them, and takes for its own where a row brings it.
 _LABELS = ("labels", "completion_mask", "assistant_masks")
 LOOKED_AT = 100
+# What code raises that meets values of another shape than it was written for: rows where it wants a batch, or labels
+# that it wants to make itself. Anything else that a script's own function raises is for its author to see.
+OTHERWISE_SHAPED = (TypeError, ValueError, LookupError, AttributeError, AssertionError, TemplateError)
 _KNOWN_ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -136,18 +140,21 @@ def formatted(rows: Rows, format_row: Callable[..., Any], *, text_field: str, na
     everything = columns_of(rows)
     try:
         made: Any = format_row(dict(first))
-    except Exception:  # what the script's own function raises where it wants a batch
-        if not _takes_batches(format_row, first):
+    except OTHERWISE_SHAPED as error:
+        why_not = _why_no_batches(format_row, first)
+        if why_not:
+            error.add_note(f"Given a batch, as in earlier versions of TRL, formatting_func {why_not}")
             raise
-        made = []
-    if isinstance(made, str):
-        return rows.map(lambda row: {text_field: format_row(row)}, remove_columns=everything)
-    if not _takes_batches(format_row, first):
-        raise DataError(
-            f"formatting_func returned {type(made).__name__}",
-            where=name,
-            expected="a text for a row, or a list of texts for a batch of rows",
-        )
+    else:
+        if isinstance(made, str):
+            return rows.map(lambda row: {text_field: format_row(row)}, remove_columns=everything)
+        why_not = _why_no_batches(format_row, first)
+        if why_not:
+            raise DataError(
+                f"formatting_func returned {type(made).__name__}, and given a batch it {why_not}",
+                where=name,
+                expected="a text for a row, or a list of texts for a batch of rows",
+            )
     warn(
         "formatting_func returns lists, as in earlier versions of TRL: it is called with batches, and not with rows"
     )
@@ -211,13 +218,16 @@ def _is_rendered(template: ChatTemplate, role: str) -> bool:
     return "probed" in rendering.text
 
 
-def _takes_batches(format_row: Callable[..., Any], first: Mapping[str, Any]) -> bool:
-    """Whether it makes as many texts as a batch has rows."""
+def _why_no_batches(format_row: Callable[..., Any], first: Mapping[str, Any]) -> str:
+    """Why it does not make as many texts as a batch has rows, as a sentence's rest; empty where it does."""
     try:
         made = format_row({column: [value, value] for column, value in first.items()})
-    except Exception:  # whatever a script's own function raises says that it wants something else
-        return False
-    return isinstance(made, list) and len(made) == 2 and all(isinstance(text, str) for text in made)
+    except OTHERWISE_SHAPED as error:
+        return f"raised {type(error).__name__}: {error}"
+    if not isinstance(made, list):
+        return f"returned {type(made).__name__}"
+    texts = sum(isinstance(text, str) for text in made)
+    return "" if texts == len(made) == 2 else f"returned {texts} texts for 2 rows"
 
 
 def _nothing_to_train(rows: Rows, name: str, text_field: str, there: Sequence[str]) -> DataError:

@@ -17,6 +17,7 @@ from phlora.data.chat_template import ChatTemplate, chat_template
 from phlora.data.table import IGNORED
 from phlora.dropin.columns import (
     CHATS,
+    OTHERWISE_SHAPED,
     PAIR,
     Rows,
     as_meant,
@@ -146,16 +147,11 @@ class WithoutLabels:
         return self.collator([{name: row[name] for name in row if name != "labels"} for row in rows])
 
 
-def _labels_by(collator: Any, rows: list[dict[str, Any]]) -> Any:
-    """The labels that a collator gives rows; None where it cannot take them."""
-    try:
-        return collator(copy.deepcopy(rows))["labels"]
-    except Exception:  # whatever a script's own collator raises says that it wants something else
-        return None
-
-
 def look_at_collator(trainer: Any) -> None:
-    """A script's own data collator decides about labels once more: what it leaves untrained is told."""
+    """A script's own data collator decides about labels once more: what it leaves untrained is told.
+
+    What it raises with rows as they will be trained is raised here, before anything is trained.
+    """
     rows, collator = trainer.train_dataset, trainer.data_collator
     if (
         isinstance(collator, TrlCollator)
@@ -163,21 +159,26 @@ def look_at_collator(trainer: Any) -> None:
         or "labels" not in rows.column_names
     ):
         return
-    first = [
-        {name: row[name] for name in ("input_ids", "labels")} for row in rows.select(range(min(4, len(rows))))
-    ]
-    labels = _labels_by(collator, first)
-    if labels is None:
-        labels = _labels_by(collator, [{"input_ids": row["input_ids"]} for row in first])
-        if labels is None:
-            return
+    as_trained = trainer._remove_unused_columns(rows, "training")
+    first = [as_trained[number] for number in range(min(4, len(rows)))]
+    try:
+        made = collator(copy.deepcopy(first))
+    except OTHERWISE_SHAPED as error:
         # Earlier versions of TRL left it to the collator to make labels.
-        trainer.data_collator = WithoutLabels(collator)
+        bare = WithoutLabels(collator)
+        try:
+            made = bare(copy.deepcopy(first))
+        except OTHERWISE_SHAPED:
+            raise error from None
+        trainer.data_collator = bare
         warn(
             f"{type(collator).__name__} makes labels of its own, so it is given rows without the prepared ones"
         )
+    labels = made.get("labels") if isinstance(made, Mapping) else None
+    if labels is None:
+        return
     stops = set(stop_token_ids(trainer._tokenizer))
-    before = {label for row in first for label in row["labels"]} - {IGNORED}
+    before = {int(label) for row in first for label in row["labels"]} - {IGNORED}
     after = set(labels.flatten().tolist()) - {IGNORED}
     if before and not after:
         warn(f"{type(collator).__name__} leaves no token of the first rows to train")
