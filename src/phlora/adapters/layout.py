@@ -134,8 +134,8 @@ def plain_config(
         lora,
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        rank_pattern=_by_leaf(ranks, default=r),
-        alpha_pattern=_by_leaf(alphas, default=alpha),
+        rank_pattern=by_leaf(ranks, default=r),
+        alpha_pattern=by_leaf(alphas, default=alpha),
         init_lora_weights=changes_base(lora.init_lora_weights) or lora.init_lora_weights,
     )
     return with_blocks(
@@ -227,7 +227,7 @@ def _require_block_init(lora: LoraConfig, asked: str, *, fix: str) -> None:
         )
 
 
-def _by_leaf(values: Mapping[str, _Value], *, default: _Value | None = None) -> dict[str, _Value]:
+def by_leaf(values: Mapping[str, _Value], *, default: _Value | None = None) -> dict[str, _Value]:
     """The values by the last parts of the names where these agree, else by full names; without the default."""
     kinds: dict[str, set[_Value]] = {}
     for name, value in values.items():

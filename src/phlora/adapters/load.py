@@ -6,8 +6,9 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
@@ -15,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from phlora.adapters.base_view import keep_before_load, keep_loaded, restore_base, widen_what_trains
+from phlora.adapters.peft_folder import write_fitted
+from phlora.adapters.portable import is_of_other_layout
 from phlora.adapters.saved_config import read_adapter_config, require_fitting
 from phlora.adapters.saved_facts import read_adapter_facts
 from phlora.adapters.tensor_files import not_finite
@@ -26,6 +29,10 @@ from phlora.models.locate import first_line, path_advice
 from phlora.others import without_known_warnings
 
 _CONFIG_FILE = "adapter_config.json"
+_OTHER_LAYOUT = (
+    "The adapter is of a base in another layout (fused weights on one side, q_proj, k_proj, ... on the other); it was "
+    "carried over exactly, and the weights that it was trained on cannot be compared"
+)
 # What PEFT raises for a configuration that does not go with a model.
 _NOT_TAKEN = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError)
 
@@ -66,7 +73,8 @@ def load_adapter(
 
     Args:
         model: the base, without an adapter.
-        folder: with adapter_config.json and adapter_model.safetensors.
+        folder: with adapter_config.json and adapter_model.safetensors; one for the twin of this base in Llama layout,
+            or in Phi-3's, is carried over.
         trainable: whether its parameters require gradients.
         allow_zero: accept an adapter that changes nothing, as a fresh one.
 
@@ -74,6 +82,17 @@ def load_adapter(
         ModelError: no adapter there, another base, unused or missing tensors, or a zero delta.
     """
     path = Path(folder).expanduser()
+    file, _ = _adapter_file(path)
+    if not is_of_other_layout(_layers_of(file), model.config):
+        return _load(model, path, trainable=trainable, allow_zero=allow_zero)
+    with TemporaryDirectory() as scratch:
+        write_fitted(path, Path(scratch), model.config)
+        loaded = _load(model, Path(scratch), trainable=trainable, allow_zero=allow_zero)
+    return replace(loaded, report=replace(loaded.report, notes=(_OTHER_LAYOUT,)))
+
+
+def _load(model: PreTrainedModel, path: Path, *, trainable: bool, allow_zero: bool) -> LoadedAdapter:
+    """`load_adapter`, with module names that are the model's own."""
     file, values = _adapter_file(path)
     shapes, delta_norm = _survey_adapter(file)
     if delta_norm == 0 and not allow_zero:
@@ -129,6 +148,23 @@ def _adapter_file(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     return file, read_adapter_config(folder / _CONFIG_FILE)
 
 
+def _layers_of(file: Path) -> set[str]:
+    """The names of the layers in an adapter's file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name.partition(".lora_")[0] for name in tensors.keys()}  # noqa: SIM118  (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"The adapter cannot be read ({first_line(error)})",
+        where=str(file),
+        fix="the file may be incomplete: copy it again",
+    )
+
+
 def _survey_adapter(file: Path) -> tuple[dict[str, tuple[int, ...]], float]:
     """The shape of each tensor in an adapter file, and the norm of all its lora_B.
 
@@ -148,11 +184,7 @@ def _survey_adapter(file: Path) -> tuple[dict[str, tuple[int, ...]], float]:
                 if "lora_B" in name:
                     squares.append(squared)
     except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"The adapter cannot be read ({first_line(error)})",
-            where=str(file),
-            fix="the file may be incomplete: copy it again",
-        ) from error
+        raise _unreadable(file, error) from error
     return shapes, sum(squares) ** 0.5
 
 

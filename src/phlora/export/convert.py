@@ -15,9 +15,11 @@ from phlora.adapters.peft_folder import (
     read_peft,
     read_peft_config,
     read_peft_tensors,
+    write_fitted,
     write_peft,
     write_peft_tensors,
 )
+from phlora.adapters.portable import is_of_other_layout
 from phlora.config import ModelConfig
 from phlora.errors import ConfigError, RunError
 from phlora.export.merge import MergeReport, merge_run
@@ -95,16 +97,17 @@ def convert(
     require_new(output)
     if to == "loralib" and output.is_dir():
         raise RunError("A folder stands where the file should be", where=str(output), fix="name a file")
-    if blocks is None and model is not None:
-        files = find_files(ModelConfig(name=model, offline=offline), needs_weights=False)
-        blocks = fused_row_blocks(files.config)
+    config = None
+    if model is not None:
+        config = find_files(ModelConfig(name=model, offline=offline), needs_weights=False).config
+        blocks = fused_row_blocks(config) if blocks is None else blocks
     if _is_loralib(source):
         adapter = _read_loralib(source, lora_alpha, enable, blocks, kernels)
     else:
         _refuse_options(lora_alpha, () if to == "loralib" else enable, kernels)
         source = resolve_adapter(source, model=model, offline=offline, needs_base=False).adapter
         if to == "peft":
-            return _copy_peft(source, output)
+            return _copy_peft(source, output, config, base_model=model)
         adapter = read_peft(source, enable=enable, blocks=blocks)
     require_room_for(output, _LARGEST_GROWTH * sum(t.nbytes for t in adapter.tensors()))
     if to == "peft":
@@ -226,14 +229,18 @@ def _read_loralib(
     return read_loralib(file, lora_alpha=lora_alpha, enable=enable, blocks=blocks, kernels=kernels)
 
 
-def _copy_peft(source: Path, output: Path) -> ConvertReport:
-    """What is saved is plain PEFT already; a pickle becomes safetensors."""
+def _copy_peft(source: Path, output: Path, base: Any, *, base_model: str | None) -> ConvertReport:
+    """What is saved is plain PEFT already; a pickle becomes safetensors, its layout that of a base that is named."""
     read_peft_config(source)
     tensors = read_peft_tensors(source)
-    require_room_for(output, sum(t.nbytes for t in tensors.values()))
+    layers = {name.partition(".lora_")[0] for name in tensors}
+    require_room_for(output, _LARGEST_GROWTH * sum(t.nbytes for t in tensors.values()))
     with replaced_folder(output) as part:
         for file in sorted(source.iterdir()):
             if file.suffix in _SIDE_FILES and file.is_file():
                 shutil.copy(file, part)
-        write_peft_tensors(tensors, part)
+        if base is not None and is_of_other_layout(layers, base):
+            write_fitted(source, part, base, base_model=base_model)
+        else:
+            write_peft_tensors(tensors, part)
     return ConvertReport(output=str(output), format="peft", num_tensors=len(tensors))

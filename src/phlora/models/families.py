@@ -90,7 +90,12 @@ def fused_row_blocks(config: Any) -> dict[str, dict[str, int]]:
     With H query heads, G key/value heads of width d and feed-forward width F:
     `qkv_proj (H·d + 2·G·d, D)` holds q, k, v; `gate_up_proj (2·F, D)` holds gate, up.
     """
-    if getattr(config, "model_type", None) != "phi3":
+    return projection_rows(config) if getattr(config, "model_type", None) == "phi3" else {}
+
+
+def projection_rows(config: Any) -> dict[str, dict[str, int]]:
+    """As `fused_row_blocks`, also of a Llama layout, whose projections are weights of their own; empty for others."""
+    if getattr(config, "model_type", None) not in ("phi3", *_LLAMA_LAYOUTS):
         return {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_rows = config.num_key_value_heads * head_dim

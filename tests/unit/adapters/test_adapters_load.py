@@ -71,21 +71,33 @@ def test_float16_bases_are_compared_where_they_can_be(tmp_path):
     assert any("cannot be told" in note for note in notes)
 
 
-def test_split_names_on_a_fused_base_fail_with_counts_and_leave_the_base(tmp_path):
+def test_names_that_no_module_has_fail_with_counts_and_leave_the_base(tmp_path):
     make_adapter(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     split = {}
     for name, tensor in tensors.items():
         for fused, parts in (("qkv_proj", "qkv"), ("gate_up_proj", ("gate", "up"))):
             if fused in name:
-                split |= {name.replace(fused, f"{part}_proj"): tensor.clone() for part in parts}
+                split |= {name.replace(fused, f"{part}_other"): tensor.clone() for part in parts}
         if "o_proj" in name or "down_proj" in name:
             split[name] = tensor
     save_file(split, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    names = ["q_other", "k_other", "v_other", "o_proj", "gate_other", "up_other", "down_proj"]
     edit_json(tmp_path / "adapter_config.json", target_modules=names)
     base, _ = tiny_phi3()
     with pytest.raises(ModelError, match="20 of 28 tensors unused"):
+        load_adapter(base, tmp_path)
+    assert [n for n, _ in base.named_parameters()] == [n for n, _ in tiny_phi3()[0].named_parameters()]
+
+
+def test_parts_of_fused_weights_with_rows_of_the_whole_are_refused_and_leave_the_base(tmp_path):
+    make_adapter(tmp_path, targets=["qkv_proj"])
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    split = {name.replace("qkv_proj", "q_proj"): tensor for name, tensor in tensors.items()}
+    save_file(split, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    edit_json(tmp_path / "adapter_config.json", target_modules=["q_proj"])
+    base, _ = tiny_phi3()
+    with pytest.raises(ModelError, match="q_proj: lora_B has 128 rows"):
         load_adapter(base, tmp_path)
     assert [n for n, _ in base.named_parameters()] == [n for n, _ in tiny_phi3()[0].named_parameters()]
 

@@ -30,8 +30,9 @@ def test_scaling_is_kept_where_ranks_differ(tmp_path: Path) -> None:
     torch.save(loralib.lora_state_dict(theirs), tmp_path / "adapter.pt")
     write_peft(read_loralib(tmp_path / "adapter.pt", lora_alpha=32, enable=["q", "v"]), tmp_path)
     config = LoraConfig.from_pretrained(str(tmp_path))
-    assert (config.r, config.lora_alpha) == (4, 32)
-    assert (config.rank_pattern, config.alpha_pattern) == ({"c_attn": 8}, {"c_attn": 64})
+    assert (config.r, config.lora_alpha) == (8, 64)
+    assert config.rank_pattern == {"c_proj": 4, "wte": 4}
+    assert config.alpha_pattern == {"c_proj": 32, "wte": 32}
 
 
 def test_blocks_of_a_peft_adapter_can_be_named_and_have_to_be_block_diagonal(tmp_path: Path) -> None:
@@ -101,4 +102,10 @@ def test_what_is_written_is_a_plain_peft_adapter(tmp_path: Path) -> None:
     (tmp_path / "phlora.json").write_text(json.dumps({"blocks": {"x.qkv_proj": ["q_proj"]}}))
     with pytest.raises(ModelError, match="`blocks` is"):
         read_peft(tmp_path)
-    assert facts["blocks"] == {"x.qkv_proj": {"sizes": SIZES["qkv_proj"], "enabled": ["q_proj", "v_proj"]}}
+    (blocks,) = facts["blocks"].values()
+    assert blocks == {
+        "sizes": SIZES["qkv_proj"],
+        "enabled": ["q_proj", "v_proj"],
+        "r": [2, 2],
+        "scaling": [2.0, 2.0],
+    }
