@@ -147,6 +147,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             run_it(model_folder, chat_file, output)
     facts = checkpoints.RunFolder(output).facts()
     assert facts["status"] == "interrupted" and facts[loop.LIBRARIES] == matmul.libraries()
+    assert facts[loop.COMPUTING].items() >= {"dtype": "float32", "products": matmul.backend()}.items()
     assert (output / "checkpoints" / "checkpoint-4" / "complete.json").is_file()
     with pytest.raises(RunError, match="already holds a run"):
         run_it(model_folder, chat_file, output)
@@ -197,7 +198,9 @@ def test_a_resumed_run_multiplies_by_the_libraries_that_it_began_with(
     try:
         run_it(model_folder, chat_file, output, resume=True, callbacks=[Watch()])
         assert used and all(libraries == other for libraries in used)
-        assert other == checkpoints.RunFolder(output).facts()[loop.LIBRARIES]
+        facts = checkpoints.RunFolder(output).facts()
+        assert other == facts[loop.LIBRARIES] and facts[loop.COMPUTING]["products"] == "torch's BLAS"
+        assert "which may change the last digits: products " in (output / "train.log").read_text("utf-8")
     finally:
         matmul.use_libraries(before)
 

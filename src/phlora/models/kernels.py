@@ -57,6 +57,17 @@ def obstacle() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def digest() -> str | None:
+    """What tells the code that is compiled from any other; None: torch computes."""
+    found = _library()
+    return None if isinstance(found, str) else Path(found._name).stem.rpartition("-")[2]
+
+
+def takes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether anything is compiled for numbers of this kind at this place."""
+    return dtype in _NAMES and device.type == "cpu"
+
+
 def fits(*tensors: Tensor) -> bool:
     """Whether the functions of this module may compute with these tensors; cheap checks first."""
     dtype, recorded = tensors[0].dtype, torch.is_grad_enabled()

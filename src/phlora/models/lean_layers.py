@@ -100,6 +100,12 @@ def _describe_chains(device: torch.device) -> str:
     return "element-wise chains compiled" if obstacle is None else f"element-wise chains by torch: {obstacle}"
 
 
+def chains_of(model: nn.Module, *, dtype: torch.dtype, device: torch.device) -> int:
+    """How many layers of a model have chains of element-wise operations computed by `models.kernels`, where it can."""
+    chained = (LeanRMSNorm, LeanMLP, LeanAttention)
+    return sum(isinstance(m, chained) for m in model.modules()) if kernels.takes(dtype, device) else 0
+
+
 def exchange_layers(model: nn.Module) -> dict[str, int]:
     """The part of `speed_pass` that concerns the model alone; how many layers each replacement stands for."""
     replaced: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """The run folder: what a run was made of, what happened in it, and what can be continued or used from it.
 
     run.json                status, versions, seed, model, data and adapter facts; `identity` is what a resumed
-                            run has to share with the one it continues
+                            run has to share with the one it continues; `computing` what decides last digits
     config.yaml             the resolved configuration, each value with where it came from; can be run again
     events.jsonl            what happened, one line each (`runs.events`)
     train.log               what was said while it trained, each entry with its time; also by the libraries
@@ -119,7 +119,8 @@ _EXPECTED: Expected = {
     "max_length": (_is_length, "a number of tokens from 1 on"),
     "seed": (is_count, "a whole number from 0 on"),
     "lora": (is_object, "the configuration of the adapter"),
-    **{name: (is_object, "facts by their names") for name in ("model", "adapter", "timing")},
+    **{name: (is_object, "facts by their names") for name in ("model", "adapter", "timing", "computing")},
+    "products": (_are_texts, "kinds of products with the library that multiplies them"),
     "data": (_are_data_facts, "counts of rows, and the rows that were left out"),
     "environment": (_is_environment, "versions of packages, and facts about the machine"),
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PrinterCallback
 
@@ -23,6 +24,7 @@ from phlora.models.activation_memory import recomputing_mlps
 from phlora.models.causal_lm import as_causal_lm
 from phlora.models.families import longrope_limit
 from phlora.models.load import LoadedModel
+from phlora.runs.computing import COMPUTING, Computing, changed
 from phlora.runs.folder import RunFolder
 from phlora.runs.system_prompt import SYSTEM_PROMPTS
 from phlora.train.arguments import Arguments
@@ -82,14 +84,17 @@ def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: 
     )
     progress, stop = TrainingProgress(display), GentleStop(display)
     try:
-        libraries = folder.facts().get(LIBRARIES)
+        before = folder.facts()
         recomputing = (
             recomputing_mlps(model) if task.arguments.activation_memory == "recompute_mlp" else nullcontext()
         )
-        acceleration = at_speed(model, data.speed, libraries=libraries)
+        acceleration = at_speed(model, data.speed, libraries=before.get(LIBRARIES))
         with acceleration as chosen, _for_training(model), recomputing:
             display.note(chosen)
-            folder.update_facts(**{LIBRARIES: matmul.libraries()})
+            computing = _computing(task)
+            if change := changed(before.get(COMPUTING, {}), computing):
+                display.warn(change)
+            folder.update_facts(**{LIBRARIES: matmul.libraries(), COMPUTING: computing.to_json()})
             trainer = _trainer(task, name=folder.path.resolve().name)
             trainer.remove_callback(PrinterCallback)
             for callback in (
@@ -118,6 +123,12 @@ def fit(task: Training, folder: RunFolder, *, checkpoint: Path | None, display: 
     elif best.step != trainer.state.global_step:
         display.note(f"The best adapter is that of step {best.step} (held-out loss {best.loss:.4f})")
         load_weights(model, folder.best_adapter)
+
+
+def _computing(task: Training) -> Computing:
+    args, loaded = task.arguments.args, task.loaded
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else loaded.dtype.value
+    return Computing.of(task.model, dtype=dtype, storage=loaded.storage.value)
 
 
 def _merged(trainer: SFTTrainer) -> str:
