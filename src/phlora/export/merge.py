@@ -13,33 +13,27 @@ One merged model waits, in the dtype that is saved, while the other is made: nev
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from phlora.adapters.load import load_adapter
 from phlora.adapters.merge import BOUNDS, LogitDifferences, fold_adapter
 from phlora.config import MergeBase
-from phlora.data.rows import Row
-from phlora.data.table import IGNORED
-from phlora.data.tokenize import TokenizedRow, tokenize_rows
+from phlora.data.tokenize import TokenizedRow
 from phlora.display import Display
-from phlora.errors import ConfigError, DataError, Finding, did_you_mean
+from phlora.errors import ConfigError, Finding, did_you_mean
 from phlora.export.output import require_new, require_room_for, save_model
+from phlora.export.proof import answer_logits, answer_loss, proof_rows, tokenized_proof
 from phlora.files import ADAPTER_FACTS, replaced_folder, write_json
 from phlora.models.device import DTYPES
-from phlora.models.families import context_lengths
-from phlora.models.lm_head import trunk_and_head, why_not_by_token
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import dequantize
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.reading import rows_or_held_out
 from phlora.runs.resolve import (
     ResolvedAdapter,
     load_as_trained,
@@ -51,8 +45,6 @@ from phlora.runs.system_prompt import SYSTEM_PROMPTS, system_prompts_of
 
 MERGE_FILE = "merge.json"
 MERGE_BASES: tuple[MergeBase, ...] = get_args(MergeBase)
-# Logits of one model over all rows; those of two are in memory at once.
-_LOGITS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,75 +344,6 @@ def _own_dtype(tokenizer: LoadedTokenizer) -> str:
     assert tokenizer.files is not None
     stored = str(tokenizer.files.config.dtype).removeprefix("torch.")
     return stored if stored in DTYPES else "float32"
-
-
-# ---------------------------------------------------------------------------------------------- the proof
-
-
-def proof_rows(found: ResolvedAdapter, data: Any, **how: Any) -> list[Row]:
-    """The rows that are named, or those that the run held out.
-
-    Raises:
-        DataError: there are none.
-    """
-    rows = rows_or_held_out(found, data, command="phlora merge", option="--rows", **how)
-    if rows is None:
-        raise DataError(
-            "There are no rows to prove the merge on"
-            + (": the run held none out" if found.rows else ": an adapter alone brings none"),
-            where=str(found.adapter),
-            fix="name a file with chats that the model is meant for: --rows chats.jsonl",
-        )
-    return rows
-
-
-def tokenized_proof(
-    rows: Sequence[Row], found: ResolvedAdapter, tokenizer: LoadedTokenizer, model: Any
-) -> list[TokenizedRow]:
-    """The rows as tokens, as many as there is room for the logits of."""
-    tokenized = tokenize_rows(
-        rows,
-        tokenizer.tokenizer,
-        train_on=found.train_on,
-        max_length=found.max_length or context_lengths(model.config).max_tokens,
-        training_template=tokenizer.training_template,
-    ).rows
-    room = _LOGITS_BYTES // (4 * model.config.vocab_size)
-    totals = accumulate(row.num_trained_tokens for row in tokenized)
-    kept = [row for row, total in zip(tokenized, totals, strict=True) if total <= room]
-    return kept or tokenized[:1]
-
-
-@torch.no_grad()
-def answer_logits(model: Any, rows: Sequence[TokenizedRow], display: Display) -> Iterator[Tensor]:
-    """The logits (S, V) at the trained tokens of each row, in fp32 on the CPU.
-
-    Of all positions where the model does something to its logits after the head.
-    """
-    by_token = why_not_by_token(model) is None
-    device = next(model.parameters()).device
-    with display.progress("Rows", len(rows)) as advance:
-        for row in rows:
-            ids = torch.tensor([row.input_ids], device=device)
-            predicts = torch.tensor(row.labels[1:], device=device) != IGNORED
-            if by_token:
-                trunk, head = trunk_and_head(model)
-                hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state[0, :-1]
-                logits = head(hidden[predicts])
-            else:
-                logits = model(input_ids=ids, use_cache=False).logits[0, :-1][predicts]
-            yield logits.float().cpu()
-            advance(1)
-
-
-def answer_loss(rows: Sequence[TokenizedRow], logits: Iterable[Tensor]) -> float:
-    """Mean cross-entropy of the answers' tokens, in nats."""
-    total, count = 0.0, 0
-    for row, predicted in zip(rows, logits, strict=True):
-        targets = torch.tensor([label for label in row.labels[1:] if label != IGNORED])
-        total += F.cross_entropy(predicted.double(), targets, reduction="sum").item()
-        count += len(targets)
-    return total / max(1, count)
 
 
 def _require_kept(differences: LogitDifferences, report: MergeReport) -> None:

@@ -1,58 +1,40 @@
 """A merged model in 4 bits, for programs that run such models, with what the rounding cost on held-out rows.
 
 gptq, awq   auto-round tunes the rounding of every linear layer of the blocks on chats, and packs it in the layout of
-            that name, which transformers, vLLM and others load
+            that name, which transformers, vLLM and others load (`export.packed`)
 int4-onnx   onnxruntime-genai's builder writes a graph for ONNX Runtime; it rounds to the nearest and reads no chats
+            (`export.onnx`)
 
-The chats are the run's own, as it trained them, never those that the result is measured on, and never a hub's. Before
-and after, the same held-out rows are scored: the loss of the answers, and the share that is answered word for word.
-Sources: SignRound (Cheng et al. 2023), which auto-round implements; onnxruntime-genai's model builder.
+The chats are the run's own, never a hub's. Before and after, the same held-out rows are scored: the loss of the
+answers, and the share that is answered word for word.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import io
-import json
-import logging
-import os
 import shutil
-import subprocess
-import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
-
 from phlora.data.prompts import encode_prompt
 from phlora.data.rows import Row
-from phlora.data.table import IGNORED
-from phlora.data.tokenize import TokenizedRow, tokenize_rows
+from phlora.data.tokenize import TokenizedRow
 from phlora.display import Display
-from phlora.errors import ConfigError, EnvironmentProblem, InputError, ModelError, did_you_mean, shown
-from phlora.export.merge import (
-    MERGE_FILE,
-    MergeReport,
-    answer_logits,
-    answer_loss,
-    merge_run,
-    proof_rows,
-    tokenized_proof,
-)
+from phlora.errors import ConfigError, did_you_mean, shown
+from phlora.export.merge import MERGE_FILE, MergeReport, merge_run
+from phlora.export.onnx import onnx_answer, onnx_logits, onnx_starts, write_onnx
 from phlora.export.output import require_new, require_room_for
+from phlora.export.packed import pieces_to_tune_on, write_packed
+from phlora.export.proof import answer_logits, answer_loss, proof_rows, tokenized_proof
 from phlora.extras import require
 from phlora.files import ADAPTER_FACTS, replaced_folder, write_json
-from phlora.models.families import block_linears
 from phlora.models.generate import generate
 from phlora.models.load import load_model
 from phlora.models.tokenizer import LoadedTokenizer
-from phlora.runs.reading import read_like_run
 from phlora.runs.resolve import ResolvedAdapter, load_tokenizer_of, resolve_adapter
 
 QuantizedFormat = Literal["gptq", "awq", "int4-onnx"]
@@ -66,10 +48,6 @@ _NEEDS = {
         "onnx_ir": "writing for ONNX Runtime",
     },
 }
-# Columns that share a scale: the widest that every layer takes.
-_GROUPS = (128, 64, 32)
-# Tokens of a piece of chats that rounding is tuned on, how many of them, and how often.
-_LENGTHS, _MOST_PIECES, _ENOUGH_PIECES, _TIMES = (512, 256, 128, 64, 32), 128, 8, 50
 _MOST_ANSWERS = 32
 _NEW_TOKENS = 128
 
@@ -197,10 +175,10 @@ def merge_quantized(
             display.stage(f"Rounding it to {wanted}")
             if wanted == "int4-onnx":
                 calibration = "to the nearest, without chats"
-                _write_onnx(merged, part)
+                write_onnx(merged, part)
             else:
-                pieces, calibration = _pieces(found, tokenizer, compared)
-                _write_packed(merged, part, tokenizer, pieces, format=wanted, device=device)
+                pieces, calibration = pieces_to_tune_on(found, tokenizer, compared)
+                write_packed(merged, part, tokenizer, pieces, format=wanted, device=device)
             if (merged / ADAPTER_FACTS).is_file():
                 shutil.copy(merged / ADAPTER_FACTS, part / ADAPTER_FACTS)
             display.stage("Loading what was saved, and scoring it on the same rows")
@@ -273,6 +251,28 @@ def _scored(
         if questions
         else []
     )
+    return _figures(loss, answers, questions, tokenizer, folder)
+
+
+def _scored_onnx(
+    folder: Path, rows: Sequence[TokenizedRow], questions: Sequence[_Question], tokenizer: LoadedTokenizer
+) -> Figures:
+    start = onnx_starts(folder)
+    loss = answer_loss(rows, (onnx_logits(start, row) for row in rows))
+    answers = [
+        onnx_answer(start, one.prompt_ids, most=one.most, stop_token_ids=tokenizer.stop_token_ids)
+        for one in questions
+    ]
+    return _figures(loss, answers, questions, tokenizer, folder)
+
+
+def _figures(
+    loss: float,
+    answers: Iterable[Sequence[int]],
+    questions: Sequence[_Question],
+    tokenizer: LoadedTokenizer,
+    folder: Path,
+) -> Figures:
     return Figures(
         loss=loss,
         exact_match=_share_of_matches(answers, questions, tokenizer),
@@ -297,202 +297,3 @@ def _share_of_matches(
 def _weight_bytes(folder: Path) -> int:
     kinds = (".safetensors", ".onnx", ".data", ".bin")
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in kinds)
-
-
-# ---------------------------------------------------------------------------------------------- gptq and awq
-
-
-def _pieces(
-    found: ResolvedAdapter, tokenizer: LoadedTokenizer, held_out: Sequence[TokenizedRow]
-) -> tuple[list[Tensor], str]:
-    """Pieces of equal length of the chats that the run trained on, shape (1, T) each, and what they are."""
-    rows = _trained_rows(found, tokenizer, held_out)
-    told = f"tuned on {len(rows)} rows that the run trained on"
-    if not rows:
-        rows, told = list(held_out), "tuned on the rows that it is measured on, as no others are there"
-    ids = [token for row in rows for token in row.input_ids]
-    length = next((size for size in _LENGTHS if len(ids) // size >= _ENOUGH_PIECES), _LENGTHS[-1])
-    ids = ids * -(-length // max(1, len(ids))) if len(ids) < length else ids
-    whole = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, 1, length)
-    return list(whole[:_MOST_PIECES]), told
-
-
-def _trained_rows(
-    found: ResolvedAdapter, tokenizer: LoadedTokenizer, held_out: Sequence[TokenizedRow]
-) -> list[TokenizedRow]:
-    """The run's own training rows, where they are still there, without those that are held out."""
-    config = found.config
-    if config is None:
-        return []
-    try:
-        rows = read_like_run([file.path for file in config.data.files], config)
-    except InputError:  # moved, or changed since
-        return []
-    kept = {tuple(row.input_ids) for row in held_out}
-    everything = {tuple(row.input_ids) for row in _all_held_out(found, tokenizer)} | kept
-    # As many as may be looked at: what rounding is tuned on is a small part of them.
-    tokenized = _tokenized(rows[: 16 * _MOST_PIECES], found, tokenizer)
-    return [row for row in tokenized if tuple(row.input_ids) not in everything]
-
-
-def _all_held_out(found: ResolvedAdapter, tokenizer: LoadedTokenizer) -> list[TokenizedRow]:
-    if found.rows is None or not found.rows.is_file() or not found.rows.stat().st_size:
-        return []
-    return _tokenized(proof_rows(found, None), found, tokenizer)
-
-
-def _tokenized(rows: Sequence[Row], found: ResolvedAdapter, tokenizer: LoadedTokenizer) -> list[TokenizedRow]:
-    return list(
-        tokenize_rows(
-            rows,
-            tokenizer.tokenizer,
-            train_on=found.train_on,
-            max_length=found.max_length or _LENGTHS[0],
-            training_template=tokenizer.training_template,
-        ).rows
-    )
-
-
-def _write_packed(
-    merged: Path,
-    output: Path,
-    tokenizer: LoadedTokenizer,
-    pieces: Sequence[Tensor],
-    *,
-    format: str,
-    device: str,
-) -> None:
-    with _quiet():
-        from auto_round import AutoRound
-
-        loaded = load_model(str(merged), dtype="float32", device=device, offline=True)
-        try:
-            rounding = AutoRound(
-                loaded.model,
-                tokenizer.tokenizer,
-                bits=4,
-                group_size=_group_size(loaded.model),
-                sym=True,
-                dataset=list(pieces),
-                nsamples=len(pieces),
-                seqlen=pieces[0].shape[-1],
-                batch_size=min(8, len(pieces)),
-                iters=_TIMES,
-                enable_torch_compile=False,
-                device_map=str(loaded.device),
-            )
-            rounding.quantize_and_save(str(output), format=f"auto_{format}")
-        # Many libraries at work, each with its own kinds of errors.
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            ImportError,
-            OSError,
-        ) as error:
-            raise EnvironmentProblem(
-                f"auto-round cannot round this model: {error}",
-                where="--quantize",
-                fix="merge without --quantize, or with another format",
-            ) from error
-    # It writes into a folder of a name of its own.
-    inner = next((file.parent for file in output.rglob("config.json")), output)
-    for file in [] if inner == output else list(inner.iterdir()):
-        shutil.move(file, output / file.name)
-    for folder in [path for path in output.iterdir() if path.is_dir()]:
-        shutil.rmtree(folder)
-    tokenizer.tokenizer.save_pretrained(output)
-
-
-def _group_size(model: nn.Module) -> int:
-    widths = [int(model.get_submodule(name).in_features) for name in block_linears(model)]  # type: ignore[arg-type]
-    return next((size for size in _GROUPS if all(width % size == 0 for width in widths)), _GROUPS[-1])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the many lines of a library that talks to a person of its own."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
-# ----------------------------------------------------------------------------------------------------- onnx
-
-
-def _write_onnx(merged: Path, output: Path) -> None:
-    """The builder is a program: its settings and what it leaves in the process stay its own."""
-    cache = output / "cache"
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-i", str(merged), "-o", str(output), "-p", "int4", "-e", "cpu", "-c", str(cache)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
-    shutil.rmtree(cache, ignore_errors=True)
-    if done.returncode or not (output / "genai_config.json").is_file():
-        last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["it says nothing"]
-        raise EnvironmentProblem(
-            f"onnxruntime-genai's builder cannot write this model: {last[0]}",
-            where="--quantize",
-            fix="merge without --quantize, or with another format",
-        )
-
-
-def _scored_onnx(
-    folder: Path, rows: Sequence[TokenizedRow], questions: Sequence[_Question], tokenizer: LoadedTokenizer
-) -> Figures:
-    import onnxruntime_genai as genai
-
-    try:
-        model = genai.Model(str(folder))
-    except RuntimeError as error:
-        raise ModelError(f"What was written cannot be loaded: {error}", where=str(folder)) from error
-    limit = int(
-        json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"]
-    )
-
-    def start(ids: Sequence[int]) -> Any:
-        settings = genai.GeneratorParams(model)
-        settings.set_search_options(max_length=limit, do_sample=False)
-        generator = genai.Generator(model, settings)
-        generator.append_tokens(list(ids))
-        return generator
-
-    loss = answer_loss(rows, (_logits_of(start, row) for row in rows))
-    answers = [_answer(start(one.prompt_ids), one.most, tokenizer.stop_token_ids) for one in questions]
-    return Figures(
-        loss=loss,
-        exact_match=_share_of_matches(answers, questions, tokenizer),
-        num_bytes=_weight_bytes(folder),
-    )
-
-
-def _logits_of(start: Callable[[Sequence[int]], Any], row: TokenizedRow) -> Tensor:
-    """The logits (S, V) at the trained tokens of a row, each after all tokens before it."""
-    trained = [place for place, label in enumerate(row.labels) if label != IGNORED and place]
-    found: list[Tensor] = []
-    generator = start(row.input_ids[: trained[0]]) if trained else None
-    last = trained[-1] if trained else 0
-    for place in range(trained[0], last + 1) if trained else ():
-        assert generator is not None
-        if row.labels[place] != IGNORED:
-            found.append(torch.tensor(generator.get_logits()).float().reshape(-1))
-        if place < last:
-            generator.append_tokens([row.input_ids[place]])
-    return torch.stack(found) if found else torch.zeros(0, 1)
-
-
-def _answer(generator: Any, most: int, stop_token_ids: Sequence[int]) -> list[int]:
-    answer: list[int] = []
-    while len(answer) < most and not generator.is_done():
-        generator.generate_next_token()
-        token = int(generator.get_next_tokens()[0])
-        if token in stop_token_ids:
-            break
-        answer.append(token)
-    return answer

@@ -8,12 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 from phlora import load_model
 from phlora.errors import ConfigError, MissingExtraError
 from phlora.export import quantize
-from phlora.runs.resolve import load_tokenizer_of, resolve_adapter
 from phlora.testing import invoke
 
 HAS = {name: find_spec(name) is not None for name in ("auto_round", "onnxruntime_genai")}
@@ -33,26 +31,6 @@ def test_what_is_not_installed_is_named_before_anything_is_loaded(
     with pytest.raises(MissingExtraError, match=r"phlora\[(gptq|onnx)\]"):
         quantize.merge_quantized(run, tmp_path / "m", quantize=format)
     assert not any(tmp_path.iterdir())
-
-
-def test_rounding_is_tuned_on_rows_that_are_not_measured_on(run: Path) -> None:
-    found = resolve_adapter(run)
-    tokenizer = load_tokenizer_of(found)
-    held_out = quantize._all_held_out(found, tokenizer)
-    trained = quantize._trained_rows(found, tokenizer, held_out)
-    assert len(trained) == 14 and len(held_out) == 6
-    assert not {tuple(row.input_ids) for row in trained} & {tuple(row.input_ids) for row in held_out}
-    pieces, told = quantize._pieces(found, tokenizer, held_out)
-    assert "14 rows" in told and len({piece.shape for piece in pieces}) == 1
-    tokens = [token for row in trained for token in row.input_ids]
-    assert torch.cat(pieces, dim=1)[0].tolist() == tokens[: sum(piece.shape[1] for piece in pieces)]
-
-
-def test_without_rows_of_its_own_it_says_so(adapter: Path, run: Path) -> None:
-    found = resolve_adapter(run)
-    held_out = quantize._all_held_out(found, load_tokenizer_of(found))
-    pieces, told = quantize._pieces(resolve_adapter(adapter), load_tokenizer_of(found), held_out)
-    assert pieces and "measured on" in told
 
 
 @pytest.mark.parametrize("format", quantize.FORMATS)
