@@ -84,8 +84,12 @@ def _parsed(text: str) -> Any:
     if text.lstrip().startswith("{"):
         with contextlib.suppress(json.JSONDecodeError):
             return json.loads(text, object_pairs_hook=_unique)
-    # Safe: _UniqueKeys is a SafeLoader.
-    return yaml.load(text, Loader=_UniqueKeys)
+    return _loaded(text)
+
+
+def _loaded(text: str) -> Any:
+    # Safe: _Loader is a SafeLoader.
+    return yaml.load(text, Loader=_Loader)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,11 +139,15 @@ def apply_overrides(
                 expected="section.key=value, for example training_config.learning_rate=3e-4",
             )
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            value = _loaded(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = getattr(error, "problem", None) if isinstance(error, _GuardError) else None
             raise ConfigError(
-                f"The value of `{override}` is no valid YAML", where=origin, fix="put the value into quotes"
+                f"The value of `{override}` is no valid YAML" + (f": {reason}" if reason else ""),
+                where=origin,
+                fix="put the value into quotes",
             ) from None
+        _require_reasonable(value, origin)
         result, sources = set_value(result, key.strip(), value, sources, origin=origin)
     return result, sources
 
@@ -192,17 +200,40 @@ def kind_of(value: Any) -> str:
     return names.get(type(value)) or shown(value)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is a mistake: plain YAML would drop the first value silently."""
+class _GuardError(yaml.constructor.ConstructorError):
+    """What YAML reads without a word, and otherwise than the person meant who wrote it."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without what it does silently: it drops the first value of a key that stands twice, and counts in odd bases.
+
+    Every value of a configuration is read by it, in a file or on the command line.
+    """
 
     _merged = 0
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number as a person reads it: `010` would be 8, and `1:30` 90."""
+        text = node.value.replace("_", "").lstrip("+-")
+        is_whole = node.tag.endswith(":int")
+        base = 60 if ":" in text else 8 if is_whole and text[:1] == "0" and text.isdigit() else 10
+        value: int | float = self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+        if base != 10 and value != 0:
+            raise _GuardError(
+                None,
+                None,
+                f"`{node.value}` would be {value:g}, as YAML reads it in base {base}: write the number in base 10, or "
+                "put the text into quotes",
+                node.start_mark,
+            )
+        return value
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Put what `<<` merges into a mapping; mappings merged into one another again and again are a trap."""
         super().flatten_mapping(node)
         self._merged += len(node.value)
         if self._merged > _MOST_VALUES:
-            raise yaml.constructor.ConstructorError(
+            raise _GuardError(
                 None, None, "its anchors are merged into one another again and again", node.start_mark
             )
 
@@ -210,11 +241,15 @@ class _UniqueKeys(yaml.SafeLoader):
         seen = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
+                raise _GuardError(
                     None, None, f"the key `{key.value}` stands here a second time", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
 
 
 def _data_files(value: Any) -> Any:

@@ -102,6 +102,44 @@ def test_values_that_yaml_itself_stumbles_over_are_one_message(value: str, tmp_p
         apply_overrides({}, [f"output={value}"])
 
 
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("010", "8"), ("-0_17", "-15"), ("1:30", "90"), ("1:30.5", "90.5"), ("12:30:45", "45045")],
+)
+def test_numbers_that_yaml_counts_in_other_bases_are_refused_everywhere(
+    text: str, read: str, tmp_path: Path
+) -> None:
+    for given in (text, f"[1, {text}]", f"{{a: {text}}}"):
+        with pytest.raises(ConfigError, match=f"`{text}` would be {read}"):
+            load_config(written(tmp_path, f"model: m\ndata: d\ntraining_config: {{seed: {given}}}\n"))
+        with pytest.raises(ConfigError, match=f"`{text}` would be {read}"):
+            apply_overrides(SMALLEST, [f"training_config.seed={given}"])
+    for quoted in (f"'{text}'", f'"{text}"'):
+        assert apply_overrides({}, [f"output={quoted}"])[0]["output"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0", 0), ("00", 0), ("10", 10), ("0x10", 16), ("0b11", 3), ("1_000", 1000), ("0.10", 0.1)],
+)
+def test_other_numbers_are_read_as_they_look(text: str, value: float) -> None:
+    assert apply_overrides({}, [f"a={text}"])[0]["a"] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{a: 1, a: 2}", "a second time"),
+        ("&a [*a]", "refers to itself"),
+        ("[" * 200 + "]" * 200, "too deeply"),
+    ],
+)
+def test_what_files_may_not_say_overrides_may_not_either(text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        apply_overrides({}, [f"output={text}"])
+    assert "--set" in str(caught.value)
+
+
 @pytest.mark.parametrize("wide", [10, 300])
 def test_mappings_merged_again_and_again_are_refused_quickly(tmp_path: Path, wide: int) -> None:
     lines = ["x0: &x0 {a: 1}"]

@@ -5,6 +5,7 @@ settings.py      the settings of a file, taken out one by one, and what was deci
 shared.py        what the tools have in common: optimizers, schedules, targets, held-out rows
 llamafactory.py  axolotl.py  torchtune.py  unsloth.py: one tool each
 axolotl_rows.py  the data sets of Axolotl
+steps.py         steps of an epoch, counted where the rows are at hand
 written.py       the configuration as YAML, with the decisions as comments
 story.py         `import_config`: all of it
 """

@@ -6,6 +6,7 @@ repository.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from phlora.errors import ConfigError
 from phlora.importing import shared
 from phlora.importing.axolotl_rows import map_rows
 from phlora.importing.settings import Settings
+from phlora.importing.steps import most_steps_of_an_epoch
 
 _DEFAULTS: Mapping[str, Any] = {
     "training_config.num_train_epochs": 1,
@@ -160,7 +162,7 @@ _CHANGES_TRAINING = {
     "loraplus_lr_embedding": "embeddings of an adapter learn at the learning rate of all else",
     "train_on_split": "say split beside the file in data.files",
 }
-_WARMUP = 0.03
+_WARMUP, _MOST_WARMUP = 0.03, 100
 
 
 def map_settings(settings: Settings) -> None:
@@ -282,11 +284,10 @@ def _training(settings: Settings) -> None:
         "training_config.lr_scheduler_kwargs", settings.take("lr_scheduler_kwargs"), "lr_scheduler_kwargs"
     )
     shared.warmup(settings, "warmup_ratio", "warmup_steps")
-    if "training_config.warmup_steps" not in settings.mapped:
-        remark = "Axolotl's default: a share of all steps, there of at most 100 steps"
-        settings.put("training_config.warmup_steps", _WARMUP, remark=remark)
     if settings.flag("sample_packing"):
         settings.put("training_config.packing", True, "sample_packing", "rows never see each other")
+    if "training_config.warmup_steps" not in settings.mapped:
+        _default_warmup(settings)
     if settings.flag("train_on_inputs"):
         settings.put("data.train_on", "all", "train_on_inputs")
     if settings.flag("group_by_length"):
@@ -301,6 +302,37 @@ def _training(settings: Settings) -> None:
     _when(settings, "saves_per_epoch", "save")
     _tracker(settings)
     settings.put("output", settings.text("output_dir"), "output_dir")
+
+
+def _default_warmup(settings: Settings) -> None:
+    """Where nothing is said Axolotl warms up for a share of the steps, but for so many at most."""
+    target = "training_config.warmup_steps"
+    least, most = _steps(settings)
+    if least * _WARMUP > _MOST_WARMUP:
+        remark = f"Axolotl's default: {_WARMUP:.0%} of the steps, at most {_MOST_WARMUP}"
+        settings.put(target, _MOST_WARMUP, remark=remark)
+        return
+    remark = f"Axolotl's default: a share of all steps, there of at most {_MOST_WARMUP} steps"
+    settings.put(target, _WARMUP, remark=remark)
+    if most * _WARMUP > _MOST_WARMUP:
+        settings.notes.append(
+            f"warmup_steps: not said, so that Axolotl warms up for {_WARMUP:.0%} of the steps, but for "
+            f"{_MOST_WARMUP} at most; where `phlora plan` counts more than {_MOST_WARMUP / _WARMUP:,.0f} steps, "
+            f"say warmup_steps: {_MOST_WARMUP}"
+        )
+
+
+def _steps(settings: Settings) -> tuple[float, float]:
+    """Steps of the run, at least and at most; packs of rows are fewer than rows."""
+    steps = settings.mapped.get("training_config.max_steps")
+    if steps is not None and steps.value > 0:
+        return steps.value, steps.value
+    there = most_steps_of_an_epoch(settings, batch_size=1)
+    if there is None:
+        return 0, math.inf
+    epochs = settings.mapped.get("training_config.num_train_epochs")
+    steps_of_all = there * (epochs.value if epochs is not None else 1)
+    return 0 if "training_config.packing" in settings.mapped else steps_of_all, steps_of_all
 
 
 def _too_long(settings: Settings) -> None:

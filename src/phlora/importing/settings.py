@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from phlora.errors import ConfigError, masked, shown
@@ -23,6 +24,7 @@ _ONE_OR_MORE = (
     "training_config.gradient_accumulation_steps",
 )
 _ABOVE_ZERO = ("peft_config.lora_alpha", "training_config.num_train_epochs")
+_BELOW_ONE = ("training_config.adam_beta1", "training_config.adam_beta2", "peft_config.lora_dropout")
 # Where -1 means that there is none.
 _ANY_NUMBER = ("training_config.max_steps", "training_config.save_total_limit")
 ANYWAY = "nothing to do: that is so here anyway"
@@ -108,6 +110,14 @@ class Settings:
             return str(value)
         raise self.error(key, value, "text")
 
+    def numbers(self, key: str, count: int) -> list[int | float] | None:
+        """So many numbers in a list."""
+        value = self.take(key)
+        found = [_number(entry) for entry in value] if isinstance(value, list) else []
+        if value is not None and (len(found) != count or None in found):
+            raise self.error(key, value, f"{count} numbers in a list")
+        return [number for number in found if number is not None] or None
+
     def names(self, key: str) -> list[str] | None:
         """Names in a list, or in a text with commas between them."""
         value = self.take(key)
@@ -143,11 +153,27 @@ class Settings:
                 raise self.error(
                     source, value, "above 0" if target in _ABOVE_ZERO else f"{bound:.0f} or more"
                 )
+            if value >= 1 and target in _BELOW_ONE:
+                raise self.error(source, value, "below 1")
         if value is not None:
-            given, value = value, cleaned(value)
+            given, value = value, self._cleaned(target, value)
             if value != given:
-                self.notes.append(f"{source}: a password or token in it is not written down")
+                looks_only = isinstance(given, str) and given.startswith("hf_")
+                self.notes.append(
+                    f"{source}: a password or token in it is not written down"
+                    + ("; a folder that is called so is named as ./hf_…" if looks_only else "")
+                )
             self.mapped[target] = Mapped(target, value, source, remark)
+
+    def _cleaned(self, target: str, value: Any) -> Any:
+        """A value as it may be written: what begins with `hf_` is a token, unless it names a place."""
+        if target == "output" and isinstance(value, str):
+            return value if masked(value) == value else cleaned(value)
+        return cleaned(value, is_place=self.is_there)
+
+    def is_there(self, name: str) -> bool:
+        """Whether a file or folder is called so, from here or beside the file."""
+        return any(exists(folder / name) for folder in (Path(), Path(self.file).parent))
 
     def put_default(self, target: str, value: Any) -> None:
         """What the tool does where its file says nothing and Phlora would do otherwise."""
@@ -237,13 +263,26 @@ def hidden(value: Any, key: str) -> Any:
 _SIGNED = re.compile(r"([?&](?:sig|signature|key|auth|pwd|x-amz-[\w-]+)=)[^&\s]+", re.IGNORECASE)
 
 
-def cleaned(value: Any) -> Any:
-    """A value without tokens, and without passwords of addresses, wherever they stand in it."""
+def exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or none at all
+        return False
+
+
+def cleaned(value: Any, *, is_place: Callable[[str], bool] = lambda name: False) -> Any:
+    """A value without tokens, and without passwords of addresses, wherever they stand in it.
+
+    Args:
+        is_place: whether a text that looks like a token is the name of a file or folder.
+    """
     if isinstance(value, Mapping):
-        return {name: cleaned(entry) for name, entry in value.items()}
+        return {name: cleaned(entry, is_place=is_place) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(cleaned(entry) for entry in value)
+        return type(value)(cleaned(entry, is_place=is_place) for entry in value)
     if not isinstance(value, str):
+        return value
+    if value.startswith("hf_") and is_place(value):
         return value
     return NOT_SHOWN if value.lstrip().startswith("hf_") else _SIGNED.sub(rf"\1{NOT_SHOWN}", masked(value))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phlora.importing.settings import Settings, cleaned
+from phlora.importing.settings import Settings, cleaned, exists
 
 # Of transformers, which Phlora trains with.
 _SCHEDULES = (
@@ -115,18 +115,15 @@ def base_model(settings: Settings, key: str, name: str | None) -> str:
     if not name:
         raise settings.error(key, name, "the name or the folder of the base model")
     settings.put("model.name", name, key)
-    return str(cleaned(name))
+    return str(settings.mapped["model.name"].value)
 
 
 def located(settings: Settings, key: str, name: str) -> str:
     """A data file as it is named from here: as written, beside the configuration, or in a folder above it."""
     folders = [Path(), *Path(settings.file).resolve().parents]
     for folder in folders:
-        try:
-            if (folder / name).exists():
-                return str(folder / name) if folder != Path() else name
-        except OSError:  # too long for a name
-            break
+        if exists(folder / name):
+            return str(folder / name) if folder != Path() else name
     if not is_hub_name(name):
         settings.notes.append(f"{key}: {cleaned(name)} is not there, neither from here nor beside the file")
     return name

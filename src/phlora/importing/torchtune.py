@@ -12,6 +12,7 @@ from typing import Any
 from phlora.errors import shown
 from phlora.importing import shared
 from phlora.importing.settings import Settings, flattened
+from phlora.importing.steps import most_steps_of_an_epoch
 
 _COMPONENT = "_component_"
 _DEFAULTS: Mapping[str, Any] = {
@@ -193,21 +194,8 @@ def _training(settings: Settings) -> None:
         settings.notes.append(
             "torchtune shortens no row where max_seq_len is not set; here rows end at 2048 tokens"
         )
-    epochs = settings.number("epochs")
-    settings.put("training_config.num_train_epochs", epochs, "epochs")
-    steps = settings.number("max_steps_per_epoch", whole=True)
-    if steps:
-        settings.put(
-            "training_config.max_steps",
-            int(steps * (epochs or 1)),
-            "max_steps_per_epoch",
-            "of all epochs together",
-        )
-        settings.notes.append(
-            f"max_steps_per_epoch: {steps} steps of every epoch are trained; here {int(steps * (epochs or 1))} "
-            f"steps in all, even where the rows make fewer than {steps} steps an epoch: that would be more epochs "
-            f"than {epochs or 1}. `phlora plan` counts the steps; take max_steps out where that is so"
-        )
+    settings.put("training_config.num_train_epochs", settings.number("epochs"), "epochs")
+    _most_steps(settings)
     clip = settings.number("clip_grad_norm")
     settings.put("training_config.max_grad_norm", clip, "clip_grad_norm")
     shared.optimizer(
@@ -221,10 +209,10 @@ def _training(settings: Settings) -> None:
             "optimizer.eps": "training_config.adam_epsilon",
         },
     )
-    betas = settings.take("optimizer.betas")
-    if isinstance(betas, list) and len(betas) == 2:
-        settings.put("training_config.adam_beta1", betas[0], "optimizer.betas")
-        settings.put("training_config.adam_beta2", betas[1], "optimizer.betas")
+    for name, beta in zip(
+        ("adam_beta1", "adam_beta2"), settings.numbers("optimizer.betas", 2) or (), strict=False
+    ):
+        settings.put(f"training_config.{name}", beta, "optimizer.betas")
     component = settings.text(f"lr_scheduler.{_COMPONENT}")
     if component:
         found = re.search(r"get_(\w+?)_schedule", component)
@@ -238,6 +226,30 @@ def _training(settings: Settings) -> None:
     _loss(settings)
     _tracker(settings)
     settings.put("output", settings.text("output_dir"), "output_dir")
+
+
+def _most_steps(settings: Settings) -> None:
+    """`max_steps_per_epoch`: Phlora counts the steps of all epochs together."""
+    key = "max_steps_per_epoch"
+    steps = settings.number(key, whole=True)
+    if not steps:
+        return
+    epochs = settings.mapped.get("training_config.num_train_epochs")
+    number = epochs.value if epochs is not None else 1
+    there = most_steps_of_an_epoch(
+        settings, batch_size=_DEFAULTS["training_config.per_device_train_batch_size"]
+    )
+    if there is not None and there <= steps:
+        why = f"an epoch of these rows has {there} steps at most, so that none ends early"
+        settings.leave_value(key, steps, why)
+        return
+    settings.put("training_config.max_steps", int(steps * number), key, "of all epochs together")
+    if there is None or "training_config.packing" in settings.mapped:
+        settings.notes.append(
+            f"{key}: {steps} steps of every epoch are trained; here {int(steps * number)} steps in all, even where "
+            f"the rows make fewer than {steps} steps an epoch: that would be more epochs than {number}. "
+            "`phlora plan` counts the steps; take max_steps out where that is so"
+        )
 
 
 def _evaluation(settings: Settings) -> None:
@@ -373,7 +385,7 @@ def _data_set(settings: Settings, one: Settings, name: str) -> list[dict[str, An
         if remark:
             settings.notes.append(f"dataset: {name}: {remark}")
         if mapped:
-            columns = shared.columns_of({_alpaca(new): old for new, old in mapped.items()})
+            columns = shared.columns_of(mapped)
     elif name in _GENERIC and source:
         path = source
         format, columns = _generic(name, column, mapped, style)
@@ -402,10 +414,6 @@ def _data_set(settings: Settings, one: Settings, name: str) -> list[dict[str, An
         )
         for file in paths
     ]
-
-
-def _alpaca(name: str) -> str:
-    return {"instruction": "instruction", "input": "input", "output": "output"}.get(name, name)
 
 
 def _generic(

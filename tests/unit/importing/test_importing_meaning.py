@@ -97,6 +97,76 @@ def test_steps_of_an_epoch_are_to_be_looked_at() -> None:
     assert looked_at(result, "max_steps_per_epoch")
 
 
+def rows_at(path: str, count: int) -> str:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    Path(path).write_text("".join(json.dumps(row) + "\n" for _ in range(count)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("steps", "packed", "max_steps", "is_looked_at"),
+    # 100 rows, of which 90 train in batches of 2 times 3: 15 steps an epoch.
+    [(15, False, None, False), (14, False, 42, False), (15, True, None, False), (14, True, 42, True)],
+)
+def test_steps_of_an_epoch_are_counted_where_the_rows_are_at_hand(
+    steps: int, packed: bool, max_steps: int | None, is_looked_at: bool
+) -> None:
+    rows = {
+        "_component_": "torchtune.datasets.chat_dataset",
+        "source": "json",
+        "data_files": rows_at("rows.jsonl", 100),
+        "conversation_column": "messages",
+        "conversation_style": "openai",
+        "packed": packed,
+    }
+    result = imported(
+        TORCHTUNE,
+        dataset=rows,
+        max_steps_per_epoch=steps,
+        epochs=3,
+        batch_size=2,
+        gradient_accumulation_steps=3,
+    )
+    assert result.config["training_config"].get("max_steps") == max_steps
+    assert looked_at(result, "max_steps_per_epoch") == is_looked_at
+    assert ("none ends early" in result.text) == (max_steps is None)
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "steps", "is_looked_at"),
+    [
+        ({}, 0, 0.03, True),
+        ({"max_steps": 3000}, 0, 0.03, False),
+        ({"max_steps": 4000}, 0, 100, False),
+        ({"num_epochs": 1}, 20, 0.03, False),
+        ({"num_epochs": 300}, 20, 100, False),
+        ({"num_epochs": 300, "sample_packing": True}, 20, 0.03, True),
+        ({"num_epochs": 300, "micro_batch_size": 2}, 20, 0.03, False),
+    ],
+)
+def test_the_default_warmup_of_axolotl_has_an_end(
+    given: dict[str, Any], rows: int, steps: float, is_looked_at: bool
+) -> None:
+    path = rows_at("rows.jsonl", rows) if rows else "owner/chats"
+    result = imported(AXOLOTL, datasets=[{"path": path, "type": "chat_template"}], **given)
+    assert result.config["training_config"]["warmup_steps"] == steps
+    assert looked_at(result, "warmup_steps") == is_looked_at
+
+
+@pytest.mark.parametrize(
+    "betas", [[0.9], [0.9, 0.95, 0.99], [0.9, "much"], [0.9, True], "0.9, 0.95", 0.9, [0.9, 1]]
+)
+def test_betas_that_are_none_are_refused(betas: Any) -> None:
+    with pytest.raises(ConfigError, match="betas"):
+        imported(TORCHTUNE, optimizer={"_component_": "torch.optim.AdamW", "betas": betas})
+
+
+def test_betas() -> None:
+    given = {"_component_": "torch.optim.AdamW", "betas": [0.8, "0.9"]}
+    training = imported(TORCHTUNE, optimizer=given).config["training_config"]
+    assert training["adam_beta1"] == 0.8 and training["adam_beta2"] == 0.9
+
+
 def test_held_out_rows_of_torchtune() -> None:
     held_out = {"_component_": "torchtune.datasets.chat_dataset", "source": "owner/held", "split": "test"}
     result = imported(TORCHTUNE, dataset_val=held_out, run_val_every_n_steps=7, batch_size_val=3)
@@ -126,6 +196,9 @@ def test_whole_numbers_stay_as_they_are(seed: Any) -> None:
             ("lora_dropout", -0.1),
             ("micro_batch_size", 0),
             ("batch_size", -8),
+            ("adam_beta1", 1),
+            ("adam_beta2", 1.5),
+            ("lora_dropout", 1),
         ),
         *(("sequence_len", 0), ("warmup_steps", -1), ("warmup_ratio", -0.1), ("eval_batch_size", 0)),
     ],
@@ -273,6 +346,18 @@ def test_what_opens_a_door_is_not_written(given: dict[str, Any]) -> None:
     everything = result.text + json.dumps(result.to_json())
     assert "s3cret" not in everything and "not shown" in everything
     assert yaml.safe_load(result.text) == result.config
+
+
+def test_a_folder_may_be_called_as_tokens_begin() -> None:
+    Path("hf_models/phi").mkdir(parents=True)
+    rows = rows_at("hf_rows.jsonl", 2)
+    given = {"base_model": "hf_models/phi", "datasets": [{"path": rows, "type": "chat_template"}]}
+    config = imported(AXOLOTL, **given, output_dir="hf_out/a").config
+    assert config["model"]["name"] == "hf_models/phi" and config["output"] == "hf_out/a"
+    assert config["data"]["files"][0]["path"] == rows
+    result = imported(AXOLOTL, base_model="hf_gone/phi", output_dir="hf_0123456789abcdefghij")
+    assert result.config["model"]["name"] == "(not shown)" and "./hf_" in result.text
+    assert "0123456789" not in result.text
 
 
 def test_nor_said_in_an_error() -> None:
