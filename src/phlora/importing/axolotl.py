@@ -28,7 +28,6 @@ _WHOLE = {
     "sequence_len": "training_config.max_length",
     "seed": "training_config.seed",
     "lora_r": "peft_config.r",
-    "max_steps": "training_config.max_steps",
     "save_total_limit": "training_config.save_total_limit",
     "dataloader_num_workers": "training_config.dataloader_num_workers",
 }
@@ -149,6 +148,7 @@ _LEFT = {
     "gptq": "a base that is quantised already is known by its files",
     "min_sample_len": "rows without trained tokens are left out and counted",
     "gpu_memory_limit": "`phlora plan` says what a run takes",
+    "lora_on_cpu": "an adapter is saved from where it is",
 }
 
 
@@ -192,6 +192,7 @@ def map_settings(settings: Settings) -> None:
     settings.leave_all(_LEFT)
     for key in settings.values_at("fsdp_config"):
         settings.leave(key, shared.ONE_PROCESS)
+    shared.arguments_of_transformers(settings)
     settings.leave_rest()
     for target, value in _DEFAULTS.items():
         settings.put_default(target, value)
@@ -278,6 +279,9 @@ def _batches(settings: Settings) -> None:
 
 
 def _training(settings: Settings) -> None:
+    # 0 is no bound, as -1 is.
+    steps = settings.number("max_steps", whole=True)
+    settings.put("training_config.max_steps", steps or None, "max_steps")
     shared.optimizer(settings, "optimizer", settings.text("optimizer"))
     shared.schedule(settings, "lr_scheduler", settings.text("lr_scheduler"))
     settings.put(

@@ -49,10 +49,7 @@ def _data_set(settings: Settings, key: str, entry: Any) -> list[dict[str, Any]]:
     else:
         format, columns = _known_type(one, kind)
     path, data_files = one.text("path"), one.names("data_files")
-    split = one.text("split")
-    if split and not split.isidentifier():
-        one.miss("split", split, "a slice of a split: say `limit` beside the file")
-        split = None
+    split, limit = shared.split_of(one, "split")
     loaded = path in ("json", "csv", "parquet", "text", "arrow")
     if data_files and not loaded:
         one.miss("data_files", data_files, "files of a data set on the hub: download them, and name them")
@@ -84,7 +81,8 @@ def _data_set(settings: Settings, key: str, entry: Any) -> list[dict[str, Any]]:
             shared.located(settings, key, file),
             format=format,
             columns=columns,
-            split=None if split == "train" else split,
+            split=split,
+            limit=limit,
         )
         for file in paths
     ]

@@ -165,6 +165,7 @@ def map_settings(settings: Settings, *, dataset_info: Path | None = None) -> Non
         settings.leave("mix_strategy", _MIXED)
     settings.look_at_all(_CHANGES_TRAINING)
     settings.leave_all(_LEFT)
+    shared.arguments_of_transformers(settings)
     settings.leave_rest()
     rank = settings.mapped.get("peft_config.r")
     if rank is not None and "peft_config.lora_alpha" not in settings.mapped:
@@ -356,11 +357,11 @@ def _data_set(
     entry = Settings(settings.tool, where, said(info[name]))
     columns = _columns(entry)
     file = _path(settings, entry, key, place.parent)
-    split = entry.text("split")
+    split, first = shared.split_of(entry, "split")
     samples = entry.number("num_samples", whole=True)
     if samples is not None and samples < 0:
         raise entry.error("num_samples", samples, "0 or more")
-    number = samples or limit
+    number = min((count for count in (samples, limit, first) if count), default=None)
     for left in ("subset", "folder"):
         if (part := entry.take(left)) is not None:
             entry.miss(left, part, "a part of a data set cannot be named: download it, and name its file")
@@ -372,7 +373,7 @@ def _data_set(
         file,
         format=columns.pop("format"),
         columns=columns,
-        split=None if split == "train" else split,
+        split=split,
         limit=number,
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phlora.importing.settings import Settings, cleaned, exists
+from phlora.importing.settings import ANYWAY, Settings, cleaned, exists
+from phlora.train.fields import HONOURED, MAPPED, REFUSED
 
 # Of transformers, which Phlora trains with.
 _SCHEDULES = (
@@ -31,6 +33,7 @@ NOT_SENT = "nothing is sent to a hub: `hf upload REPO RUN/adapter/best` does"
 FLASH = "model.attn_implementation: auto takes flash attention where it is installed"
 KERNELS = "faster kernels of that tool; Phlora has its own, which compute the same"
 HELD_OUT = 0.1
+_SPLIT = re.compile(r"\w+(?:\.\w+)*")
 _DATA_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zip", ".xlsx")
 
 
@@ -108,6 +111,30 @@ def numbers(settings: Settings, table: Mapping[str, str], *, whole: bool = False
     """Numbers that have the same meaning under Phlora's name."""
     for key, target in table.items():
         settings.put(target, settings.number(key, whole=whole), key)
+
+
+def arguments_of_transformers(settings: Settings) -> None:
+    """What is left of a file with all fields of TrainingArguments: done with each what a run does with it."""
+    for key in [key for key in settings.values if key in HONOURED]:
+        settings.put(f"training_config.{key}", settings.take(key), key)
+    for key in [key for key in settings.values if key in MAPPED]:
+        settings.leave(key, MAPPED[key])
+    for key in [key for key in settings.values if key in REFUSED]:
+        if settings.values[key] in REFUSED[key].harmless:
+            settings.leave(key, ANYWAY)
+        else:
+            settings.look_at(key, REFUSED[key].fix)
+
+
+def split_of(settings: Settings, key: str) -> tuple[str | None, int | None]:
+    """The split that is read, where it is not `train`, and of how many rows: `train[:100]` is a slice of 100."""
+    text = settings.text(key) or "train"
+    name, bracket, slice_ = text.partition("[")
+    limit = re.fullmatch(r":(\d+)\]", slice_)
+    if not _SPLIT.fullmatch(name) or (bracket and (limit is None or int(limit[1]) < 1)):
+        settings.miss(key, text, "a slice of a split: say `limit` beside the file")
+        return None, None
+    return None if name == "train" else name, int(limit[1]) if limit is not None else None
 
 
 def base_model(settings: Settings, key: str, name: str | None) -> str:

@@ -83,6 +83,14 @@ _LEFT = {
     f"checkpointer.{_COMPONENT}": "safetensors and older files are read",
     "lr_scheduler.num_training_steps": "counted from rows and epochs",
 }
+# How settings begin that only recipes have which train something else than answers.
+_OTHER_TRAINING = {
+    "teacher": "has a model learn from another one",
+    "kd_": "has a model learn from another one",
+    "quantizer.": "trains for another arithmetic",
+    "reward": "trains on rewards",
+    "ref_": "trains on preferences",
+}
 _SAYING_MODULES = ("model.lora_attn_modules", "model.apply_lora_to_mlp", "model.apply_lora_to_output")
 _OF_LOSS = (
     "CrossEntropyLoss",
@@ -133,6 +141,10 @@ def map_settings(settings: Settings) -> None:
             raise settings.refuse(
                 f"model.{_COMPONENT}", component, f"is a {word} model", "train it with torchtune"
             )
+    for key, value in settings.values.items():
+        for sign, what in _OTHER_TRAINING.items():
+            if key.startswith(sign):
+                raise settings.refuse(key, value, f"is of a recipe that {what}", "train it with torchtune")
     folder = settings.text("checkpointer.checkpoint_dir")
     shared.base_model(settings, "checkpointer.checkpoint_dir", folder)
     quantized = settings.flag("model.quantize_base")
@@ -147,7 +159,7 @@ def map_settings(settings: Settings) -> None:
     _rows(settings)
     _adapter(settings)
     _training(settings)
-    for key in [*settings.values_at("profiler"), *settings.values_at("quantizer")]:
+    for key in settings.values_at("profiler"):
         settings.leave(key, "nothing is profiled; benchmarks are apart")
     if settings.flag("shuffle") is False:
         settings.miss("shuffle", False, "every epoch has an order of its own")
@@ -372,7 +384,8 @@ def _data_set(settings: Settings, one: Settings, name: str) -> list[dict[str, An
             "is no set of chats, and Phlora trains chats",
             "name a set of chats",
         )
-    source, data_files, split = one.text("source"), one.names("data_files"), one.text("split")
+    source, data_files = one.text("source"), one.names("data_files")
+    split, limit = shared.split_of(one, "split")
     column = one.text("conversation_column") or one.text("column")
     mapped = {str(key.partition(".")[2]): one.take(key) for key in one.values_at("column_map")}
     style = one.text("conversation_style")
@@ -402,15 +415,13 @@ def _data_set(settings: Settings, one: Settings, name: str) -> list[dict[str, An
         paths = [path]
         if data_files:
             one.miss("data_files", data_files, "files of a data set on the hub: download them, and name them")
-    if split and not split.isidentifier():
-        one.miss("split", split, "a slice of a split: say `limit` beside the file")
-        split = None
     return [
         shared.data_file(
             shared.located(settings, "dataset", file),
             format=format,
             columns=columns,
-            split=None if split == "train" else split,
+            split=split,
+            limit=limit,
         )
         for file in paths
     ]

@@ -148,7 +148,8 @@ def _rows(settings: Settings) -> None:
     names, hub = settings.names("data.local_dataset"), settings.text("data.dataset")
     word = (settings.text("data.format_type") or "auto").lower()
     format = _FORMATS.get(word)
-    subset, split = settings.text("data.subset"), settings.text("data.train_split")
+    subset = settings.text("data.subset")
+    split, limit = shared.split_of(settings, "data.train_split")
     held_out = settings.names("data.local_eval_dataset")
     if not names and not hub:
         raise settings.error("data.dataset", None, "a data set on the hub, or files as local_dataset")
@@ -157,14 +158,13 @@ def _rows(settings: Settings) -> None:
     if subset:
         settings.miss("data.subset", subset, "a part of a data set cannot be named: download it")
 
-    def files(paths: list[str], part: str | None = None) -> list[dict[str, Any]]:
+    def files(paths: list[str], **part: Any) -> list[dict[str, Any]]:
         return [
-            shared.data_file(shared.located(settings, "data", path), format=format, split=part)
-            for path in paths
+            shared.data_file(shared.located(settings, "data", path), format=format, **part) for path in paths
         ]
 
     source = ("data.local_dataset" if names else "data.dataset") + ", data.format_type" * bool(format)
-    settings.put("data.files", files(names or [str(hub)], None if split == "train" else split), source)
+    settings.put("data.files", files(names or [str(hub)], split=split, limit=limit), source)
     if held_out:
         settings.put("data.eval", files(held_out), "data.local_eval_dataset")
     else:

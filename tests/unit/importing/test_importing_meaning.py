@@ -167,6 +167,67 @@ def test_betas() -> None:
     assert training["adam_beta1"] == 0.8 and training["adam_beta2"] == 0.9
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}},
+        {"kd_loss": {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}},
+        {"quantizer": {"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"}},
+        {"ref_checkpointer": {"checkpoint_dir": "m"}},
+    ],
+)
+def test_other_recipes_of_torchtune_are_refused(section: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="of a recipe that"):
+        imported(TORCHTUNE, **section)
+
+
+@pytest.mark.parametrize("base", [LLAMAFACTORY, AXOLOTL])
+def test_arguments_of_transformers_are_what_they_are_in_a_run(base: dict[str, Any]) -> None:
+    given = {"label_smoothing_factor": 0.1, "logging_first_step": True, "dataloader_drop_last": True}
+    result = imported(
+        base,
+        **given,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        pad_to_multiple_of=8,
+    )
+    training = result.config["training_config"]
+    assert {key: training[key] for key in given} == given
+    assert [note.partition(":")[0] for note in result.notes if "warmup" not in note] == ["pad_to_multiple_of"]
+
+
+@pytest.mark.parametrize(
+    ("text", "split", "limit"),
+    [("train", None, None), ("test", "test", None), ("train[:9]", None, 9), ("a.b[:3]", "a.b", 3)],
+)
+def test_a_split_and_the_first_rows_of_it(text: str, split: str | None, limit: int | None) -> None:
+    kept = {key: value for key, value in (("split", split), ("limit", limit)) if value}
+    rows = {**TORCHTUNE["dataset"], "split": text}
+    given = {"path": "owner/chats", "type": "chat_template", "split": text}
+    for result in (imported(TORCHTUNE, dataset=rows), imported(AXOLOTL, datasets=[given])):
+        (file,) = result.config["data"]["files"]
+        assert {key: file[key] for key in ("split", "limit") if key in file} == kept
+        assert not any("split" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("text", ["train[10:]", "train[:10%]", "train+test", "train[:0]", "train[", "[:3]"])
+def test_other_slices_are_to_be_looked_at(text: str) -> None:
+    result = imported(TORCHTUNE, dataset={**TORCHTUNE["dataset"], "split": text})
+    assert looked_at(result, "dataset.split") and "split" not in result.config["data"]["files"][0]
+
+
+def test_the_smaller_of_two_limits_counts() -> None:
+    info = {"d": {"hf_hub_url": "owner/chats", "num_samples": 50}}
+    Path("sets.json").write_text(json.dumps(info), encoding="utf-8")
+    for most, limit in ((10, 10), (90, 50)):
+        given = {**LLAMAFACTORY, "dataset": "d", "dataset_dir": ".", "max_samples": most}
+        Path("given.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+        files = import_config("given.yaml", dataset_info="sets.json").config["data"]["files"]
+        assert files[0]["limit"] == limit
+
+
 def test_held_out_rows_of_torchtune() -> None:
     held_out = {"_component_": "torchtune.datasets.chat_dataset", "source": "owner/held", "split": "test"}
     result = imported(TORCHTUNE, dataset_val=held_out, run_val_every_n_steps=7, batch_size_val=3)
@@ -211,6 +272,7 @@ def test_numbers_without_a_meaning_are_refused(key: str, value: Any) -> None:
 
 def test_no_steps_at_most_is_no_number_of_steps() -> None:
     assert imported(AXOLOTL, max_steps=-1).config["training_config"]["max_steps"] == -1
+    assert "max_steps" not in imported(AXOLOTL, max_steps=0).config["training_config"]
 
 
 @pytest.mark.parametrize(
