@@ -24,9 +24,10 @@ from phlora.adapters.peft_layer import fuse_lora, unfuse_lora
 from phlora.config import Speed
 from phlora.forecast.blueprint import Blueprint
 from phlora.models.activation_memory import recomputing_mlps
+from phlora.models.cpu_attention import forget_masks
 from phlora.models.lean_layers import exchange_layers
 from phlora.models.lm_head import LossTerms, head_losses, rows_of_a_chunk, trunk_and_head
-from phlora.models.prefix_attention import forget_masks, lay_out, segment_inputs
+from phlora.models.prefix_attention import lay_out, segment_inputs
 
 
 @dataclass(frozen=True)
