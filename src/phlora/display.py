@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -116,16 +116,19 @@ class Display:
 
         What ends it early stands there too.
         """
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as self._log:
-            try:
-                self._write_log()
-                yield
-            except BaseException as error:
-                self.log(f"{type(error).__name__}: {error}", level="ERROR")
-                raise
-            finally:
-                with self._lock:
-                    self._log = None
+        self._log = file = path.open("a", encoding="utf-8", errors="backslashreplace")
+        try:
+            self._write_log()
+            yield
+        except BaseException as error:
+            self.log(f"{type(error).__name__}: {error}", level="ERROR")
+            raise
+        finally:
+            with self._lock:
+                self._log = None
+                # What a full disk has not taken, and was said then, is tried once more here.
+                with suppress(OSError):
+                    file.close()
 
     @contextmanager
     def progress(self, title: str, total: int, *, unit: str = "rows") -> Iterator[Advance]:

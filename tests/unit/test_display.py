@@ -110,6 +110,16 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(tmp_path: Pa
     assert "two" in stream.getvalue()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_under_the_log_ends_nothing_where_the_file_is_closed_either() -> None:
+    shown, stream = lines()
+    with shown.logged(Path("/dev/full")):
+        shown.note("one")
+        shown.note("two")
+    assert stream.getvalue().count("The log is not written any more: No space left on device") == 1
+    assert "two" in stream.getvalue()
+
+
 def test_two_bars_at_once_and_a_note_between_them_on_a_terminal() -> None:
     stream = io.StringIO()
     shown = Display(stream, fancy=True)
