@@ -15,7 +15,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from phlora import SFTTrainer
 from phlora.models.lm_head import LossTerms, token_losses, trained_weight
-from phlora.testing import tiny_phi3
+from phlora.testing import quiet_config, tiny_phi3
 
 PAD = 3
 Row = dict[str, Any]
@@ -126,17 +126,8 @@ def trained(
     """A trainer after its training."""
     model, tokenizer = tiny_phi3()
     torch.manual_seed(0)
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        use_cpu=device == "cpu",
-        bf16=False,
-        **{"gradient_checkpointing": False, "save_strategy": "no", **settings},
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        max_length=None,
+    args = quiet_config(
+        folder, use_cpu=device == "cpu", remove_unused_columns=False, max_length=None, **settings
     )
     fitted = trainer(
         model=model,

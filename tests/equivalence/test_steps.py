@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 
 from phlora import SFTTrainer
 from phlora.data.collate import Collator, PackedCollator
-from phlora.testing import tiny_phi3
+from phlora.testing import quiet_config, tiny_phi3
 
 # SGD keeps an update proportional to its gradient, so fp32 rounding stays rounding.
 TOLERANCE = dict(rtol=1e-4, atol=1e-6)
@@ -40,20 +39,13 @@ def adapter_after(
     """The adapter after a few steps of plain gradient descent over the rows in their order."""
     model, tokenizer = tiny_phi3()
     torch.manual_seed(0)
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
+    args = quiet_config(
+        folder,
         learning_rate=0.5,
         optim="sgd",
         lr_scheduler_type="constant",
-        gradient_checkpointing=False,
         train_sampling_strategy="sequential",
-        dataloader_pin_memory=False,
         remove_unused_columns=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
         max_length=None,
         **settings,
     )

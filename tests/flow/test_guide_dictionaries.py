@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,27 @@ import phlora
 from phlora.display import Display
 from phlora.testing import chat_rows
 
-TRAINING = {
-    "bf16": True,
-    "do_eval": False,
-    "learning_rate": 5.0e-06,
-    "log_level": "warning",
-    "logging_steps": 20,
-    "logging_strategy": "steps",
-    "lr_scheduler_type": "cosine",
-    "num_train_epochs": 1,
-    "max_steps": -1,
-    "overwrite_output_dir": True,
-    "per_device_eval_batch_size": 4,
-    "per_device_train_batch_size": 4,
-    "remove_unused_columns": True,
-    "save_steps": 100,
-    "save_total_limit": 1,
-    "seed": 0,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "gradient_accumulation_steps": 1,
-    "warmup_ratio": 0.2,
-}
-LORA = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "bias": "none",
-    "task_type": "CAUSAL_LM",
-    "target_modules": "all-linear",
-    "modules_to_save": None,
-}
+SCRIPT = Path(__file__).parents[1] / "shapes" / "guide" / "sample_finetune.py"
+
+
+def dictionaries() -> tuple[dict[str, Any], dict[str, Any]]:
+    """`training_config` and `peft_config` of the guide's sample."""
+    found = {
+        ast.unparse(node.targets[0]): ast.literal_eval(node.value)
+        for node in ast.parse(SCRIPT.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+    }
+    return found["training_config"], found["peft_config"]
 
 
 @pytest.mark.parametrize("kind", ["dictionaries", "objects", "packed"])
 def test_they_train(kind: str, model_folder: Path, tmp_path: Path) -> None:
-    training: Any = {**TRAINING, "output_dir": str(tmp_path / "run"), "packing": kind == "packed"}
-    lora: Any = LORA
+    training: Any
+    lora: Any
+    training, lora = dictionaries()
+    training |= {"output_dir": str(tmp_path / "run"), "packing": kind == "packed"}
     if kind == "objects":
-        training, lora = phlora.SFTConfig(**training), LoraConfig(**LORA)
+        training, lora = phlora.SFTConfig(**training), LoraConfig(**lora)
     said = io.StringIO()
     run = phlora.finetune(
         model={"name": str(model_folder), "dtype": "float32", "device": "cpu"},

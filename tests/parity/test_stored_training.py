@@ -18,7 +18,7 @@ from phlora import SFTTrainer
 from phlora.adapters.load import load_adapter
 from phlora.data.collate import Collator
 from phlora.models.load import load_model
-from phlora.testing import tiny_folder, tiny_phi3, tiny_tokenizer
+from phlora.testing import quiet_config, tiny_folder, tiny_phi3, tiny_tokenizer
 
 TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 ROWS = [{"input_ids": list(range(5 + i, 25 + i)), "labels": list(range(5 + i, 25 + i))} for i in range(8)]
@@ -56,18 +56,10 @@ def train(
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The losses of three steps, and what was trained."""
     tokenizer = tiny_tokenizer()
-    args = trl.SFTConfig(
-        output_dir=str(output),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
+    args = quiet_config(
+        output,
         remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
         max_steps=3,
-        save_strategy="no",
         per_device_train_batch_size=4,
         max_length=None,
         learning_rate=5e-3,

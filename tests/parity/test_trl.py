@@ -23,7 +23,8 @@ from transformers import (
 from trl.chat_template_utils import phi3_chat_template
 
 import phlora
-from phlora.testing import tiny_phi3
+from phlora.testing import quiet_config, tiny_phi3
+from phlora.testing.models import TINY_SIZES
 
 # Both compute in fp32 and sum in another order; 20 AdamW steps carry the rounding of the first ones along.
 LOSS_TOLERANCE = dict(rtol=2e-5, atol=2e-6)
@@ -64,24 +65,8 @@ def train(
 ) -> tuple[list[float], dict[str, Any]]:
     model, tokenizer = tiny_phi3()
     tokenizer.chat_template = phi3_chat_template  # the text by which TRL knows Phi-3
-    settings = dict(
-        gradient_checkpointing=False,
-        max_steps=20,
-        learning_rate=1e-2,
-        logging_steps=1,
-        per_device_train_batch_size=4,
-        max_length=64,
-    )
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **{**settings, **changes},
-    )
+    settings = dict(max_steps=20, learning_rate=1e-2, per_device_train_batch_size=4, max_length=64)
+    args = quiet_config(folder, **{**settings, **changes})
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = trainer_class(
@@ -124,16 +109,7 @@ def test_label_smoothing_is_that_of_the_library(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), **LOSS_TOLERANCE)
 
 
-SMALL = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+SMALL = dict(TINY_SIZES, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 FAMILIES = {
     # Trunks that keep their layers under other names than Phi-3.
     "gpt2": lambda v: GPT2Config(
@@ -159,10 +135,9 @@ def short_run(
     if isinstance(model, str):
         torch.manual_seed(1)
         tiny = AutoModelForCausalLM.from_config(FAMILIES[model](len(tokenizer)))
-    args = trl.SFTConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, gradient_checkpointing=False, max_steps=2, learning_rate=1e-2,
-        logging_steps=1, eval_strategy="steps", eval_steps=1, per_device_train_batch_size=4, max_length=64,
+    args = quiet_config(
+        folder, max_steps=2, learning_rate=1e-2, eval_strategy="steps", eval_steps=1,
+        per_device_train_batch_size=4, max_length=64,
     )  # fmt: skip
     data = chats(12).map(lambda row: {"text": row["messages"][0]["content"]}, remove_columns="messages")
     torch.manual_seed(0)

@@ -31,12 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from trl import chat_template_utils as templates
 
 from phlora.models.tiny import tiny_tokenizer
+from phlora.testing.models import TINY_SIZES
 
 ORGANISATION = "trl-internal-testing"
-SMALL: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
-# Name of a stand-in -> its configuration, beyond `SMALL`, and its chat template.
+# Name of a stand-in -> its configuration, beyond the sizes, and its chat template.
 MODELS: dict[str, tuple[str, Mapping[str, Any], str | None]] = {
     "tiny-Qwen2ForCausalLM-2.5": ("qwen2", {}, templates.qwen2_5_chat_template),
     "tiny-Qwen3ForCausalLM": ("qwen3", {"head_dim": 8}, templates.qwen3_chat_template),
@@ -127,7 +125,7 @@ def make_models(folder: Path) -> None:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SMALL, **more}, **ids)
+        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**TINY_SIZES, **more}, **ids)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         model.save_pretrained(folder / ORGANISATION / name)

@@ -24,6 +24,7 @@ from phlora.testing.models import (
 )
 from phlora.testing.rows import LANGUAGES, chat_rows, write_rows
 from phlora.testing.tokenizers import chatml_tokenizer, llama2_tokenizer, phi3_tokenizer
+from phlora.testing.training import quiet_config
 
 __all__ = [
     "LANGUAGES",
@@ -33,6 +34,7 @@ __all__ = [
     "invoke",
     "llama2_tokenizer",
     "phi3_tokenizer",
+    "quiet_config",
     "tiny_adapter",
     "tiny_folder",
     "tiny_gemma2",

@@ -19,7 +19,8 @@ from phlora.models.tiny import tiny_phi3, tiny_tokenizer
 
 __all__ = ["tiny_adapter", "tiny_folder", "tiny_gemma2", "tiny_llama", "tiny_phi3", "tiny_tokenizer"]
 
-_SIZES = {
+# What every configuration of a small model takes.
+TINY_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -44,7 +45,7 @@ def tiny_gemma2(*, vocab_size: int = 300, seed: int = 1, **config: Any) -> Gemma
         seed: of the weights; the caller's random state is left as it was.
         **config: other fields of `Gemma2Config` than the tiny ones.
     """
-    fields = {**_SIZES, "head_dim": 8, "final_logit_softcapping": 0.5, "vocab_size": vocab_size, **config}
+    fields = {**TINY_SIZES, "head_dim": 8, "final_logit_softcapping": 0.5, "vocab_size": vocab_size, **config}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Gemma2ForCausalLM = Gemma2ForCausalLM(Gemma2Config(**fields)).eval()
@@ -61,7 +62,7 @@ def tiny_llama(*, vocab_size: int = 300, seed: int = 0, **config: Any) -> LlamaF
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fields = {**_SIZES, "vocab_size": vocab_size, **config}
+        fields = {**TINY_SIZES, "vocab_size": vocab_size, **config}
         model: LlamaForCausalLM = LlamaForCausalLM(LlamaConfig(**fields)).eval()
     return model
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import trl
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, XLoraConfig
 from torch import nn
@@ -21,7 +20,7 @@ from phlora.dropin import obstacles
 from phlora.dropin.layout import choose, decide_held_out, longest_of, rows_of, some_sequences
 from phlora.errors import ConfigError
 from phlora.lora import matmul
-from phlora.testing import tiny_phi3
+from phlora.testing import quiet_config, tiny_phi3
 
 START = list(range(20, 44))
 
@@ -43,17 +42,8 @@ def trainer_on(
     **changes: Any,
 ) -> Any:
     tiny, tokenizer = tiny_phi3()
-    settings = dict(max_steps=2, per_device_train_batch_size=4, gradient_checkpointing=False, max_length=None)
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        **{**settings, **changes},
-    )
+    settings = dict(max_steps=2, per_device_train_batch_size=4, max_length=None)
+    args = quiet_config(folder, **{**settings, **changes})
     return kind(
         model=tiny if model is None else model,
         args=args,

@@ -25,25 +25,16 @@ from phlora.evaluate.compare import (
     score_model,
 )
 from phlora.evaluate.metrics import resolve_metrics
+from phlora.testing.models import TINY_SIZES
 
 VOCABULARY = 61
+SMALL = dict(TINY_SIZES, vocab_size=VOCABULARY, pad_token_id=0, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
 def model() -> peft.PeftModel:
     torch.manual_seed(0)
-    config = Phi3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        original_max_position_embeddings=64,
-        pad_token_id=0,
-        initializer_range=0.2,
-    )
+    config = Phi3Config(max_position_embeddings=64, original_max_position_embeddings=64, **SMALL)
     model = peft.get_peft_model(
         Phi3ForCausalLM(config), peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
     )
@@ -280,20 +271,6 @@ class TestCompare:
         bare = EvaluationItem(prompt_ids=[1], reference="a", messages=None, origin=None)
         comparison = compare(side(["b"], [bare]), side(["a"], [bare]), [bare])
         assert comparison.changed("improved")[0].messages == []
-
-
-SMALL = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    initializer_range=0.2,
-)
 
 
 @pytest.mark.parametrize(

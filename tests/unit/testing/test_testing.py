@@ -26,6 +26,7 @@ from phlora.testing import (
     invoke,
     llama2_tokenizer,
     phi3_tokenizer,
+    quiet_config,
     tiny_adapter,
     tiny_folder,
     tiny_phi3,
@@ -161,3 +162,10 @@ def test_every_public_name_is_documented() -> None:
     for name in testing.__all__:
         value = getattr(testing, name)
         assert name == "LANGUAGES" or value.__doc__
+
+
+def test_a_quiet_configuration_trains_where_it_is_and_yields_to_what_is_given(tmp_path: Path) -> None:
+    config = quiet_config(tmp_path, max_steps=3, save_strategy="steps", logging_steps=2)
+    assert (config.use_cpu, config.bf16, config.report_to, config.disable_tqdm) == (True, False, [], True)
+    assert (config.max_steps, config.save_strategy, config.logging_steps) == (3, "steps", 2)
+    assert quiet_config(tmp_path).save_strategy == "no" and config.output_dir == str(tmp_path)

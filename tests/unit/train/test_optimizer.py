@@ -18,7 +18,7 @@ from phlora.adapters.attach import attach, lora_settings
 from phlora.data.collate import Collator
 from phlora.display import Display
 from phlora.errors import ConfigError, RunError
-from phlora.testing import tiny_phi3
+from phlora.testing import quiet_config, tiny_phi3
 from phlora.train.arguments import training_arguments
 from phlora.train.finetune import finetune
 from phlora.train.optimizer import is_lora_B, raise_rate_of_B, take_loraplus
@@ -35,18 +35,8 @@ def trainer_for(folder: Path, ratio: float | None, **settings: Any) -> SFTTraine
     adapted = attach(model, {**peft_config, "modules_to_save": ["norm"]}).model
     # PEFT would warn that it saves the embedding whole, too.
     adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        **{"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "max_length": None, **settings},
-    )
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    args = quiet_config(folder, remove_unused_columns=False, **{**steps, "max_length": None, **settings})
     return SFTTrainer(
         model=adapted,
         args=args,

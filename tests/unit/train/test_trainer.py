@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from phlora import SFTTrainer
 from phlora.data.collate import Collator, SharedPrefixCollator
 from phlora.errors import ConfigError, NonFiniteError
-from phlora.testing import tiny_gemma2, tiny_phi3
+from phlora.testing import quiet_config, tiny_gemma2, tiny_phi3
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 ROWS = [{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))} for _ in range(8)]
@@ -34,18 +34,8 @@ def trainer_for(
     **settings: Any,
 ) -> SFTTrainer:
     tiny, tokenizer = tiny_phi3()
-    args = trl.SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        **{"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "max_length": None, **settings},
-    )
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    args = quiet_config(folder, remove_unused_columns=False, **{**steps, "max_length": None, **settings})
     torch.manual_seed(0)
     return SFTTrainer(
         model=model or tiny,
