@@ -45,9 +45,9 @@ def read_task(overrides: list[str]) -> Task:
     from phlora.config import load_config
     from phlora.data.dataset import load_rows
     from phlora.data.prompts import encode_prompt
-    from phlora.data.tokenize import tokenize_rows
     from phlora.models.tokenizer import load_tokenizer
     from phlora.train.arguments import training_arguments
+    from rowsets import token_rows
 
     config = load_config(ROOT / "examples" / "quickstart.yaml", overrides)
     loaded = load_tokenizer(config.model.name)
@@ -55,13 +55,12 @@ def read_task(overrides: list[str]) -> Task:
         load_rows([str(ROOT / file.path) for file in files]).rows
         for files in (config.data.files, config.data.eval)
     )
-    rows = tokenize_rows(train, loaded.tokenizer).rows
     settings = training_arguments(config.training_config, output_dir=tempfile.mkdtemp())
     return Task(
         config=config,
         settings=settings.args,
         tokenizer=loaded,
-        rows=[{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in rows],
+        rows=token_rows(train, loaded.tokenizer),
         prompts=[encode_prompt(row, loaded.tokenizer) for row in held_out],
     )
 

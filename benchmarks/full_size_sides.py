@@ -13,16 +13,15 @@ from common import Shapes, flops_of, gemm_rate, timed, work_of_rows, work_of_seg
 from peer import Row, lora_settings, make_trainer, measured_step, set_adapter, trained_steps
 from phlora.data.collate import SharedPrefixCollator
 from phlora.data.dataset import load_rows
-from phlora.data.tokenize import tokenize_rows
 from phlora.models.tokenizer import load_tokenizer
 from resident import end_first_when_memory_is_short, peak_bytes
+from rowsets import token_rows
 
 
 def demo_rows(folder: str, file: str, count: int) -> list[Row]:
     """Some of the rows of a file of chats as tokens of a model, in an order that a seed gives."""
     rows = random.Random(7).sample(load_rows(file).rows, count)
-    tokenized = tokenize_rows(rows, load_tokenizer(folder).tokenizer, train_on="assistant").rows
-    return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in tokenized]
+    return token_rows(rows, load_tokenizer(folder).tokenizer)
 
 
 class Steps:

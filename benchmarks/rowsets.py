@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from common import SWEEP_TOKENS
 from peer import Row
 from phlora.config import TrainOn
 from phlora.data.dataset import load_rows
+from phlora.data.rows import Row as Chat
 from phlora.data.tokenize import tokenize_rows
 
 _WORDS = (
@@ -51,6 +52,12 @@ def make_rows(
     else:
         rows = maker.chats(_pack_lengths(1024 * int(name.removeprefix("pack_")[:-1]), random.Random(name)))
     return [{key: [_folded(value, vocab) for value in values] for key, values in row.items()} for row in rows]
+
+
+def token_rows(rows: Iterable[Chat], tokenizer: Any, *, train_on: TrainOn = "assistant") -> list[Row]:
+    """Chats as the tokens of a model, whole."""
+    tokenized = tokenize_rows(rows, tokenizer, train_on=train_on).rows
+    return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in tokenized]
 
 
 def random_rows(
@@ -159,8 +166,7 @@ class _Maker:
 
     def _rows(self, chats: list[list[dict[str, str]]], *, train_on: TrainOn = "assistant") -> list[Row]:
         rows = load_rows([{"messages": messages} for messages in chats]).rows
-        tokenized = tokenize_rows(rows, self.tokenizer, train_on=train_on).rows
-        return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in tokenized]
+        return token_rows(rows, self.tokenizer, train_on=train_on)
 
 
 def _all_trained(row: Row, length: int) -> Row:

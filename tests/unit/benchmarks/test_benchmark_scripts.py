@@ -53,6 +53,17 @@ def test_scaling_draws_its_plot(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_script() -> None:
+    _, result = run(
+        "script.py", "--size", "tiny", "--set", "accumulated", "--trl", "--steps", "1", "--rounds", "1"
+    )
+    loss = result["sets"]["accumulated"]["loss"]
+    # The same base, adapter, rows and order: else the seconds beside each other would say nothing.
+    assert loss["train"] == loss["script"] == pytest.approx(loss["trl"], rel=1e-5)
+    assert result["sets"]["accumulated"]["script_to_train"] > 0
+
+
+@pytest.mark.slow
 def test_end_to_end(model_folder: Path) -> None:
     _, result = run(
         "end_to_end.py",
