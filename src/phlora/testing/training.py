@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
 
 def quiet_config(output_dir: str | Path, **settings: Any) -> SFTConfig:
@@ -17,7 +17,7 @@ def quiet_config(output_dir: str | Path, **settings: Any) -> SFTConfig:
         **settings: other fields of `SFTConfig`, and other values than these.
     """
     # TRL takes seconds to import, which not every test needs.
-    from trl import SFTConfig
+    from trl.trainer.sft_config import SFTConfig
 
     quiet = {
         "use_cpu": True,
