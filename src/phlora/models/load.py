@@ -262,8 +262,7 @@ class _Loading:
         use_operands(model)
         storage = Choice(value=str(self.dtype).removeprefix("torch."), reason="what is computed with")
         if getattr(model, "is_quantized", False):
-            method = model.config.quantization_config.quant_method
-            storage = Choice(value=str(getattr(method, "value", method)), reason="as it is in the files")
+            storage = Choice(value=str(method_of(model.config)), reason="as it is in the files")
         with self._needing_room(model):
             if self.wanted.quantization:
                 notes += (str(quantize(model, self.wanted.quantization, device=self.device)),)
@@ -324,6 +323,7 @@ def _naming_method(files: ModelFiles) -> Iterator[None]:
         raise type(error)(
             f"The model is quantised by `{method}`. {error.found}",
             where=error.where or files.location.source.location,
+            expected=error.expected,
             fix=f"{error.fix or 'install what it asks for'}, or name its 16-bit original",
         ) from error
 

@@ -32,7 +32,7 @@ from phlora.errors import ModelError
 from phlora.models.checkpoint import Checkpoint, StoredTensor
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_BITS = (2, 4, 8)
+_BITS = {"gptq": (2, 4, 8), "awq": (4,)}
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
@@ -51,20 +51,27 @@ class Packing:
 
 def method_of(config: PreTrainedConfig) -> str | None:
     """What a model says that it is quantised by; None for one that is not."""
+    facts = _stated(config)
+    return None if facts is None else _plain(facts.get("quant_method"))
+
+
+def _stated(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    """What a configuration says about the quantisation: as it was read, or as transformers' object."""
     stated = getattr(config, "quantization_config", None)
-    if stated is None:
-        return None
-    method = (stated if isinstance(stated, Mapping) else stated.to_dict()).get("quant_method")
-    return str(getattr(method, "value", method))
+    return stated if stated is None or isinstance(stated, Mapping) else stated.to_dict()
+
+
+def _plain(value: Any) -> str:
+    """A word, or a member of an enumeration that stands for it."""
+    return str(getattr(value, "value", value))
 
 
 def packing_of(config: PreTrainedConfig) -> Packing | None:
     """How a model's weights are packed; None where they are not, or in a way that transformers has to read."""
-    method = method_of(config)
-    if method is None:
+    facts = _stated(config)
+    if facts is None:
         return None
-    stated = config.quantization_config
-    facts: Mapping[str, Any] = stated if isinstance(stated, Mapping) else stated.to_dict()
+    method = _plain(facts.get("quant_method"))
     layout = str(facts.get("checkpoint_format") or facts.get("format") or "gptq")
     if method == "auto-round":
         # Says which of the two it wrote: auto_round:auto_gptq, auto_round:auto_awq, or kinds of its own.
@@ -72,8 +79,7 @@ def packing_of(config: PreTrainedConfig) -> Packing | None:
         layout = "gptq"
     if method == "gptq" and layout in ("gptq", "gptq_v2"):
         return Packing("gptq", zeros_less_one=layout == "gptq")
-    version = facts.get("version", "gemm")
-    if method == "awq" and str(getattr(version, "value", version)).lower() == "gemm":
+    if method == "awq" and _plain(facts.get("version", "gemm")).lower() == "gemm":
         return Packing("awq")
     return None
 
@@ -96,12 +102,24 @@ class PackedCheckpoint(Checkpoint):
     parts: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
-        """The tensor, or the dense matrix of a packed one, shape (out, in), in the dtype of its scales."""
+        """The tensor, or the dense matrix of a packed one, shape (out, in), in the dtype of its scales.
+
+        Raises:
+            ModelError: a column of a packed one is of a group that there is not.
+        """
         layer = name.removesuffix(".weight")
         if layer not in self.parts:
             return super().read(name)
         stored = Checkpoint(self.files, {f"{layer}.{part}": at for part, at in self.parts[layer].items()})
         found = {part: stored.read(f"{layer}.{part}") for part in self.parts[layer]}
+        groups, last = found.get("g_idx"), len(found["scales"]) - 1
+        if groups is not None and not 0 <= int(groups.min()) <= int(groups.max()) <= last:
+            raise ModelError(
+                f"The packed weight of {layer} has columns of groups {int(groups.min())} to {int(groups.max())}",
+                where=str(self.parts[layer]["g_idx"].file),
+                expected=f"groups from 0 to {last}, as many as there are scales",
+                fix="copy or download the model again",
+            )
         return unpacked(self.packing, found["qweight"], found["qzeros"], found["scales"], found.get("g_idx"))
 
 
@@ -174,27 +192,34 @@ def _bits(zeros: tuple[int, ...], scales: tuple[int, ...]) -> int:
 def _dense(layer: str, found: Mapping[str, StoredTensor], packing: Packing, *, where: str) -> StoredTensor:
     """What the dense matrix will be, found out from the shapes of its parts."""
     weight, zeros, scales = (found[part] for part in _PARTS[:3])
-    shapes = {part: stored.shape for part, stored in found.items()}
+    shapes = ", ".join(f"{part} {list(stored.shape)} {_name(stored.dtype)}" for part, stored in found.items())
     bits, rows = 0, 0
     if len(weight.shape) == len(zeros.shape) == len(scales.shape) == 2:
         bits, rows = _bits(zeros.shape, scales.shape), scales.shape[1]
     along = bits * weight.shape[0]
     columns = weight.shape[0] if packing.method == "awq" else along and 32 * weight.shape[0] // bits
     expected = (columns, rows * bits // 32) if packing.method == "awq" else (weight.shape[0], rows)
+    groups = found.get("g_idx", StoredTensor(weight.file, torch.int32, (columns,), 0, 0))
     fits = (
-        bits in ((4,) if packing.method == "awq" else _BITS)
+        bits in _BITS[packing.method]
+        and weight.dtype == zeros.dtype == torch.int32
+        and not groups.dtype.is_floating_point
         and weight.shape == expected
         and zeros.shape[0] == scales.shape[0]
         and scales.dtype.is_floating_point
-        and found.get("g_idx", StoredTensor(weight.file, weight.dtype, (columns,), 0, 0)).shape == (columns,)
+        and groups.shape == (columns,)
         and columns % scales.shape[0] == 0
     )
     if not fits:
         raise ModelError(
             f"The packed weight of {layer} has the shapes {shapes}",
             where=where,
-            expected=f"those of {packing.method} with {' or '.join(map(str, _BITS))} bits",
+            expected=f"those of {packing.method} with {' or '.join(map(str, _BITS[packing.method]))} bits, in int32",
             fix="quantise it again, or name its 16-bit original",
         )
     size = columns * rows * scales.dtype.itemsize
     return StoredTensor(weight.file, scales.dtype, (rows, columns), weight.offset, size)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

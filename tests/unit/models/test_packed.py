@@ -16,7 +16,8 @@ from torch import Tensor
 from phlora import finetune, load_model
 from phlora.display import Display
 from phlora.errors import ConfigError, EnvironmentProblem, ModelError, PhloraError
-from phlora.models.packed import Packing, unpacked
+from phlora.models.checkpoint import Checkpoint, _entries
+from phlora.models.packed import Packing, open_packed, unpacked
 from phlora.testing import chat_rows, invoke
 
 QUIET = Display(quiet=True)
@@ -199,6 +200,42 @@ def test_what_is_missing_is_named(packed_folder: tuple[Path, dict[str, Tensor]],
     )
     with pytest.raises(ModelError, match="not those that the configuration calls for"):
         load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("qweight", lambda t: t.long(), r"has the shapes qweight .* int64.*\n.*bits, in int32"),
+        ("qweight", lambda t: t.float(), r"has the shapes qweight .* float32"),
+        ("qzeros", lambda t: t.short(), r"has the shapes .* int16"),
+        ("scales", lambda t: t.int(), r"has the shapes .* int32"),
+    ],
+)
+def test_numbers_of_another_kind_are_named(
+    packed_folder: tuple[Path, dict[str, Tensor]], tmp_path: Path, part: str, change: Any, said: str
+) -> None:
+    folder = shutil.copytree(packed_folder[0], tmp_path / "part")
+    weights = load_file(folder / "model.safetensors")
+    name = f"model.layers.0.mlp.down_proj.{part}"
+    save_file({**weights, name: change(weights[name])}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=said):
+        load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("group", [-1, 4, 1 << 20])
+def test_columns_of_groups_that_there_are_not_are_named(tmp_path: Path, group: int) -> None:
+    layer, file = "model.layers.0.mlp.down_proj", tmp_path / "model.safetensors"
+    parts, dense = parts_of(torch.randn(32, 64), "gptq", bits=4, group=16)
+
+    def read() -> Tensor:
+        save_file({f"{layer}.{part}": tensor for part, tensor in parts.items()}, file)
+        stored = Checkpoint((file,), _entries(file) or {})
+        return open_packed(stored, Packing("gptq"), where="here").read(f"{layer}.weight")
+
+    assert torch.equal(read(), dense)
+    parts["g_idx"][5] = group
+    with pytest.raises(ModelError, match=rf"{layer} has columns of groups .*\n.*0 to 3"):
+        read()
 
 
 @pytest.mark.parametrize("method", ["compressed-tensors", "hqq", "eetq", "aqlm", "nonsense"])
