@@ -168,7 +168,7 @@ class Code:
         """Whether a name is a variable that is read, and no keyword, attribute or import."""
         parent = self.parent(node)
         if isinstance(parent, cst.Attribute):
-            return parent.value is node
+            return parent.value is node and self.enclosing(node, cst.Import, cst.ImportFrom) is None
         if isinstance(parent, cst.Arg):
             return parent.value is node
         return isinstance(

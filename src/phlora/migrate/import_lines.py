@@ -32,6 +32,8 @@ def with_lines_above(lines: Sequence[cst.EmptyLine], updated: Any) -> Any:
 def with_statements_above(new: Sequence[cst.BaseStatement], updated: Any) -> Any:
     """Statements above another one, and below what is written above it, if that is for the whole module."""
     first, *rest = list(updated) if isinstance(updated, cst.FlattenSentinel) else [updated]
+    if first is cst.RemoveFromParent():
+        return cst.FlattenSentinel(list(new))
     is_import = isinstance(first, cst.SimpleStatementLine) and isinstance(
         first.body[0], cst.Import | cst.ImportFrom
     )

@@ -122,9 +122,9 @@ class Imports:
             whole = self._code.parent(imported)
             if (line.moved or line.added) and isinstance(whole, cst.SimpleStatementLine):
                 lines.setdefault(whole, {})[whole.body.index(imported)] = line
-        self._write_top()
         for whole, changed in lines.items():
             self._edits.change(whole, self._rewriter(whole, changed))
+        self._write_top()
 
     # ------------------------------------------------------------------------------------------- the inside
 
@@ -247,7 +247,8 @@ class Imports:
             new = self._retargeted.get(use, full)
             module, _, name = new.rpartition(".")
             self._top[(module, name)] = None
-            self._edits.say(use, f"{use.value} was not imported: it is {new}")
+            found = "" if new == use.value else f": it is {new}"
+            self._edits.say(use, f"{use.value} was not imported{found}")
             if name != use.value:
                 self._edits.replace(use, cst.Name(name))
 

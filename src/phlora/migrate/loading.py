@@ -6,13 +6,13 @@ import libcst as cst
 
 from phlora.migrate.code import NOT_LITERAL, expression
 from phlora.migrate.edits import Edits
-from phlora.migrate.given import Arguments, Given, entries_of, remove, update_arguments
+from phlora.migrate.given import Arguments, Given, entries_of, remove, update, update_arguments
 from phlora.migrate.imports import Imports
 from phlora.names import ARGUMENTS, FROM_PRETRAINED, Old
 
 _LOADERS = ("transformers.", "peft.", "trl.")
 _FLASH = ("flash_attention_2", "flash_attention_3")
-_CUDA = "torch.cuda.is_available()"
+_GPU = ("cuda", "cuda:0")
 _BITS = ("load_in_4bit", "load_in_8bit")
 _BNB = "transformers.BitsAndBytesConfig"
 _LOAD_DATASET = {
@@ -44,6 +44,7 @@ class Loading:
             if self._loads(call):
                 arguments = update_arguments(self.edits, call, ARGUMENTS[FROM_PRETRAINED])
                 self._quantization(call, arguments)
+                self._inner(call, arguments)
                 self._machine(call, arguments)
                 self._own_code(call, arguments)
             elif "datasets.load_dataset" in self.imports.names(call.func):
@@ -89,6 +90,17 @@ class Loading:
         for entry in left[1:]:
             self.edits.of(entry.holder).removed.add(entry.index)
 
+    def _inner(self, call: cst.Call, arguments: Arguments) -> None:
+        """`pipeline(model_kwargs={...})`: what the model is loaded with."""
+        if "model_kwargs" not in arguments.given:
+            return
+        entries = entries_of(self.code, self.code.resolved(arguments.given["model_kwargs"].value)) or []
+        inner = Arguments({entry.name: entry for entry in entries}, True)
+        for entry in entries:
+            if entry.name in ARGUMENTS[FROM_PRETRAINED]:
+                update(self.edits, entry, ARGUMENTS[FROM_PRETRAINED][entry.name], inner)
+        self._quantization(call, inner)
+
     # --------------------------------------------------------------------------------------- devices, kernels
 
     def _machine(self, call: cst.Call, arguments: Arguments) -> None:
@@ -106,7 +118,9 @@ class Loading:
                     f'"flash_attention_2" if {test}() else "sdpa"',
                     "flash_attention_2 where it is installed, else sdpa",
                 )
-            elif entry.name in ("device_map", "device") and self._says(entry, ("cuda", "cuda:0")):
+            elif entry.name in ("device_map", "device") and self._says(entry, _GPU):
+                self._on_cuda(entry, call)
+            elif entry.name == "device" and self.code.text(self.code.resolved(entry.value)) == "0":
                 self._on_cuda(entry, call)
             elif entry.name == "device_map" and self.code.literal(entry.value) in (
                 {"": 0},
@@ -131,12 +145,9 @@ class Loading:
     def _on_cuda(self, entry: Given, call: cst.Call) -> None:
         torch = self.imports.need_module("torch", _callee(call))
         value = self.code.text(entry.value)
-        other = '"cpu"'
-        if isinstance(entry.value, cst.Name):
-            value = entry.value.value
         self._set(
             entry,
-            f"{value} if {torch}.cuda.is_available() else {other}",
+            f'{value} if {torch}.cuda.is_available() else "cpu"',
             f"{entry.name}: {self.code.text(self.code.resolved(entry.value))} where there is a GPU, else the CPU",
         )
 
@@ -150,7 +161,7 @@ class Loading:
         """`inputs.to("cuda")`, on machines without a GPU as well."""
         if len(call.args) != 1 or not isinstance(call.args[0].value, cst.SimpleString):
             return
-        if call.args[0].value.evaluated_value != "cuda":
+        if call.args[0].value.evaluated_value not in _GPU:
             return
         anchor = self._torch_anchor(call)
         if anchor is None:
@@ -158,7 +169,7 @@ class Loading:
         torch = self.imports.need_module("torch", anchor, before=call)
         text = self.code.text(call.args[0].value)
         self.edits.of(call).values[0] = expression(f'{text} if {torch}.cuda.is_available() else "cpu"')
-        self.edits.say(call, 'to("cuda") where there is a GPU, else to the CPU')
+        self.edits.say(call, f"to({text}) where there is a GPU, else to the CPU")
 
     def _torch_anchor(self, call: cst.Call) -> cst.CSTNode | None:
         imports = [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 
 import libcst as cst
 
-from phlora.migrate.code import NOT_LITERAL, Code, dotted, expression
+from phlora.migrate.code import Code, dotted, expression
 from phlora.migrate.edits import Edits, Remark
 from phlora.migrate.given import arguments_of, remove
 from phlora.migrate.imports import Imports, canonical
@@ -16,6 +17,8 @@ from phlora.migrate.trainers import OUR_CONFIG, OUR_GET_PEFT_MODEL, OUR_TRAINER,
 from phlora.migrate.unsloth import Unsloth
 from phlora.names import IMPORTS
 
+_TAKEN_OVER = ("trl", "unsloth", "loralib")
+_MENTIONS = re.compile(rf"\b({'|'.join(_TAKEN_OVER)})\b")
 # Whole packages with the same names in them.
 PACKAGES = {"loralib": "phlora.lora"}
 MOVES = {
@@ -175,13 +178,19 @@ def _what_to_do(name: str, new: str, says: str) -> str:
 
 
 def _unreadable_imports(edits: Edits) -> None:
-    """`importlib.import_module("trl")` names a package in a text, which stays as it is."""
+    """`importlib.import_module("trl")` names a package in a text, which stays as it is, as code in a text does."""
     for call in edits.code.all(cst.Call):
         function = dotted(call.func).rpartition(".")[2]
-        if function in ("import_module", "__import__") and call.args:
-            name = edits.code.literal(call.args[0].value)
-            if name is not NOT_LITERAL and str(name).partition(".")[0] in ("trl", "unsloth", "loralib"):
-                edits.leave(
-                    call,
-                    f"{name} is imported by its name in a text: what is taken from it cannot be read here",
-                )
+        if not call.args or function not in ("import_module", "__import__", "exec", "eval"):
+            continue
+        text = edits.code.literal(call.args[0].value)
+        if not isinstance(text, str):
+            continue
+        if function in ("exec", "eval"):
+            if _MENTIONS.search(text):
+                edits.leave(call, f"what {function} runs is a text, and is not read here")
+        elif text.partition(".")[0] in _TAKEN_OVER:
+            edits.leave(
+                call,
+                f"{text} is imported by its name in a text: what is taken from it cannot be read here",
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -51,21 +51,45 @@ class Trainers:
     def __init__(self, edits: Edits, imports: Imports) -> None:
         self.edits, self.imports, self.code = edits, imports, edits.code
         self._added: dict[cst.Call, dict[str, str]] = {}
-        self._subclasses = {
-            node
-            for node in self.code.all(cst.ClassDef)
-            if any(self.imports.names(base.value) & SFT_TRAINERS for base in node.bases)
-            and not any(
-                isinstance(part, cst.FunctionDef) and part.name.value == "__init__" for part in node.body.body
-            )
-        }
+        self._subclasses = self._classes_of(SFT_TRAINERS)
+        self._config_classes = self._classes_of(SFT_CONFIGS | PLAIN_CONFIGS | OTHER_CONFIGS)
+
+    def _classes_of(self, names: frozenset[str]) -> dict[cst.CSTNode, frozenset[str]]:
+        """Classes that are made as one of these names is, each with the names that its body binds."""
+        found = {}
+        for node in self.code.all(cst.ClassDef):
+            if not any(self.imports.names(base.value) & names for base in node.bases):
+                continue
+            bound = {part.name.value for part in node.body.body if isinstance(part, cst.FunctionDef)}
+            bound |= {name.value for name, _ in self._fields(node)}
+            if "__init__" not in bound:
+                found[node] = frozenset(bound)
+        return found
+
+    def _fields(self, node: cst.ClassDef) -> Iterator[tuple[cst.Name, cst.CSTNode]]:
+        """The fields of a class, each with the statement that binds it."""
+        for part in self.code.all(cst.AnnAssign, cst.Assign):
+            target = part.target if isinstance(part, cst.AnnAssign) else part.targets[0].target
+            if (
+                isinstance(target, cst.Name)
+                and self.code.enclosing(part, cst.ClassDef, cst.FunctionDef) is node
+            ):
+                yield target, part
 
     def update(self) -> None:
+        for node in self._config_classes:
+            self._config_class(node)
         for call in list(self.code.all(cst.Call)):
             names = self.imports.names(call.func)
+            made_of = self.code.definition(call.func)
             if names & (SFT_CONFIGS | PLAIN_CONFIGS | OTHER_CONFIGS):
                 self._config(call)
-            elif names & SFT_TRAINERS or self.code.definition(call.func) in self._subclasses:
+            elif made_of in self._config_classes:
+                own = self._config_classes[made_of]
+                update_arguments(
+                    self.edits, call, ARGUMENTS[SETTINGS], only=frozenset(ARGUMENTS[SETTINGS]) - own
+                )
+            elif names & SFT_TRAINERS or made_of in self._subclasses:
                 self._trainer(call)
             elif names & OTHER_TRAINERS:
                 update_arguments(self.edits, call, ARGUMENTS[TRAINER], only=frozenset({"tokenizer"}))
@@ -74,6 +98,16 @@ class Trainers:
                 update_arguments(self.edits, call, ARGUMENTS[LORA])
 
     # ------------------------------------------------------------------------------------------ configurations
+
+    def _config_class(self, node: Any) -> None:
+        """Fields of a class of one's own that hide what they were in an earlier version: others may read them."""
+        for name, statement in self._fields(node):
+            old = ARGUMENTS[SETTINGS].get(name.value)
+            if old is not None and old.new and old.fate != "moved":
+                self.edits.leave(
+                    statement,
+                    f"{name.value} is {old.new} now: rename the field, and where it is read",
+                )
 
     def _config(self, call: cst.Call) -> None:
         arguments = update_arguments(self.edits, call, ARGUMENTS[SETTINGS])

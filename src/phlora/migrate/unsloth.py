@@ -12,7 +12,7 @@ import libcst as cst
 
 from phlora.migrate.code import NOT_LITERAL, dotted, expression, plain
 from phlora.migrate.edits import Edits, line_of, statements_of
-from phlora.migrate.given import Arguments, arguments_of
+from phlora.migrate.given import Arguments, Given, arguments_of, remove
 from phlora.migrate.imports import Imports
 from phlora.migrate.trainers import OUR_GET_PEFT_MODEL, SFT_TRAINERS
 
@@ -21,6 +21,7 @@ _MODELS = frozenset({"unsloth.FastLanguageModel", "unsloth.FastModel", "unsloth.
 _TO_MODEL = ("attn_implementation", "device_map")
 _TO_BOTH = ("revision", "token", "trust_remote_code")
 # How Unsloth computes, and nothing of what it computes.
+_PLACES_IN_LOADING = ("model_name", "max_seq_length", "dtype", "load_in_4bit")
 _IDLE_IN_LOADING = frozenset(
     (
         "use_gradient_checkpointing",
@@ -78,11 +79,9 @@ class Unsloth:
 
     def __init__(self, edits: Edits, imports: Imports) -> None:
         self.edits, self.imports, self.code = edits, imports, edits.code
-        self.is_used = any(
-            name.startswith("unsloth")
-            for node in self.code.all(cst.ImportFrom, cst.Import)
-            for name in _modules(node)
-        )
+        imported = [name for node in self.code.all(cst.ImportFrom, cst.Import) for name in _modules(node)]
+        used = [*imported, *self.code.unimported().values()]
+        self.is_used = any(name.startswith("unsloth") for name in used)
 
     def update(self) -> None:
         if not self.is_used:
@@ -101,6 +100,8 @@ class Unsloth:
                     )
             elif self.imports.names(call.func) & {"unsloth.get_chat_template"}:
                 self._chat_template(call)
+            if self.imports.names(call.func) & {"unsloth.UnslothTrainingArguments"}:
+                self._config(call)
         self._rest()
 
     def _model_call(self, call: cst.Call, method: str) -> None:
@@ -125,11 +126,9 @@ class Unsloth:
     def _load(self, call: cst.Call) -> None:
         statement = self.code.parent(call)
         targets = self._two_targets(statement)
-        arguments = arguments_of(self.code, call)
+        arguments = self._by_name(call)
         given = {name: self.code.text(entry.value) for name, entry in arguments.given.items()}
-        name = given.get("model_name") or (
-            self.code.text(call.args[0].value) if call.args and call.args[0].keyword is None else None
-        )
+        name = given.get("model_name")
         if statement is None or targets is None or name is None or not arguments.are_all_known:
             self.edits.leave(
                 call,
@@ -157,6 +156,19 @@ class Unsloth:
         self._length(call, arguments)
         self.edits.say(call, f"{self.code.text(call.func)} is {model_class} and {tokenizer_class}")
         _exchange_statement(self.edits, statement, new)
+
+    def _by_name(self, call: cst.Call) -> Arguments:
+        """The arguments of a loading call, those that are given by their place too."""
+        arguments = arguments_of(self.code, call)
+        places = [
+            place for place, argument in enumerate(call.args) if not (argument.keyword or argument.star)
+        ]
+        named = {
+            name: Given(name, call.args[place].value, call, place)
+            for name, place in zip(_PLACES_IN_LOADING, places, strict=False)
+        }
+        known = arguments.are_all_known and len(places) <= len(_PLACES_IN_LOADING)
+        return Arguments({**named, **arguments.given}, known)
 
     def _length(self, call: cst.Call, arguments: Arguments) -> None:
         """Unsloth's trainer cuts rows where its model was told to; TRL's has a setting of its own."""
@@ -290,6 +302,16 @@ class Unsloth:
                 )
             names += modules if asked is not False else ()
         return self.code.text(plain(names))
+
+    def _config(self, call: cst.Call) -> None:
+        entry = arguments_of(self.code, call).given.get("embedding_learning_rate")
+        if entry is not None and self.code.literal(entry.value) is None:
+            remove(self.edits, entry, "embedding_learning_rate is left out: it asked for nothing")
+        elif entry is not None:
+            self.edits.leave(
+                entry.value,
+                "embedding_learning_rate is Unsloth's: take it out; embeddings learn at learning_rate here",
+            )
 
     # ------------------------------------------------------------------------------------------------- saving
 

@@ -99,6 +99,14 @@ IMPORT_CASES = {
         "from peft import prepare_model_for_int8_training\nm = prepare_model_for_int8_training(m)\n",
         "from peft import prepare_model_for_kbit_training\nm = prepare_model_for_kbit_training(m)\n",
     ),
+    "above what is rewritten": (
+        "from trl import SFTTrainer, DPOTrainer\nx = torch.ones(1)\n",
+        "import torch\nfrom trl import DPOTrainer\nfrom phlora import SFTTrainer\nx = torch.ones(1)\n",
+    ),
+    "above what is gone": (
+        "from unsloth import FastLanguageModel\nx = torch.ones(1)\n",
+        "import torch\nx = torch.ones(1)\n",
+    ),
     "unimported": (
         '"""Its doc."""\ntrainer = SFTTrainer("m")\n',
         '"""Its doc."""\nfrom phlora import SFTTrainer\n\ntrainer = SFTTrainer("m")\n',
@@ -230,6 +238,19 @@ def test_what_training_arguments_did_by_default_is_said() -> None:
     )
 
 
+def test_fields_of_configurations_of_one_s_own_are_left() -> None:
+    text = (
+        TRL + "class Mine(SFTConfig):\n    max_seq_length: int = 9\n    packing: bool = True\n    mine = 1\n"
+    )
+    text += "a = Mine('o', max_seq_length=3, evaluation_strategy='no')\n"
+    assert left(text) == ["max_seq_length is max_length now: rename the field, and where it is read"]
+    assert "a = Mine('o', max_seq_length=3, eval_strategy='no')" in migrated(text)
+    assert migrated(migrated(text)) == migrated(text)
+    # What makes its own sense of its arguments is left alone.
+    own = TRL + "class Mine(SFTConfig):\n    def __init__(self, no_cuda): pass\nMine(no_cuda=1)\n"
+    assert "Mine(no_cuda=1)" in migrated(own) and not left(own)
+
+
 def test_a_default_that_has_changed_is_told() -> None:
     text = TRL + "SFTConfig(max_seq_length=9)\n"
     told = [remark.text for remark in migrate_text(text).remarks]
@@ -314,6 +335,12 @@ def test_data_sets_are_loaded_by_today_s_names() -> None:
     assert "load_dataset('a')" in migrated(text.format(False))
 
 
+def test_a_package_in_an_import_is_no_use_of_it() -> None:
+    for line in ("from torch.optim import AdamW", "import torch.nn as nn", "from torch import nn"):
+        text = f"from trl import ScriptArguments\n{line}\nprint(AdamW, nn)\n"
+        assert migrated(text) == text
+
+
 def test_an_import_that_is_there_is_not_made_again() -> None:
     text = "from unsloth import FastLanguageModel\nimport torch\nx.to('cuda')\nFastLanguageModel.for_inference(m)\n"
     assert migrated(text).count("import torch") == 1
@@ -341,6 +368,17 @@ def test_code_beside_a_model_that_transformers_has_is_not_run() -> None:
     assert "trust" not in migrated(text.format("microsoft/Phi-3-mini-4k-instruct"))
     for other in ("microsoft/Phi-3-small-8k-instruct", "someone/model", "./folder"):
         assert "trust_remote_code=True" in migrated(text.format(other))
+
+
+def test_what_a_pipeline_loads_its_model_with() -> None:
+    text = (
+        "from transformers import pipeline\nimport torch\np = pipeline('t', 'm', device=0, model_kwargs={})\n"
+    )
+    given = "{'torch_dtype': d, 'load_in_4bit': True}"
+    new = migrated(text.replace("{}", given))
+    assert "model_kwargs={'dtype': d, 'quantization_config': BitsAndBytesConfig(load_in_4bit=True)}" in new
+    assert 'device=0 if torch.cuda.is_available() else "cpu"' in new
+    assert "from transformers import pipeline, BitsAndBytesConfig" in new
 
 
 def test_adamw_does_what_it_did() -> None:
@@ -426,6 +464,7 @@ LEFT_CASES = {
     "a share of all": TRL + "SFTConfig(warmup_ratio=1.0)\n",
     "a collator": "from trl import DataCollatorForCompletionOnlyLM\n",
     "a name in a text": 'import importlib\nt = importlib.import_module("trl")\n',
+    "code in a text": "import trl\nexec('from trl import SFTTrainer')\n",
     "unsloth's masks": "from unsloth.chat_templates import train_on_responses_only\nt = train_on_responses_only(t)\n",
     "unsloth's templates": "from unsloth.chat_templates import get_chat_template\nt = get_chat_template(t, 'vicuna')\n",
     "a saved file": "from unsloth import FastLanguageModel\nm.save_pretrained_gguf('o', t)\n",
@@ -481,6 +520,9 @@ def test_parts_that_unsloth_leaves_out_are_left_out() -> None:
     [
         ("load_in_4bit=True", "double_quant=True))"),
         ("load_in_4bit=False", "dtype='auto')"),
+        ("2048, None, False", "dtype='auto')"),
+        ("2048, torch.float16, True", "from_pretrained('a/b', dtype=torch.float16, quantization_config="),
+        ("2048, None, True, False", "# phlora: load with"),
         ("load_in_4bit=flag", "double_quant=True) if flag else None)"),
         ("load_in_8bit=True", "BitsAndBytesConfig(load_in_8bit=True))"),
         ("load_in_8bit=False", "double_quant=True))"),
@@ -490,7 +532,19 @@ def test_parts_that_unsloth_leaves_out_are_left_out() -> None:
 def test_how_unsloth_stores_the_base(given: str, written: str) -> None:
     text = f"from unsloth import FastModel\nm, t = FastModel.from_pretrained('a/b', {given})\n"
     new = "".join(migrated(text).replace('"', "'").split("\n"))
-    assert written in new.replace("None,)", "None)").replace("=True),)", "=True))"), new
+    new = new.replace("None,)", "None)").replace("=True),)", "=True))")
+    assert written in new.replace("(    'a", "('a").replace(",    ", ", "), new
+
+
+def test_an_embedding_learning_rate_of_unsloth_is_left() -> None:
+    text = "from unsloth import UnslothTrainingArguments\na = UnslothTrainingArguments(embedding_learning_rate={})\n"
+    assert "# phlora: embedding_learning_rate" in migrated(text.format("1e-5"))
+    assert "SFTConfig()" in migrated(text.format(None))
+
+
+def test_unsloth_s_names_without_an_import_are_migrated_at_once() -> None:
+    new = migrated("from trl import SFTTrainer\nFastLanguageModel.for_inference(m)\n")
+    assert new == "from phlora import SFTTrainer\nm.eval()\n"
 
 
 def test_a_length_that_only_unsloth_s_model_knew_is_left_to_the_user() -> None:
