@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -13,8 +13,8 @@ from phlora.config import EvaluationConfig, Speed, TrainOn
 from phlora.data.dataset import load_rows
 from phlora.data.tokenize import tokenize_rows
 from phlora.display import Display
-from phlora.errors import ConfigError
-from phlora.evaluate.metrics import Metric
+from phlora.errors import ConfigError, shown
+from phlora.evaluate.metrics import Metric, names_and_functions
 from phlora.evaluate.report import Report
 from phlora.evaluate.run import BATCH_ROWS, compare_on
 from phlora.measure import Clock, peak_bytes
@@ -28,7 +28,7 @@ def evaluate_model(
     data: Any,
     *,
     base: PreTrainedModel | None = None,
-    metrics: Sequence[str | Metric] = ("auto",),
+    metrics: str | Metric | Sequence[str | Metric] = ("auto",),
     max_answers: int = 100,
     max_new_tokens: int = 128,
     max_length: int | None = None,
@@ -50,7 +50,7 @@ def evaluate_model(
         data: file(s), rows or a data set, in any form that `load_rows` reads.
         base: the model that one without an adapter is compared with.
         metrics: names as in `evaluation.metrics`, and functions of (answer, reference) that return 0 to 1, or None
-            where they do not apply.
+            where they do not apply; or one of them.
         max_answers: rows answered by generation, from the first on; 0: loss only.
         max_new_tokens: longest generated answer, in tokens.
         max_length, train_on: as in `tokenize_rows`.
@@ -73,14 +73,11 @@ def evaluate_model(
             expected="a PeftModel, or `base`: the model as it was before it was trained",
             fix='name it: base=load_model("…").model',
         )
+    names, own_metrics = _metrics(metrics)
     for side in (model, base):
         if side is not None:
             use_operands(side)
     display, clock = display or Display(), Clock()
-    names = tuple(metric for metric in metrics if isinstance(metric, str))
-    own_metrics = {
-        getattr(metric, "__name__", type(metric).__name__): metric for metric in metrics if callable(metric)
-    }
     prepared = prepare_tokenizer(
         copy.deepcopy(tokenizer), config=model.config, generation_config=model.generation_config
     )
@@ -98,7 +95,7 @@ def evaluate_model(
         prepared,
         [row for row in rows if row.origin in kept],
         tokenized.rows,
-        EvaluationConfig(metrics=names, max_answers=max_answers, max_new_tokens=max_new_tokens),
+        EvaluationConfig(metrics=tuple(names), max_answers=max_answers, max_new_tokens=max_new_tokens),
         display=display,
         batch_size=batch_size,
         speed=speed,
@@ -114,3 +111,20 @@ def evaluate_model(
         peak_bytes=peak_bytes(),
         notes=[f"{skip.origin}: {skip.reason}" for skip in tokenized.skipped],
     )
+
+
+def _metrics(metrics: Any) -> tuple[list[str], dict[str, Metric]]:
+    """
+    Raises:
+        ConfigError: what is neither a name nor a function.
+    """
+    is_one = isinstance(metrics, str) or callable(metrics) or not isinstance(metrics, Iterable)
+    names, functions = names_and_functions([metrics] if is_one or isinstance(metrics, Mapping) else metrics)
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"{shown(name)} was given",
+                where="metrics",
+                expected="names, and functions of (answer, reference)",
+            )
+    return names, functions

@@ -91,6 +91,36 @@ def resolve_metrics(names: Iterable[str], *, auto: Iterable[str] = ()) -> dict[s
     return {name: _resolve(name) for name in chosen}
 
 
+def names_and_functions(metrics: Iterable[Any]) -> tuple[list[Any], dict[str, Metric]]:
+    """A list of metrics apart: what stands there by name, and the functions, each under its own name.
+
+    Raises:
+        ConfigError: two of them have one name, so that one would take the other's place.
+    """
+    named: list[Any] = []
+    functions: dict[str, Metric] = {}
+    for metric in metrics:
+        if not callable(metric):
+            named.append(metric)
+            continue
+        name = getattr(metric, "__name__", type(metric).__name__)
+        if name in functions:
+            raise _of_one_name(name)
+        functions[name] = metric
+    for name in functions:
+        if name in named:
+            raise _of_one_name(name)
+    return named, functions
+
+
+def _of_one_name(name: str) -> ConfigError:
+    return ConfigError(
+        f"Two metrics are called {shown(name)}",
+        where="evaluation.metrics",
+        fix="give one of them a name of its own: `def my_metric(answer, reference)`, or set its `__name__`",
+    )
+
+
 def split_words(text: str) -> list[str]:
     """Words of any script: letters and digits with their combining marks and zero-width joiners.
 

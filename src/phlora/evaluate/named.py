@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -30,15 +30,33 @@ class NamedMetric:
         self.add_batch(predictions=[prediction], references=[reference])
 
     def add_batch(self, *, predictions: Sequence[str], references: Sequence[str]) -> None:
-        """Keep answers for `compute`."""
-        if len(predictions) != len(references):
+        """Keep answers for `compute`.
+
+        Raises:
+            ConfigError: what are no texts, or not one reference for each.
+        """
+        answers, expected = self._texts("predictions", predictions), self._texts("references", references)
+        if len(answers) != len(expected):
             raise ConfigError(
-                f"{len(predictions)} predictions and {len(references)} references were given",
+                f"{len(answers)} predictions and {len(expected)} references were given",
                 where=f'load_metric("{self.name}")',
                 expected="one reference for each prediction",
             )
-        self._predictions += predictions
-        self._references += references
+        self._predictions += answers
+        self._references += expected
+
+    def _texts(self, name: str, given: Any) -> list[str]:
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise self._no_texts(name, given)
+        texts = list(given)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise self._no_texts(f"{name}[{number}]", text)
+        return texts
+
+    def _no_texts(self, name: str, given: Any) -> ConfigError:
+        where = f'load_metric("{self.name}")'
+        return ConfigError(f"`{name}` is {shown(given)}", where=where, expected="texts in a list")
 
     def compute(
         self,
@@ -58,7 +76,7 @@ class NamedMetric:
             use_stemmer: for `rouge`: words by their Porter stem.
 
         Raises:
-            ConfigError: no answers, or not one reference for each.
+            ConfigError: no answers, what are no texts, or not one reference for each.
         """
         self.add_batch(predictions=predictions, references=references)
         pairs = list(zip(self._predictions, self._references, strict=True))

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from phlora.config import RunConfig, build_config, default_output
 from phlora.data.split_names import same_split
 from phlora.errors import ConfigError, EnvironmentProblem, RunError
-from phlora.evaluate.metrics import Metric
+from phlora.evaluate.metrics import Metric, names_and_functions
 from phlora.files import replaced_file
 from phlora.runs.folder import EVAL_ROWS_FILE, ROWS_FILE
 from phlora.train.arguments import train_on_of
@@ -315,7 +315,5 @@ def _metrics(evaluation: Any) -> tuple[Any, dict[str, Metric]]:
     entries: Iterable[Any] = [named] if callable(named) or isinstance(named, str) else named or ()
     if not isinstance(entries, list | tuple | set):
         return dict(evaluation), {}
-    own = {getattr(entry, "__name__", type(entry).__name__): entry for entry in entries if callable(entry)}
-    if not own:
-        return dict(evaluation), {}
-    return {**evaluation, "metrics": [entry for entry in entries if not callable(entry)]}, own
+    names, own = names_and_functions(entries)
+    return ({**evaluation, "metrics": names} if own else dict(evaluation)), own

@@ -37,3 +37,18 @@ def test_mistakes() -> None:
         standardize_sharegpt(Dataset.from_list([{"text": "a"}]))
     with pytest.raises(DataError, match="`robot` is not known"):
         standardize_sharegpt(Dataset.from_list([{"conversations": [{"from": "robot", "value": "a"}]}]))
+
+
+@pytest.mark.parametrize(
+    "given", [[{"conversations": TURNS}], "chats.jsonl", None], ids=["rows", "path", "nothing"]
+)
+def test_what_is_no_data_set_is_named(given: object) -> None:
+    with pytest.raises(DataError, match=r"was given\.\nExpected: a `datasets` object"):
+        standardize_sharegpt(given)
+
+
+@pytest.mark.parametrize("turns", [None, "Hi", ["Hi"], 5], ids=repr)
+def test_what_is_no_chat_is_named(turns: object) -> None:
+    rows = Dataset.from_list([{"conversations": turns}])
+    with pytest.raises(DataError, match="that is no chat"):
+        standardize_sharegpt(rows)

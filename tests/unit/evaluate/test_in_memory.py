@@ -108,3 +108,47 @@ def test_it_is_shown_where_it_stands() -> None:
     )
     assert "held-out rows" in report.summary()
     assert report.title == "Phi3ForCausalLM"
+
+
+def _length(answer: str, reference: str) -> float:
+    return 0.5
+
+
+def exact_match(answer: str, reference: str) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ([5], "`5` was given"),
+        (5, "`5` was given"),
+        (None, "`None` was given"),
+        ({"rouge_l": 1}, "was given"),
+        ("rogue_l", "did you mean `rouge_l`"),
+        ([_length, _length], "Two metrics are called `_length`"),
+        ([lambda a, b: 1.0, lambda a, b: 0.0], "Two metrics are called `<lambda>`"),
+        (["exact_match", exact_match], "Two metrics are called `exact_match`"),
+    ],
+    ids=[
+        "number in a list",
+        "number",
+        "nothing",
+        "mapping",
+        "typo",
+        "twice",
+        "lambdas",
+        "a function named as another",
+    ],
+)
+def test_no_metric_is_left_out_without_a_word(metrics: Any, said: str) -> None:
+    model, tokenizer = tiny_phi3()
+    with pytest.raises(ConfigError, match=said):
+        compare(with_adapter(model), tokenizer, metrics=metrics)
+
+
+@pytest.mark.parametrize("metrics", ["rouge_l", _length], ids=["name", "function"])
+def test_one_metric_needs_no_list(metrics: Any) -> None:
+    model, tokenizer = tiny_phi3()
+    found = compare(with_adapter(model), tokenizer, metrics=metrics)
+    assert list(found.tuned.metrics) == ["rouge_l" if metrics == "rouge_l" else "_length"]

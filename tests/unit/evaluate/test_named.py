@@ -47,3 +47,12 @@ def test_mistakes() -> None:
         load_metric("rogue")
     with pytest.raises(ConfigError, match="1 predictions and 2 references"):
         load_metric("rouge").compute(predictions=["a"], references=["a", "b"])
+    for given, said in (
+        ("abc", "`references` is `abc`"),
+        (None, "is `None`"),
+        ([["a"]], r"`references\[0\]` is"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_metric("rouge").compute(predictions=["a"], references=given)
+    with pytest.raises(ConfigError, match=r"`predictions\[0\]` is `5`"):
+        load_metric("rouge").add(prediction=5, reference="a")

@@ -136,6 +136,12 @@ def test_two_answers_to_what_trains_are_refused() -> None:
         collect_request(config)
 
 
+def test_functions_of_one_name_are_refused_as_one_would_be_left_out() -> None:
+    metrics = [lambda a, b: 1.0, lambda a, b: 0.0]
+    with pytest.raises(ConfigError, match="Two metrics are called `<lambda>`"):
+        collect_request(None, model="m", data="a.jsonl", evaluation={"metrics": metrics})
+
+
 def test_metrics_that_are_functions_stay_objects() -> None:
     def length(*_: Any) -> float:
         return 1.0
