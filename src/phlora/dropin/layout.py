@@ -8,6 +8,7 @@ trainer computes and no longer: the trainer's own `data_collator`, and the model
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,7 @@ from phlora.data.rows import Origin
 from phlora.data.table import TokenizedRow
 from phlora.dropin.obstacles import (
     changed_model,
+    has_own_loss,
     listening,
     own_batches,
     random_masks,
@@ -99,6 +101,10 @@ class LaidOutTrainer(SFTTrainer):
         if longest is None:
             return super()._max_positions
         return int(self._train_batch_size * longest)
+
+    @functools.cached_property
+    def _may_be_cut(self) -> bool:
+        return bool(super()._may_be_cut) and not has_own_loss(self)
 
     @contextmanager
     def _laid_out(self, *, training: bool) -> Iterator[None]:

@@ -17,6 +17,7 @@ from torch import nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from phlora.data.collate import SharedPrefixCollator
+from phlora.dropin.overrides import of_script
 
 # Whose code is known to compute each row by itself, and to be exchanged by what computes the same.
 _KNOWN = ("phlora", "trl", "transformers", "peft", "accelerate", "torch", "bitsandbytes", "datasets")
@@ -78,6 +79,11 @@ def random_masks(model: nn.Module) -> str | None:
             if key.endswith("dropout") and isinstance(value, int | float) and value > 0:
                 return f"{key} of {name} is {value:g}: rows would share one random mask"
     return None
+
+
+def has_own_loss(trainer: Any) -> bool:
+    """Whether the script computes the loss of a batch itself, which then may be no sum over its rows."""
+    return not _is_known(inspect.getattr_static(trainer, "compute_loss"))
 
 
 def own_batches(trainer: Any, *, training: bool) -> str | None:
@@ -159,7 +165,7 @@ def _home(thing: Any) -> str:
     """The module in which something was written; of a wrapper, that of the wrapper."""
     if isinstance(thing, functools.partial):
         return _home(thing.func)
-    thing = getattr(thing, "__func__", thing)
+    thing = of_script(getattr(thing, "__func__", thing))
     written = getattr(thing, "__globals__", None)
     if written is not None:
         return str(written.get("__name__", ""))

@@ -28,6 +28,7 @@ from phlora.dropin.hub import one_message as one_hub_message
 from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded, with_tokenizer
 from phlora.dropin.masks import lacks_markers, with_answers_marked
+from phlora.dropin.overrides import let_run
 from phlora.dropin.preparation import (
     look_at,
     look_at_collator,
@@ -81,6 +82,10 @@ class SFTTrainer(LaidOutTrainer):
         NonFiniteError: from `train`, at the first loss or gradient that is NaN or infinite.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        let_run(cls)
+
     def __init__(
         self,
         *args: Any,
@@ -98,6 +103,8 @@ class SFTTrainer(LaidOutTrainer):
             )
         call = with_trained_columns(with_adapter(with_tokenizer(loaded(arguments_of(args, kwargs)))))
         self.row_problems = row_problems
+        self.items_for_super: Any = None
+        self.told_of: set[Any] = set()
         settings: TrlConfig = call["args"]
         self._marks_answers = settings.assistant_only_loss and lacks_markers(call.get("processing_class"))
         if self._marks_answers:
@@ -132,6 +139,17 @@ class SFTTrainer(LaidOutTrainer):
             prepared = super()._prepare_dataset(rows, processing_class, whole, False, None, dataset_name)
         look_at(self, prepared, args, packing, dataset_name)
         return super()._prepare_dataset(prepared, processing_class, args, packing, None, dataset_name)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As the trainer's; within a loss of a subclass that does not know the step, normalised by it all the same."""
+        items = self.items_for_super if num_items_in_batch is None else num_items_in_batch
+        return super().compute_loss(model, inputs, return_outputs, items)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As the library's.

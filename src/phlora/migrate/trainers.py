@@ -43,6 +43,8 @@ KEPT_DEFAULTS: Mapping[str, Any] = {"learning_rate": 5e-5, "bf16": False}
 # Where the configuration stands in the calls of a trainer, in every version of TRL.
 _PLACE_OF_ARGS = 1
 _PRECISIONS = ("bf16", "fp16")
+# What `compute_loss` is given since the end of 2024.
+ITEMS = "num_items_in_batch"
 
 
 class Trainers:
@@ -79,6 +81,9 @@ class Trainers:
     def update(self) -> None:
         for node in self._config_classes:
             self._config_class(node)
+        for node in self.code.all(cst.ClassDef):
+            if any(self.imports.names(base.value) & (SFT_TRAINERS | OTHER_TRAINERS) for base in node.bases):
+                self._methods(node)
         for call in list(self.code.all(cst.Call)):
             names = self.imports.names(call.func)
             made_of = self.code.definition(call.func)
@@ -96,6 +101,19 @@ class Trainers:
                 self._attributes(call, TRAINER)
             elif "peft.LoraConfig" in names:
                 update_arguments(self.edits, call, ARGUMENTS[LORA])
+
+    def _methods(self, trainer: cst.ClassDef) -> None:
+        """A loss with the arguments of 2024: its call has one more now."""
+        for part in trainer.body.body:
+            if not isinstance(part, cst.FunctionDef) or part.name.value != "compute_loss":
+                continue
+            taken = {each.name.value for each in (*part.params.params, *part.params.kwonly_params)}
+            if ITEMS not in taken and part.params.star_kwarg is None:
+                self.edits.leave(
+                    part,
+                    f"compute_loss is called with {ITEMS} now, the trained tokens of the step: add {ITEMS}=None, and "
+                    "pass it to super().compute_loss, or divide a sum over the tokens by it",
+                )
 
     # ------------------------------------------------------------------------------------------ configurations
 

@@ -586,6 +586,18 @@ def test_the_comments_of_every_shape_stay(path: Path) -> None:
     assert kept == comments or path.name in ("unsloth_alpaca.py", "unsloth_one_notebook.py")
 
 
+@pytest.mark.parametrize("base", ["trl.SFTTrainer", "transformers.Trainer"])
+def test_a_loss_that_does_not_take_the_number_of_items_gets_a_comment(base: str) -> None:
+    head = f"import {base.partition('.')[0]}\nclass Own({base}):\n    "
+    old = head + "def compute_loss(self, model, inputs, return_outputs=False):\n        return 0\n"
+    assert [text.startswith("compute_loss is called with num_items_in_batch now") for text in left(old)] == [
+        True
+    ]
+    assert "num_items_in_batch" in migrated(old).partition("def compute_loss")[0]
+    for more in ("num_items_in_batch=None", "**kwargs", "*, num_items_in_batch=None"):
+        assert not left(old.replace("return_outputs=False", f"return_outputs=False, {more}"))
+
+
 def test_what_would_be_no_python_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Edits, "apply", lambda edits: "from phlora import (\n")
     file = tmp_path / "a.py"

@@ -1,0 +1,91 @@
+"""Methods that a script's subclass overrides with the arguments that they had in 2024.
+
+Since then transformers calls `compute_loss` with `num_items_in_batch`, the trained tokens of the optimizer step, and
+`log` with `start_time`. A method that takes neither them nor `**kwargs` is called without.
+
+A loss of 2024 was the mean over a micro-batch, which the trainer divided by their number G, and so it is again. What
+`super().compute_loss` contributes is made `G * sum over the micro-batch / trained tokens of the step`: divided by G
+that is the exact loss of the step, however unlike its micro-batches are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from phlora.dropin.tell import warn
+
+# Method -> the argument that it is given since.
+_LATER = {"compute_loss": "num_items_in_batch", "log": "start_time"}
+
+
+def let_run(subclass: type) -> None:
+    """Wrap the methods of a subclass that do not take what they are given now."""
+    for name, argument in _LATER.items():
+        method = vars(subclass).get(name)
+        if inspect.isfunction(method) and not _takes(method, argument):
+            setattr(
+                subclass, name, _averaged(method) if name == "compute_loss" else _without(method, argument)
+            )
+
+
+def of_script(method: Any) -> Any:
+    """The script's own method behind such a wrapper; any other as it is."""
+    return getattr(method, "of_script", method)
+
+
+def _takes(method: Callable[..., Any], argument: str) -> bool:
+    parameters = inspect.signature(method).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _without(method: Callable[..., Any], argument: str) -> Callable[..., Any]:
+    taken = len(inspect.signature(method).parameters)
+
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop(argument, None)
+        return method(*args[:taken], **kwargs)
+
+    called.of_script = method  # type: ignore[attr-defined]
+    return called
+
+
+def _averaged(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss that does not know the optimizer step: the mean over a micro-batch, made its share of the step."""
+
+    @functools.wraps(method)
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if num_items_in_batch is None:
+            return method(self, model, inputs, return_outputs)
+        _tell_once(self, method)
+        # True: the script says that it has normalised by the step itself.
+        micro_batches = 1 if self.loss_is_scaled_for_ga is True else self.current_gradient_accumulation_steps
+        before, self.items_for_super = self.items_for_super, num_items_in_batch / micro_batches
+        try:
+            result = method(self, model, inputs, return_outputs)
+        finally:
+            self.items_for_super = before
+        if self.loss_is_scaled_for_ga is False:
+            return result
+        if isinstance(result, tuple):
+            return (result[0] / micro_batches, *result[1:])
+        return result / micro_batches
+
+    compute_loss.of_script = method  # type: ignore[attr-defined]
+    return compute_loss
+
+
+def _tell_once(trainer: Any, method: Callable[..., Any]) -> None:
+    if method in trainer.told_of:
+        return
+    trainer.told_of.add(method)
+    warn(
+        f"{method.__qualname__} does not take num_items_in_batch: its loss counts as the mean over a micro-batch, and "
+        "what it gets from super().compute_loss is normalised over the trained tokens of the whole step; add "
+        "num_items_in_batch=None to its arguments, and pass it on, to normalise all of it so"
+    )
