@@ -87,6 +87,10 @@ class FreeMemory:
     num_bytes: int | None
     limit: str
 
+    def plus(self, num_bytes: int) -> FreeMemory:
+        """The same before so much of it was taken."""
+        return self if self.num_bytes is None else FreeMemory(self.num_bytes + num_bytes, self.limit)
+
 
 def free_memory(device: torch.device) -> FreeMemory:
     """What a run on this device can still take there, besides what this process holds already."""

@@ -26,6 +26,7 @@ from phlora.config import Speed
 from phlora.data.collate import Batch, SharedPrefixCollator
 from phlora.data.rows import Origin
 from phlora.data.table import TokenizedRow
+from phlora.dropin.memory import Activations, checkpointed, decide, is_said
 from phlora.dropin.obstacles import (
     changed_model,
     has_own_loss,
@@ -39,6 +40,7 @@ from phlora.dropin.obstacles import (
 from phlora.dropin.tell import tell
 from phlora.errors import ConfigError, did_you_mean
 from phlora.lora import matmul
+from phlora.models.activation_memory import recomputing_mlps
 from phlora.models.families import longrope_limit
 from phlora.models.prefix_sharing import Sharing, decide_sharing
 from phlora.train.trainer import SFTTrainer
@@ -70,6 +72,7 @@ class LaidOutTrainer(SFTTrainer):
         # Held-out rows are met again and again, and shared alike.
         self._held_out: WeakKeyDictionary[Any, Sharing] = WeakKeyDictionary()
         self._told = ""
+        self._activations: Activations | None = None
         super().__init__(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -113,11 +116,13 @@ class LaidOutTrainer(SFTTrainer):
             yield
             return
         layout = choose(self, training=training)
-        with layout.at_work(self.model) as layers:
+        with layout.at_work(self.model, self.args) as layers:
             self._now = layout
             try:
                 if training:
-                    self._tell(f"shared prefixes {layout.sharing.describe()}; {layers}{_leaks(self.args)}")
+                    self._tell(
+                        f"shared prefixes {layout.sharing.describe()}; {layers}{layout.kept()}{_leaks(self.args)}"
+                    )
                 yield
             finally:
                 self._now = None
@@ -137,22 +142,33 @@ class Layout:
         speed: of the layers.
         why_plain: why the layers stay as they are; None: they are computed as `speed` says.
         longest: tokens of the longest sequence; None where that is not known.
+        activations: what layers keep for backward; None: what the script says, or TRL where it says nothing.
     """
 
     sharing: Sharing
     speed: Speed
     why_plain: str | None = None
     longest: int | None = None
+    activations: Activations | None = None
+
+    def kept(self) -> str:
+        """A line's rest about what layers keep."""
+        return "" if self.activations is None else f"; {self.activations}"
 
     @contextmanager
-    def at_work(self, model: nn.Module) -> Iterator[str]:
+    def at_work(self, model: nn.Module, args: Any) -> Iterator[str]:
         """Compute so, and leave the model and the process as they were; yields a line about the layers."""
         with ExitStack() as stack:
             stack.enter_context(_as_it_was(model))
             if self.why_plain is not None:
                 yield f"layers as they are: {self.why_plain}"
                 return
-            yield stack.enter_context(at_speed(model, self.speed))
+            layers = stack.enter_context(at_speed(model, self.speed))
+            if self.activations is not None:
+                stack.enter_context(checkpointed(args, self.activations.level))
+                if self.activations.level == "recompute_mlp":
+                    stack.enter_context(recomputing_mlps(model))
+            yield layers
 
 
 def choose(trainer: LaidOutTrainer, *, training: bool = True) -> Layout:
@@ -166,14 +182,25 @@ def choose(trainer: LaidOutTrainer, *, training: bool = True) -> Layout:
     why_plain = changed_model(trainer.model) or sharded(trainer)
     if not training:
         return Layout(Sharing(False, "nothing is trained"), "auto", why_plain)
+    sharing = decide_training(trainer)
+    if why_plain is None and trainer._activations is None and not is_said(trainer.args, trainer.model):
+        trainer._activations = decide(
+            trainer, lambda: with_longest(trainer.train_dataset, seed=trainer.args.seed), shared=sharing.on
+        )
+    longest = longest_of(trainer.train_dataset) if sharing.on else None
+    return Layout(sharing, "auto", why_plain, longest, trainer._activations)
+
+
+def decide_training(trainer: LaidOutTrainer) -> Sharing:
+    """Whether rows of an optimizer step share the computation of their common starts, and why (not)."""
     rows = trainer.train_dataset
     obstacle = why_not_shared(trainer, rows, training=True)
     if obstacle is not None:
-        return Layout(Sharing(False, obstacle), "auto", why_plain)
+        return Sharing(False, obstacle)
     args = copy.copy(trainer.args)
     # Without padding TRL's own layout is a stream as well.
     args.packing = args.packing or trainer.padding_free
-    sharing = decide_sharing(
+    return decide_sharing(
         trainer.model,
         some_sequences(rows, seed=args.seed),
         speed=trainer.speed,
@@ -181,7 +208,6 @@ def choose(trainer: LaidOutTrainer, *, training: bool = True) -> Layout:
         args=args,
         device=args.device,
     )
-    return Layout(sharing, "auto", why_plain, longest_of(rows) if sharing.on else None)
 
 
 def decide_held_out(trainer: LaidOutTrainer, rows: Any) -> Sharing:
@@ -263,8 +289,21 @@ def some_sequences(rows: Dataset, *, seed: int) -> list[list[TokenizedRow]]:
 
 def longest_of(rows: Dataset) -> int:
     """Tokens of the longest sequence of a data set, without a row being read."""
+    return max(_lengths_of(rows), default=0)
+
+
+def with_longest(rows: Dataset, *, seed: int) -> list[list[TokenizedRow]]:
+    """Sequences as a forecast of memory needs them: some, and the longest of all."""
+    lengths = _lengths_of(rows)
+    longest = rows.with_format(None)[lengths.index(max(lengths))]
+    return [rows_of(longest), *some_sequences(rows, seed=seed)]
+
+
+def _lengths_of(rows: Dataset) -> list[int]:
     chunks = rows.select_columns("input_ids").with_format("arrow").iter(_LENGTHS_CHUNK)
-    return max((pc.max(pc.list_value_length(chunk["input_ids"])).as_py() or 0 for chunk in chunks), default=0)
+    return [
+        length or 0 for chunk in chunks for length in pc.list_value_length(chunk["input_ids"]).to_pylist()
+    ]
 
 
 @contextmanager

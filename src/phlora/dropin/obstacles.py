@@ -97,7 +97,7 @@ def own_batches(trainer: Any, *, training: bool) -> str | None:
     for name in names:
         if not _is_known(inspect.getattr_static(trainer, name)):
             return f"{type(trainer).__name__} has a {name} of its own, which may need whole rows"
-    return _own_loss(trainer) or _other_layout(trainer, training=training)
+    return own_loss_of(trainer) or _other_layout(trainer, training=training)
 
 
 def unreadable_rows(rows: Any) -> str | None:
@@ -119,7 +119,8 @@ def sharded(trainer: Any) -> str | None:
     return None
 
 
-def _own_loss(trainer: Any) -> str | None:
+def own_loss_of(trainer: Any) -> str | None:
+    """Why the loss of a trainer is computed from the logits of whole rows."""
     if trainer._why_trls_loss is not None:
         return f"{trainer._why_trls_loss}: TRL's own loss needs whole rows"
     if trainer.compute_loss_func is not None:

@@ -43,16 +43,8 @@ def draw(
         ConfigError: targets that the model does not have.
         NotForecastError: the model cannot be made from its configuration alone.
     """
-    given: Any = objects.model
-    if given is not None:
-        blueprint = draw_up(
-            given.config,
-            lora,
-            dtype=compute_dtype(given),
-            attention=given.config._attn_implementation,
-            stored=given.dtype,
-        )
-        return Drawn(blueprint, _storage_of(given), device)
+    if objects.model is not None:
+        return draw_given(objects.model, lora, device=device)
     files = words.files
     assert files is not None
     model = storage_settings(config.model)
@@ -68,6 +60,23 @@ def draw(
     )
     storage = choose_storage(model, blueprint.sizes, dtype=dtype, device=device).value
     return Drawn(blueprint, storage, device)
+
+
+def draw_given(model: Any, lora: LoraConfig, *, device: torch.device) -> Drawn:
+    """The same of a model that is there.
+
+    Raises:
+        ConfigError: targets that the model does not have.
+        NotForecastError: such a model cannot be made from its configuration alone.
+    """
+    blueprint = draw_up(
+        model.config,
+        lora,
+        dtype=compute_dtype(model),
+        attention=model.config._attn_implementation,
+        stored=model.dtype,
+    )
+    return Drawn(blueprint, _storage_of(model), device)
 
 
 def _storage_of(model: Any) -> Storage:

@@ -213,6 +213,7 @@ def _unknown_step(model: Any) -> str | None:
 def _circumstances(planned: Planned, drawn: Drawn, given: _Given) -> Circumstances:
     plan, args, wanted = planned.plan, planned.arguments.args, planned.config.evaluation
     assert plan is not None
+    # The weights of a model that was handed over are there, and are taken from nothing that is free.
     held = weight_bytes(drawn.blueprint, drawn.storage) if given.objects.model is not None else 0
     return Circumstances(
         blueprint=drawn.blueprint,
@@ -229,7 +230,7 @@ def _circumstances(planned: Planned, drawn: Drawn, given: _Given) -> Circumstanc
             seed=args.seed,
         ),
         steps=plan.num_optimizer_steps,
-        free=free_memory(drawn.device),
+        free=free_memory(drawn.device).plus(held),
         resident=max(0, resident_bytes() - held),
         level=planned.arguments.activation_memory,
         speed=given.data.speed,

@@ -333,6 +333,26 @@ def test_a_model_in_memory_is_forecast_too(configured: Configured, place: Path) 
     assert run.plan.forecast is not None and run.plan.forecast.memory.parts["weights"] > 0
 
 
+def test_the_weights_of_a_model_in_memory_are_not_taken_twice(
+    configured: Configured, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr(lookahead, "free_memory", lambda device: FreeMemory(10**9, "this machine"))
+    run = finetune(
+        model=AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(place / "base"),
+        data=str(place / "chats.jsonl"),
+        training_config={"max_steps": 1},
+        output=str(place / "unused"),
+        dry_run=True,
+        display=QUIET,
+    )
+    assert run.plan.forecast is not None
+    assert run.plan.forecast.free.num_bytes == 10**9 + run.plan.forecast.memory.parts["weights"]
+    assert plan_run(configured(), display=QUIET).plan.forecast.free.num_bytes == 10**9  # type: ignore[union-attr]
+
+
 def test_what_cannot_be_forecast_is_said_and_trains(configured: Configured, capsys: Any) -> None:
     config = configured({"loss_type": "dft", "max_steps": 1})
     run = finetune(config, display=Display())
