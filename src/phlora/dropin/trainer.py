@@ -25,6 +25,7 @@ from phlora.dropin.columns import Rows, columns_of
 from phlora.dropin.config import SFTConfig, settings_of
 from phlora.dropin.hub import name_base
 from phlora.dropin.hub import one_message as one_hub_message
+from phlora.dropin.kept_blocks import keep_blocks
 from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded, with_tokenizer
 from phlora.dropin.masks import lacks_markers, with_answers_marked
@@ -257,6 +258,7 @@ def with_adapter(call: dict[str, Any]) -> dict[str, Any]:
     model, config = call.get("model"), call.get("peft_config")
     if isinstance(model, PeftModel):
         require_whole(model)
+        keep_blocks(model, has_optimizer=(call.get("optimizers") or (None,))[0] is not None)
         return call
     if not isinstance(model, nn.Module):
         return call
