@@ -371,9 +371,14 @@ def _when(settings: Settings, per_epoch: str, what: str) -> None:
 def _tracker(settings: Settings) -> None:
     project, name = settings.text("wandb_project"), settings.text("wandb_name")
     run = settings.text("wandb_run_id")
+    board = settings.flag("use_tensorboard")
+    found = {"wandb_project": "wandb"} if project else {}
+    found |= {"use_tensorboard": "tensorboard"} if board else {}
+    if found:
+        trackers = list(found.values())
+        settings.put(
+            "training_config.report_to", trackers if len(trackers) > 1 else trackers[0], ", ".join(found)
+        )
     if project:
-        settings.put("training_config.report_to", "wandb", "wandb_project")
         settings.put("training_config.project", project, "wandb_project")
         settings.put("training_config.run_name", name or run, "wandb_name" if name else "wandb_run_id")
-    elif settings.flag("use_tensorboard"):
-        settings.put("training_config.report_to", "tensorboard", "use_tensorboard")

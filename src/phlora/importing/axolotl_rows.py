@@ -25,7 +25,9 @@ def map_rows(settings: Settings) -> None:
     ]
     settings.put("data.files", files, "datasets")
     size = settings.number("val_set_size")
-    if isinstance(held_out, list) and held_out:
+    if held_out is not None and not isinstance(held_out, list):
+        raise settings.error("test_datasets", held_out, "a list of data sets, each with a path and a type")
+    if held_out:
         found = [
             file
             for number, entry in enumerate(held_out)
@@ -111,7 +113,7 @@ def _known_type(one: Settings, kind: Any) -> tuple[str | None, dict[str, str]]:
 
 def _messages(one: Settings, base: str) -> tuple[str, dict[str, str]]:
     column = one.text("field_messages") or ("messages" if base == "chat_template" else "conversations")
-    names = one.take("message_property_mappings") or {}
+    names = one.pairs("message_property_mappings")
     role = one.text("message_field_role") or names.get("role", "role")
     content = one.text("message_field_content") or names.get("content", "content")
     for key, name, known in (("role", role, ("role", "from")), ("content", content, ("content", "value"))):
@@ -123,7 +125,9 @@ def _messages(one: Settings, base: str) -> tuple[str, dict[str, str]]:
                 f"rename it in the file to {known[0]}",
             )
     roles = one.take("roles")
-    if isinstance(roles, Mapping):
+    if roles is not None and not isinstance(roles, Mapping):
+        raise one.error("roles", roles, "a mapping of roles to the names that they have")
+    if roles is not None:
         others = sorted(
             str(name)
             for role, given in roles.items()

@@ -321,7 +321,9 @@ def _tracker(settings: Settings) -> None:
 def _rows(settings: Settings) -> None:
     files, packed, prompts = _sets(settings, "dataset")
     if not files:
-        raise settings.error("dataset", None, "a data set, such as torchtune.datasets.alpaca_dataset")
+        raise settings.error(
+            "dataset", settings.taken.get("dataset"), "a data set, such as torchtune.datasets.alpaca_dataset"
+        )
     settings.put("data.files", files, "dataset")
     if packed:
         settings.put("training_config.packing", True, "dataset.packed", "rows never see each other")

@@ -342,6 +342,35 @@ def test_sections_of_torchtune_too(section: str, key: str, value: Any) -> None:
     assert all("that is so here anyway" not in one.why for one in result.left_out if one.source.endswith(key))
 
 
+@pytest.mark.parametrize(
+    ("base", "given", "says"),
+    [
+        *(
+            (AXOLOTL, {"datasets": [{"path": "a/b", "type": "chat_template", key: value}]}, key)
+            for key, value in (
+                ("message_property_mappings", ["role"]),
+                ("message_property_mappings", "role"),
+                ("roles", "user"),
+            )
+        ),
+        (AXOLOTL, {"test_datasets": "owner/held"}, "test_datasets"),
+        (TORCHTUNE, {"dataset": "torchtune.datasets.alpaca_dataset"}, "`torchtune.datasets.alpaca_dataset`"),
+    ],
+)
+def test_values_of_another_kind_are_one_message(
+    base: dict[str, Any], given: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        imported(base, **given)
+    assert error.value.expected
+
+
+def test_both_trackers_of_axolotl() -> None:
+    config = imported(AXOLOTL, wandb_project="p", use_tensorboard=True).config["training_config"]
+    assert config["report_to"] == ["wandb", "tensorboard"] and config["project"] == "p"
+    assert imported(AXOLOTL, use_tensorboard=True).config["training_config"]["report_to"] == "tensorboard"
+
+
 def test_settings_of_a_data_set_of_axolotl_too() -> None:
     rows = {
         "path": "owner/chats",
