@@ -44,6 +44,7 @@ class Edits:
         self.remarks: list[Remark] = []
         self._entries: dict[cst.CSTNode, EntryChanges] = defaultdict(EntryChanges)
         self._changes: dict[cst.CSTNode, list[Change]] = defaultdict(list)
+        self._last: dict[cst.CSTNode, Change] = {}
         self._comments: dict[cst.CSTNode, list[str]] = defaultdict(list)
         # What stands above the first statement is the module's.
         lines = [line.comment.value for line in code.module.header if line.comment is not None]
@@ -55,6 +56,10 @@ class Edits:
     def change(self, node: cst.CSTNode, change: Change) -> None:
         """Exchange a node for what `change` makes of it, after all that is inside it was changed."""
         self._changes[node].append(change)
+
+    def change_last(self, node: cst.CSTNode, change: Change) -> None:
+        """Exchange a statement for what `change` makes of it with its comments, after everything else."""
+        self._last[node] = change
 
     def replace(self, node: cst.CSTNode, new: cst.CSTNode) -> None:
         self.change(node, lambda _: new)
@@ -91,7 +96,7 @@ class Edits:
             updated = change(updated)
         if comments:
             updated = _with_comments(updated, [text for text in comments if text not in self._header])
-        return updated
+        return self._last[original](updated) if original in self._last else updated
 
 
 class _Apply(cst.CSTTransformer):

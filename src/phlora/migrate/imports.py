@@ -263,9 +263,8 @@ class Imports:
         ]
         first = next((part for part in self._code.module.body if not is_preface(part)), None)
         if texts and first is not None:
-            self._edits.change(
-                first, lambda updated: with_statements_above([line_of(text) for text in texts], updated)
-            )
+            new = [line_of(text) for text in texts]
+            self._edits.change_last(first, lambda updated: with_statements_above(new, updated))
 
     def _uses_of(self, statement: cst.CSTNode, local: str) -> list[cst.CSTNode]:
         scope = self._code.scope(statement)

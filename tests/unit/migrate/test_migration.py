@@ -483,6 +483,16 @@ def test_what_cannot_be_decided_gets_a_comment_and_stays(name: str) -> None:
     assert migrated(done.text) == done.text
 
 
+@pytest.mark.parametrize("head", ["", "from __future__ import annotations\n", '"""Its doc."""\n', "# head\n"])
+def test_a_comment_stays_with_its_statement_where_imports_come_above(head: str) -> None:
+    text = f"{head}from trl.trainer import ConstantLengthDataset\na = SFTConfig()\n"
+    lines = migrated(text).splitlines()
+    at = lines.index("from trl.trainer import ConstantLengthDataset")
+    assert lines[at - 1].startswith("# phlora: trl.ConstantLengthDataset is gone")
+    assert "from phlora import SFTConfig" in lines[: at - 1]
+    assert migrated(migrated(text)) == migrated(text)
+
+
 # ------------------------------------------------------------------------------------------------------- Unsloth
 
 
