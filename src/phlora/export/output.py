@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from phlora.errors import RunError
-from phlora.files import clear_leftovers, require_room
+from phlora.errors import ModelError, RunError
+from phlora.files import clear_leftovers, read_json, require_room, write_json
 from phlora.models.tokenizer import LoadedTokenizer
 
 # Tokenizer, configuration and report, which do not grow with the model.
@@ -53,13 +53,30 @@ def save_model(model: Any, tokenizer: LoadedTokenizer, folder: Path) -> None:
     if type(model).__module__.startswith("transformers."):
         # It would point to code files that are not in the folder.
         vars(model.config).pop("auto_map", None)
-    with _no_bars():
+    with no_bars():
         model.save_pretrained(folder)
+    _spell_rotation_twice(folder / "config.json")
     tokenizer.tokenizer.save_pretrained(folder)
 
 
+def _spell_rotation_twice(file: Path) -> None:
+    """Beside transformers 5's `rope_parameters` the older keys, which are all that many converters and servers read."""
+    config = read_json(file, ModelError)
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        # None, or one for each kind of layer, for which there never was an older spelling.
+        return
+    config.setdefault("rope_theta", rope["rope_theta"])
+    if "partial_rotary_factor" in rope:
+        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    if rope.get("rope_type", "default") != "default":
+        config.setdefault("rope_scaling", {**rope, "type": rope["rope_type"]})
+    write_json(file, config)
+
+
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

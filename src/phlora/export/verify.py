@@ -1,0 +1,154 @@
+"""What was exported, opened in its client and asked what the run's own model is asked."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from phlora.adapters.load import load_adapter
+from phlora.adapters.peft_folder import read_peft
+from phlora.errors import ModelError
+from phlora.export.agreement import (
+    Answer,
+    Bound,
+    Client,
+    Question,
+    Verdict,
+    compare_client,
+    own_answers,
+    questions_of,
+)
+from phlora.export.gguf_vocabulary import model_name
+from phlora.export.job import ExportJob, Written
+from phlora.export.llamacpp_client import open_gguf
+from phlora.export.output import require_room_for
+from phlora.export.torch_client import open_adapter, open_model
+from phlora.export.writing import gguf_bytes, weights_of, write_base_or_merged
+from phlora.extras import install_command, is_installed
+from phlora.models.device import DTYPES
+from phlora.runs.reading import rows_or_held_out
+from phlora.runs.resolve import load_base
+
+# Accepted differences of log-probabilities, in nats, by what the weights were rounded to. Both sides compute in float32
+# (llama.cpp keeps keys and values in float16); no bound: they were rounded on purpose, and what that cost is told.
+_BOUNDS = {
+    "float32": 0.01,
+    "float16": 0.1,
+    "bfloat16": 0.5,
+    "f32": 0.05,
+    "f16": 0.1,
+    "bf16": 0.5,
+    "q8_0": 0.5,
+}
+
+
+def unverified(reason: str) -> Verdict:
+    """The verdict where nothing was compared."""
+    return Verdict(client="", verified=False, missing=reason)
+
+
+def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
+    """Compare the client's answers with those of the run's own model."""
+    if job.target == "loralib":
+        return _read_again(job, folder / written.file)
+    rows = rows_or_held_out(job.found, job.rows, command="phlora export", option="--rows", **job.reading)
+    if not rows:
+        return unverified("there are no held-out rows; name some: --rows chats.jsonl")
+    if job.in_gguf and not is_installed("xllamacpp"):
+        return unverified(
+            f"llama.cpp is not installed: {install_command(['xllamacpp'])}, then phlora export ... --verify-only"
+        )
+    questions, left_out = questions_of(
+        rows, job.tokenizer, job.config, max_new_tokens=job.max_new_tokens, most=job.max_rows
+    )
+    if not questions:
+        return unverified("no held-out prompt fits into the window and the original context")
+    job.display.stage(f"Asking the run's own model {len(questions)} held-out prompts")
+    own = _own(job, questions)
+    job.display.stage("Asking what was exported")
+    rounded = job.type or written.type or "float32"
+    with _client(job, folder, written, questions) as client:
+        return compare_client(
+            client,
+            questions,
+            own,
+            max_new_tokens=job.max_new_tokens,
+            bound=Bound(largest=None if job.found.storage else _BOUNDS.get(rounded)),
+            num_left_out=left_out,
+            missing=_not_asked(job),
+        )
+
+
+def _own(job: ExportJob, questions: Sequence[Question]) -> list[Answer]:
+    """What the run's own model answers: base and adapter, computed in float32, on the base's own weights."""
+    stored = str(job.config.dtype).removeprefix("torch.")
+    narrow = stored in DTYPES and DTYPES[stored].itemsize == 2
+    loaded = load_base(
+        job.found, tokenizer=job.tokenizer, device="cpu", storage_dtype=stored if narrow else "float32"
+    )
+    adapted = load_adapter(loaded.model, job.found.adapter)
+    answers = own_answers(adapted.model, job.tokenizer, questions, max_new_tokens=job.max_new_tokens)
+    del loaded, adapted
+    gc.collect()
+    return answers
+
+
+def _not_asked(job: ExportJob) -> str:
+    """What the comparison leaves open."""
+    if job.found.storage:
+        return f"Compared with the adapter on the full base; it was trained on one in {job.found.storage}"
+    if job.target == "ollama":
+        return "Ollama itself was not asked: its model was opened in llama.cpp, which it runs"
+    if job.target in ("vllm", "sglang"):
+        return f"{job.target} itself was not asked: the same folder was opened in PEFT, which reads what it reads"
+    return ""
+
+
+@contextmanager
+def _client(
+    job: ExportJob, folder: Path, written: Written, questions: Sequence[Question]
+) -> Iterator[Client]:
+    assert job.tokenizer.files is not None
+    if job.target == "merged":
+        yield open_model(folder)
+    elif job.in_gguf:
+        longest = max(len(question.prompt_ids) for question in questions) + job.max_new_tokens
+        with _gguf_base(job, folder) as base:
+            adapter = folder / written.file if job.adapter_only else None
+            with open_gguf(base or folder / written.file, adapter=adapter, context=longest) as client:
+                yield client
+    else:
+        yield open_adapter(folder, job.tokenizer.files.location, job.tokenizer.stop_token_ids)
+
+
+@contextmanager
+def _gguf_base(job: ExportJob, folder: Path) -> Iterator[Path | None]:
+    """The base as GGUF for the time of the comparison, where an adapter alone was exported."""
+    if not job.adapter_only:
+        yield None
+        return
+    with (
+        TemporaryDirectory(prefix="phlora-base-") as scratch,
+        weights_of(job, with_adapter=False) as (weights, _),
+    ):
+        require_room_for(Path(scratch), gguf_bytes(weights, job))
+        file = Path(scratch) / "base.gguf"
+        write_base_or_merged(job, file, weights, model_name("base", job.tokenizer))
+        yield file
+
+
+def _read_again(job: ExportJob, file: Path) -> Verdict:
+    """A loralib file has no client of its own: its tensors are read again and compared bit by bit."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    for layer in read_peft(job.found.adapter).layers:
+        for name, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            if not torch.equal(state[f"{layer.name}.{name}"], tensor):
+                raise ModelError(f"{layer.name}.{name} is not what was written", where=str(file))
+    return Verdict(
+        client="torch.load", verified=True, missing=f"{len(state)} tensors read again, equal to the bit"
+    )
