@@ -97,6 +97,7 @@ def look_at(trainer: Any, prepared: Any, args: TrlConfig, packing: bool, name: s
         stop_ids=stop_token_ids(tokenizer, config),
         keeps_end=not packing and args.truncation_mode == "keep_end",
         is_packed=packing,
+        heeds_turns=trainer._marks_answers,
     )
     found = look(prepared, wanted, name=name)
     show(found, tokenizer, row_problems=trainer.row_problems, with_preview=name == "train")

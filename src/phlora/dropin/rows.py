@@ -26,6 +26,7 @@ from phlora.data.problems import merge_problems, render_problem
 from phlora.data.rendering import TemplateRefusal
 from phlora.data.rows import BadRow, Origin, Problem, Row, sentence
 from phlora.data.table import IGNORED, TokenizedRow
+from phlora.data.template_messages import without_loss_keys
 from phlora.data.tokenize_notes import NOTES
 from phlora.dropin.columns import LOOKED_AT, Rows
 from phlora.dropin.tell import tell, warn
@@ -59,6 +60,7 @@ class Wanted:
         keeps_end: the end of a row is kept, and its beginning lost.
         is_packed: rows become packs; otherwise those without a trained token are left out.
         stop_ids: tokens that end an answer.
+        heeds_turns: turns that say that they are not trained are not; TRL itself trains them.
     """
 
     tokenizer: Tokenizer
@@ -68,6 +70,7 @@ class Wanted:
     stop_ids: Collection[int]
     keeps_end: bool = False
     is_packed: bool = False
+    heeds_turns: bool = False
 
 
 @dataclass
@@ -363,6 +366,8 @@ def _of_record(record: Mapping[str, Any], wanted: Wanted, train_on: TrainOn, ori
             Problem(bad.kind, "warning", sentence(bad.message), (origin,)),
             *_missing(turns, wanted.template, origin),
         ]
+    if not wanted.heeds_turns:
+        messages = without_loss_keys(messages)
     if any(turn.get("role") not in _KNOWN_ROLES for turn in turns):
         return _missing(turns, wanted.template, origin)
     problems = [

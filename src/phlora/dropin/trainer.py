@@ -25,6 +25,7 @@ from phlora.dropin.columns import Rows, columns_of
 from phlora.dropin.config import SFTConfig, settings_of
 from phlora.dropin.hub import name_base
 from phlora.dropin.hub import one_message as one_hub_message
+from phlora.dropin.interruption import stopped_with_checkpoint
 from phlora.dropin.kept_blocks import keep_blocks
 from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded, with_tokenizer
@@ -40,6 +41,7 @@ from phlora.dropin.preparation import (
 from phlora.dropin.rows import RowProblems
 from phlora.dropin.targets import config_with_blocks, require_whole
 from phlora.dropin.tell import tell, warn
+from phlora.dropin.weights import tell_unused_weights
 from phlora.errors import ConfigError, shown
 from phlora.models.quantization import use_operands
 from phlora.names import LORA, SETTINGS, TRAINER, by_todays_names, one_message
@@ -108,6 +110,7 @@ class SFTTrainer(LaidOutTrainer):
         self.told_of: set[Any] = set()
         settings: TrlConfig = call["args"]
         self._marks_answers = settings.assistant_only_loss and lacks_markers(call.get("processing_class"))
+        tell_unused_weights(call, heeds_turns=self._marks_answers)
         if self._marks_answers:
             call["args"] = copy.copy(settings)
             call["args"].assistant_only_loss = False
@@ -180,7 +183,12 @@ class SFTTrainer(LaidOutTrainer):
             name_base(Path(self.args.output_dir) / "README.md", Path(base).name)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with without_known_messages():
+        """As the library's; an interruption ends it after the step, with a checkpoint where the script has any.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted.
+        """
+        with without_known_messages(), stopped_with_checkpoint(self):
             return super().train(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

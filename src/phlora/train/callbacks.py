@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +160,14 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class GentleStop(TrainerCallback):
-    """On Ctrl-C, SIGTERM or SIGHUP: finish the step, write a checkpoint, then stop. A second one stops at once."""
+    """On Ctrl-C, SIGTERM or SIGHUP: finish the step, write a checkpoint, then stop. A second one stops at once.
 
-    def __init__(self, display: Display) -> None:
-        self.display = display
+    Args:
+        signals: which of them are heeded.
+    """
+
+    def __init__(self, display: Display, *, signals: Collection[int] = STOP_SIGNALS) -> None:
+        self.display, self.signals = display, signals
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -172,7 +176,7 @@ class GentleStop(TrainerCallback):
     ) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
-        for number in STOP_SIGNALS:
+        for number in self.signals:
             if not is_ignored(number):
                 self._before[number] = signal.signal(number, self._ask)
 
