@@ -16,6 +16,8 @@ LANGUAGES = {
     "tr": r"[ğışçöüİ]",
     "vi": r"[ạảấầẩậắằặẹẻếềểệỉịọỏốồổộớờởợụủứừửựỳỷỹđ]",
 }
+# Numbers that a language writes in its own way.
+WRITTEN = {"hi": ("13.5 करोड़", "135"), "sr": ("[седми корак]", "[7]")}
 CODE = re.compile(r"^```\w*\n(?:.*\n)*?```$|(?:^ {4}\S.*\n)+", re.MULTILINE)
 
 
@@ -47,6 +49,18 @@ def test_every_section_and_every_name_is_there(language: str) -> None:
         assert len(re.findall(mark, here, re.MULTILINE)) == len(re.findall(mark, english, re.MULTILINE))
     names = re.findall(r"`([^`]+)`", CODE.sub("", english))
     assert not {name for name in names if name not in here}
+
+
+def numbers_of(language: str) -> list[list[float]]:
+    """The numbers in the prose of each section, whatever its digits."""
+    text = prose_of(page(language)).replace(*WRITTEN.get(language, ("", ""))).replace("٫", ".")
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    return [sorted(map(float, re.findall(r"\d+(?:\.\d+)?", section))) for section in sections]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_numbers_are_those_of_the_english_page(language: str) -> None:
+    assert numbers_of(language) == numbers_of("en")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
