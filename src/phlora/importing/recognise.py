@@ -16,68 +16,25 @@ TOOLS = {
     "unsloth": "Unsloth Studio",
 }
 _SIGNS: Mapping[str, frozenset[str]] = {
-    "llamafactory": frozenset(
-        (
-            *(
-                "stage",
-                "finetuning_type",
-                "dataset_dir",
-                "cutoff_len",
-                "lora_target",
-                "lora_rank",
-                "template",
-            ),
-            *("model_name_or_path", "quantization_bit", "val_size", "overwrite_cache", "plot_loss"),
-        )
-    ),
-    "axolotl": frozenset(
-        (
-            *(
-                "base_model",
-                "datasets",
-                "sequence_len",
-                "micro_batch_size",
-                "adapter",
-                "val_set_size",
-                "lora_r",
-            ),
-            *(
-                "lora_target_linear",
-                "sample_packing",
-                "num_epochs",
-                "dataset_prepared_path",
-                "train_on_inputs",
-            ),
-        )
-    ),
-    "torchtune": frozenset(
-        (
-            *(
-                "model._component_",
-                "dataset._component_",
-                "tokenizer._component_",
-                "checkpointer._component_",
-            ),
-            *("optimizer._component_", "checkpointer.checkpoint_dir", "max_steps_per_epoch"),
-        )
-    ),
-    "unsloth": frozenset(
-        (
-            *(
-                "training.max_seq_length",
-                "training.random_seed",
-                "training.train_on_completions",
-                "lora.lora_r",
-            ),
-            *(
-                "data.format_type",
-                "data.local_dataset",
-                "lora.use_rslora",
-                "lora.use_loftq",
-                "training.batch_size",
-            ),
-        )
-    ),
+    tool: frozenset(names.split())
+    for tool, names in {
+        "llamafactory": """
+            stage finetuning_type dataset_dir cutoff_len lora_target lora_rank template model_name_or_path
+            quantization_bit val_size overwrite_cache plot_loss
+        """,
+        "axolotl": """
+            base_model datasets sequence_len micro_batch_size adapter val_set_size lora_r lora_target_linear
+            sample_packing num_epochs dataset_prepared_path train_on_inputs
+        """,
+        "torchtune": """
+            model._component_ dataset._component_ tokenizer._component_ checkpointer._component_
+            optimizer._component_ checkpointer.checkpoint_dir max_steps_per_epoch
+        """,
+        "unsloth": """
+            training.max_seq_length training.random_seed training.train_on_completions lora.lora_r
+            data.format_type data.local_dataset lora.use_rslora lora.use_loftq training.batch_size
+        """,
+    }.items()
 }
 _OF_PHLORA = ("training_config", "peft_config", "evaluation")
 _ENOUGH = 2

@@ -110,7 +110,7 @@ class Settings:
             return str(value)
         raise self.error(key, value, "text")
 
-    def numbers(self, key: str, count: int) -> list[int | float] | None:
+    def numbers_of(self, key: str, count: int) -> list[int | float] | None:
         """So many numbers in a list."""
         value = self.take(key)
         found = [_number(entry) for entry in value] if isinstance(value, list) else []

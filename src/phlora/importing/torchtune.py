@@ -222,7 +222,7 @@ def _training(settings: Settings) -> None:
         },
     )
     for name, beta in zip(
-        ("adam_beta1", "adam_beta2"), settings.numbers("optimizer.betas", 2) or (), strict=False
+        ("adam_beta1", "adam_beta2"), settings.numbers_of("optimizer.betas", 2) or (), strict=False
     ):
         settings.put(f"training_config.{name}", beta, "optimizer.betas")
     component = settings.text(f"lr_scheduler.{_COMPONENT}")

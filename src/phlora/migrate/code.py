@@ -130,6 +130,10 @@ class Code:
             at = self.parent(at)
         return at
 
+    def is_at_top(self, node: cst.CSTNode) -> bool:
+        """Whether a statement stands at the module's own level, and is always run."""
+        return self.enclosing(node, cst.FunctionDef, cst.ClassDef, cst.If, cst.Try) is None
+
     # ------------------------------------------------------------------------------------------- where names lead
 
     def scope(self, node: cst.CSTNode) -> Scope | None:

@@ -299,8 +299,7 @@ class Imports:
         for statement, index, local, there in self._aliases():
             if isinstance(statement, cst.Import) is not wants_module:
                 continue
-            outer = self._code.enclosing(statement, cst.FunctionDef, cst.ClassDef, cst.If, cst.Try)
-            if outer is not None or not self._code.comes_before(statement, before):
+            if not self._code.is_at_top(statement) or not self._code.comes_before(statement, before):
                 continue
             alias = alias_at(statement, index)
             if wants_module:
@@ -346,8 +345,7 @@ class Imports:
         entry = ("", full[1:], full[1:]) if is_whole else (module, name, local)
         if not is_whole and self._code.enclosing(anchor, cst.FunctionDef, cst.If, cst.Try) is None:
             for statement, line in self._lines.items():
-                outer = self._code.enclosing(statement, cst.FunctionDef, cst.ClassDef, cst.If, cst.Try)
-                if outer is None and self._imports_from(statement, line, module):
+                if self._code.is_at_top(statement) and self._imports_from(statement, line, module):
                     if self._code.comes_before(statement, use):
                         anchor = statement
                         break

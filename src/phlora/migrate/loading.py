@@ -175,8 +175,7 @@ class Loading:
         imports = [
             node
             for node in self.code.all(cst.Import, cst.ImportFrom)
-            if self.code.comes_before(node, call)
-            and self.code.enclosing(node, cst.FunctionDef, cst.ClassDef, cst.If, cst.Try) is None
+            if self.code.comes_before(node, call) and self.code.is_at_top(node)
         ]
         return imports[0] if imports else None
 

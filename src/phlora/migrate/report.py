@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phlora.display import Display
+from phlora.display import Display, counted
 from phlora.errors import InputError
 from phlora.extras import require
 from phlora.migrate.sources import Notebook, Script, files_of, read_source, write_changed
@@ -194,7 +194,7 @@ def summary(reports: Sequence[FileReport], *, is_written: bool) -> str:
         if not (report.is_changed or report.left or report.notes):
             continue
         parts.append(
-            f"{report.path}: {_count(len(report.changes), 'change')}, {len(report.left)} left to you"
+            f"{report.path}: {counted(len(report.changes), 'change')}, {len(report.left)} left to you"
         )
         parts += [f"  {line.where}: {line.text}" for line in report.changes]
         if report.left:
@@ -207,9 +207,5 @@ def summary(reports: Sequence[FileReport], *, is_written: bool) -> str:
     if not changed:
         parts.append("Nothing to migrate.")
     elif not is_written:
-        parts.append(f"{_count(changed, 'file')} to migrate. Nothing was written: --write does it.")
+        parts.append(f"{counted(changed, 'file')} to migrate. Nothing was written: --write does it.")
     return "\n".join(parts)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
