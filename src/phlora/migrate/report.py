@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def migrate_file(path: Path, *, write: bool = False, display: Display | None = N
     """Migrate one script or notebook.
 
     Raises:
-        InputError: it cannot be read, or holds no Python of today.
+        InputError: it cannot be read or written, or holds no Python of today.
     """
     import libcst
 
@@ -155,7 +156,7 @@ def migrate_file(path: Path, *, write: bool = False, display: Display | None = N
         )
         for is_left in (False, True)
     }
-    original = write_changed(path, source.content(migrated.text)) if write and pieces else None
+    original = _write(path, source.content(migrated.text)) if write and pieces else None
     return FileReport(
         path,
         diffs=tuple(_diff(*piece) for piece in pieces),
@@ -164,6 +165,17 @@ def migrate_file(path: Path, *, write: bool = False, display: Display | None = N
         notes=source.notes,
         original=original,
     )
+
+
+def _write(path: Path, content: bytes) -> Path:
+    try:
+        return write_changed(path, content)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise  # No other file can be written either.
+        raise InputError(
+            f"The file cannot be written ({error.strerror}), and is as it was", where=str(path)
+        ) from None
 
 
 def _no_python(source: Script | Notebook, error: Any) -> InputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import os
 from pathlib import Path
@@ -212,6 +213,23 @@ def test_folders(tmp_path: Path) -> None:
     assert "Line 2 is no Python 3" in reports["broken.py"].problem
     assert (tmp_path / "sub" / "b.py").read_text() == f"{NEW}\n"
     assert "broken.py: not read" in summary(list(reports.values()), is_written=True)
+
+
+def test_one_that_cannot_be_written_does_not_keep_others_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(f"{OLD}\n")
+
+    def refuse(path: Path, content: bytes) -> Path:
+        if path.name == "a.py":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return write_changed(path, content)
+
+    monkeypatch.setattr("phlora.migrate.report.write_changed", refuse)
+    first, second = migrate_files([tmp_path], write=True)
+    assert "cannot be written (Permission denied)" in first.problem and second.original is not None
+    assert (tmp_path / "a.py").read_text() == f"{OLD}\n" and (tmp_path / "b.py").read_text() == f"{NEW}\n"
 
 
 BROKEN = {
