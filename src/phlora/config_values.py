@@ -14,6 +14,7 @@ import yaml
 
 from phlora.errors import ConfigError, did_you_mean, shown
 from phlora.model_names import other_spellings
+from phlora.parameters import require_path
 
 Origins = dict[str, str]
 # Values in a configuration, their characters and levels: far more than one has, and far fewer than a trap.
@@ -34,6 +35,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, it is neither, or it is made to be larger than it looks.
     """
+    require_path(path, where="configuration", expected="a YAML or JSON file")
     path = Path(path)
     try:
         values = _parsed(_text_of(path.read_bytes()))

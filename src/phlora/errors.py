@@ -168,7 +168,7 @@ def shown(value: object, *, limit: int = 80) -> str:
 def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The candidate that `name` was most likely meant to be, or None; `cutoff` is the likeness that it needs, to 1."""
     # What is longer than any name is near to none, and comparing it takes its time.
-    matches = difflib.get_close_matches(name[:200], list(candidates), n=1, cutoff=cutoff)
+    matches = difflib.get_close_matches(str(name)[:200], list(candidates), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 

@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "phlora"
 FLOORS = [
     {"errors"},
     {"model_names"},
-    {"config_values", "names", "markup"},
+    {"names", "markup", "parameters"},
+    {"config_values"},
     {"notebook"},
     {"config", "display", "files", "extras", "measure", "patterns", "stop"},
     {"others", "plots"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import get_args
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from phlora.models import lean_layers
 from phlora.models.allocator import return_freed_memory
 from phlora.models.lean_layers import SpeedPass, speed_pass
 from phlora.models.products import choose_libraries
+from phlora.parameters import require_choice
 
 
 def speed_up(model: nn.Module) -> nn.Module:
@@ -60,6 +62,7 @@ def at_speed(model: nn.Module, speed: Speed, *, libraries: Mapping[str, str] | N
     Yields:
         One line for the log.
     """
+    require_choice(speed, get_args(Speed), where="speed")
     if speed == "auto":
         try:
             yield _hasten(model, libraries).describe()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args
 
 from phlora.config import TooLong, TrainOn
 from phlora.data.cells import check_cell, preview_cell
@@ -32,6 +32,7 @@ from phlora.data.tokenize import (
 )
 from phlora.display import printable
 from phlora.errors import EXIT_DONE, EXIT_FINDING, EXIT_INPUT, InputError
+from phlora.parameters import require_choice, require_count
 from phlora.plots import plot_lengths
 
 # Of training, where nothing else is said.
@@ -194,6 +195,8 @@ def check(
     Raises:
         DataError: a source that cannot be read at all or is empty.
     """
+    require_choice(train_on, get_args(TrainOn), where="train_on")
+    require_choice(too_long, get_args(TooLong), where="too_long")
     data = inspect_data(
         sources,
         eval_sources,
@@ -235,6 +238,7 @@ def preview(
     training_template: str | None = None,
 ) -> Preview:
     """The first `n` rows token by token; the other arguments, and errors, are those of `tokenize_rows`."""
+    require_count(n, where="n", least=0)
     shown = Preview()
     for row, _ in zip(each_row(rows), range(n), strict=False):
         result = tokenize_row(

@@ -28,6 +28,7 @@ from phlora.data.rows import (
 from phlora.data.similarity import row_keys
 from phlora.data.values import checked
 from phlora.errors import ConfigError, DataError
+from phlora.parameters import require_choice
 
 # Endings of files that hold rows as they were written, without the keys that only other rows have.
 _WRITTEN = tuple(
@@ -193,9 +194,10 @@ def load_rows(
     Raises:
         DataError: a source that cannot be read or holds no rows, or (`on_bad="raise"`) rows that cannot be
             used.
-        ConfigError: an unknown `format`.
+        ConfigError: an unknown `format` or `on_bad`.
         NetworkError: a hub data set cannot be reached.
     """
+    require_choice(on_bad, ("raise", "collect"), where="on_bad")
     rows: list[Row] = []
     problems: list[Problem] = []
     formats: dict[str, str] = {}

@@ -13,20 +13,36 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 from phlora.data.chat_template import ChatTemplate, Tokenizer
 from phlora.data.rendering import Rendering, Span
-from phlora.errors import ModelError
+from phlora.errors import ModelError, shown
 
 ZERO_WIDTH_SPACE = "\u200b"
 
 Encoded = tuple[list[int], list[Span]]
 
 
+def require_tokenizer(tokenizer: Any) -> None:
+    """
+    Raises:
+        ModelError: what was given is no tokenizer, but its name or nothing.
+    """
+    if not hasattr(tokenizer, "is_fast"):
+        raise ModelError(
+            f"{shown(tokenizer)} was given",
+            where="tokenizer",
+            expected="a tokenizer of transformers",
+            fix='load it first: phlora.load_tokenizer("...").tokenizer',
+        )
+
+
 class Encoder:
     """Text to ids and character offsets, without special tokens of its own."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        require_tokenizer(tokenizer)
         if not tokenizer.is_fast:
             raise ModelError(
                 f"The tokenizer {type(tokenizer).__name__} gives no character offsets",

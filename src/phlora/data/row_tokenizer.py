@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 from phlora.config import TooLong, TrainOn
 from phlora.data.chat_template import ChatTemplate, Tokenizer
@@ -26,6 +26,7 @@ from phlora.data.table import TableBuilder
 from phlora.data.tokenize_notes import NOTES
 from phlora.data.turn_positions import TurnPositions
 from phlora.errors import DataError
+from phlora.parameters import require_choice, require_count
 
 BATCH_ROWS = 512
 
@@ -55,10 +56,21 @@ def _num_characters(row: Row) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """
+    Raises:
+        ConfigError: a word that there is not, or a `max_length` below 1.
+    """
+
     train_on: TrainOn
     max_length: int | None
     too_long: TooLong
     training_template: str | None
+
+    def __post_init__(self) -> None:
+        require_choice(self.train_on, get_args(TrainOn), where="train_on")
+        require_choice(self.too_long, get_args(TooLong), where="too_long")
+        if self.max_length is not None:
+            require_count(self.max_length, where="max_length")
 
 
 @dataclass(frozen=True, slots=True)

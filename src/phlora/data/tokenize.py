@@ -17,6 +17,7 @@ from phlora.data.row_tokenizer import MISTAKES, Options, RowTokenizer, Skipped
 from phlora.data.rows import Origin, Problem, Row, each_row, sentence
 from phlora.data.table import IGNORED, TableBuilder, TokenizedRow, TokenTable
 from phlora.errors import DataError
+from phlora.parameters import require_choice
 
 __all__ = [
     "IGNORED",
@@ -105,8 +106,10 @@ def tokenize_rows(
 
     Raises:
         DataError: see `too_long` and `on_bad`; or what was given are no rows.
-        ModelError: the tokenizer has no chat template or is not a fast one.
+        ConfigError: a word that there is not, or a `max_length` below 1.
+        ModelError: the tokenizer has no chat template or is not a fast one, or is none.
     """
+    require_choice(on_bad, ("raise", "collect"), where="on_bad")
     worker = RowTokenizer(tokenizer, Options(train_on, max_length, too_long, training_template))
     table = TableBuilder()
     skipped: list[Skipped] = []

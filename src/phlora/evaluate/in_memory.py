@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phlora.config import EvaluationConfig, Speed, TrainOn
 from phlora.data.dataset import load_rows
+from phlora.data.encoding import require_tokenizer
 from phlora.data.tokenize import tokenize_rows
 from phlora.display import Display
 from phlora.errors import ConfigError, shown
 from phlora.evaluate.metrics import Metric, names_and_functions
 from phlora.evaluate.report import Report
-from phlora.evaluate.run import BATCH_ROWS, compare_on
+from phlora.evaluate.run import BATCH_ROWS, compare_on, require_evaluable
 from phlora.measure import Clock, peak_bytes
 from phlora.models.quantization import use_operands
 from phlora.models.tokenizer import prepare_tokenizer
+from phlora.parameters import require_choice, require_count
 
 
 def evaluate_model(
@@ -63,7 +66,7 @@ def evaluate_model(
         The report; `write` puts it into a folder.
 
     Raises:
-        ConfigError: a model without an adapter and no `base`, or an unknown metric.
+        ConfigError: a model without an adapter and no `base`, an unknown metric, or a setting out of range.
         DataError, ModelError: the rows or the tokenizer cannot be used.
     """
     if base is None and not isinstance(model, PeftModel):
@@ -74,6 +77,20 @@ def evaluate_model(
             fix='name it: base=load_model("…").model',
         )
     names, own_metrics = _metrics(metrics)
+    evaluation = EvaluationConfig(
+        metrics=tuple(names), max_answers=max_answers, max_new_tokens=max_new_tokens
+    )
+    require_evaluable(evaluation)
+    require_count(batch_size, where="batch_size")
+    require_choice(speed, get_args(Speed), where="speed")
+    if base is not None and not isinstance(base, nn.Module):
+        raise ConfigError(
+            f"{shown(base)} was given",
+            where="base",
+            expected="a model in memory",
+            fix='load_model("…").model',
+        )
+    require_tokenizer(tokenizer)
     for side in (model, base):
         if side is not None:
             use_operands(side)
@@ -95,7 +112,7 @@ def evaluate_model(
         prepared,
         [row for row in rows if row.origin in kept],
         tokenized.rows,
-        EvaluationConfig(metrics=tuple(names), max_answers=max_answers, max_new_tokens=max_new_tokens),
+        evaluation,
         display=display,
         batch_size=batch_size,
         speed=speed,

@@ -31,6 +31,7 @@ from phlora.models.families import longrope_limit
 from phlora.models.generate import generate
 from phlora.models.prefix_sharing import decide_sharing
 from phlora.models.tokenizer import LoadedTokenizer
+from phlora.parameters import require_count
 from phlora.runs.events import curve, lasting_events, read_events
 from phlora.runs.folder import EVALUATIONS, HELD_OUT_FILE, RunFolder
 from phlora.runs.reading import rows_or_held_out
@@ -146,6 +147,7 @@ def evaluate_run(
             fix="name a folder that `phlora train` wrote",
         )
     evaluation = _changed(config.evaluation, metrics, max_answers, max_new_tokens)
+    require_evaluable(evaluation)
     resolve_metrics(evaluation.metrics)
     rows = _rows_of(found, data, format=format, columns=columns)
 
@@ -198,6 +200,15 @@ def evaluate_run(
     return replace(report, folder=_write_record(found.run, report))
 
 
+def require_evaluable(evaluation: EvaluationConfig) -> None:
+    """
+    Raises:
+        ConfigError: a count that is none.
+    """
+    require_count(evaluation.max_answers, where="max_answers", least=0)
+    require_count(evaluation.max_new_tokens, where="max_new_tokens")
+
+
 def _changed(
     evaluation: EvaluationConfig,
     metrics: Sequence[str] | None,
@@ -205,7 +216,7 @@ def _changed(
     max_new_tokens: int | None,
 ) -> EvaluationConfig:
     return EvaluationConfig(
-        metrics=tuple(metrics) if metrics else evaluation.metrics,
+        metrics=(metrics,) if isinstance(metrics, str) else tuple(metrics or evaluation.metrics),
         max_answers=evaluation.max_answers if max_answers is None else max_answers,
         max_new_tokens=evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens,
         enabled=evaluation.enabled,

@@ -27,6 +27,7 @@ from phlora.export.output import require_new, require_room_for
 from phlora.files import replaced_file, replaced_folder
 from phlora.models.families import fused_row_blocks
 from phlora.models.tokenizer import find_files
+from phlora.parameters import require_choice, require_path
 from phlora.runs.resolve import resolve_adapter
 
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin")
@@ -93,6 +94,9 @@ def convert(
         RunError: the output exists.
         NoRoomError: the disk has no room.
     """
+    require_choice(to, ("peft", "loralib"), where="to")
+    require_path(source, where="source", expected="an adapter or a run")
+    require_path(output, where="output", expected="the new folder or file")
     source, output = Path(source).expanduser(), Path(output).expanduser()
     require_new(output)
     if to == "loralib" and output.is_dir():

@@ -34,6 +34,7 @@ from phlora.models.device import DTYPES
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import dequantize
 from phlora.models.tokenizer import LoadedTokenizer
+from phlora.parameters import require_count, require_path
 from phlora.runs.resolve import (
     ResolvedAdapter,
     load_as_trained,
@@ -163,7 +164,7 @@ def merge_run(
         model: the base, in the place of the one that the run or the adapter names.
         dtype: of the saved weights: `auto` for that of the base's own files, or a key of `DTYPES`.
         rows: file(s) or rows for the proof, in the place of the run's held-out rows.
-        max_rows: at most so many of them.
+        max_rows: at most so many of them, one at least.
         format, columns: how files named in `rows` are read, in the place of the run's own settings.
         device: where to compute, as in `load_model`.
         offline: never ask a hub for the base.
@@ -179,6 +180,8 @@ def merge_run(
         MissingExtraError: the base was quantised, and bitsandbytes is not installed.
     """
     display = display or Display()
+    require_count(max_rows, where="max_rows")
+    require_path(output, where="output", expected="the new folder")
     output = Path(output).expanduser()
     require_new(output)
     found = resolve_adapter(source, model=model, offline=offline)

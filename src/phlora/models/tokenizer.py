@@ -22,6 +22,7 @@ from phlora.errors import ConfigError, ModelError, did_you_mean
 from phlora.model_names import in_own_words
 from phlora.models import families
 from phlora.models.locate import Location, ModelSource, locate, reading, resolve_source
+from phlora.parameters import require_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def model_config(model: ModelConfig | str | os.PathLike[str], fields: ModelField
     """What `load_model` and `load_tokenizer` are asked for, as one object.
 
     Raises:
-        ConfigError: a field that there is not, with the nearest name that there is.
+        ConfigError: a field that there is not, with the nearest name that there is; or no name of a model.
     """
     known = ModelFields.__annotations__
     fields = cast(ModelFields, in_own_words(fields, where="load_model").values)
@@ -98,6 +99,8 @@ def model_config(model: ModelConfig | str | os.PathLike[str], fields: ModelField
     changes: dict[str, Any] = dict(fields)
     if "quantization" in changes:
         changes["quantization"] = quantization_config(changes["quantization"])
+    if not isinstance(model, ModelConfig):
+        require_path(model, where="model", expected="a model by its name or folder")
     config = model if isinstance(model, ModelConfig) else ModelConfig(name=os.fspath(model))
     return replace(config, **changes)
 

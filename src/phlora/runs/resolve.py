@@ -34,6 +34,7 @@ from phlora.models.fingerprint import split_fingerprint
 from phlora.models.load import LoadedModel, load_model
 from phlora.models.quantization import quantization_of
 from phlora.models.tokenizer import LoadedTokenizer, ModelFiles, find_files, read_tokenizer
+from phlora.parameters import require_path
 from phlora.runs.checkpoints import COMPLETE_FILE
 from phlora.runs.folder import BASE_LOCATION, HELD_OUT_FILE, RUN_FILE, RunFolder
 
@@ -116,7 +117,9 @@ def resolve(source: str | os.PathLike[str], *, model: str | None = None, offline
     Raises:
         RunError: a run, or its folder of checkpoints, has no adapter yet; a checkpoint is incomplete.
         ModelError, RunError: files that say where to find things cannot be read.
+        ConfigError: the source is neither a text nor a path.
     """
+    require_path(source, where="source", expected="a run, an adapter or a model")
     path = Path(source).expanduser()
     adapter, run = _adapter_of(path)
     if adapter is None:
