@@ -138,7 +138,8 @@ class SFTTrainer(LaidOutTrainer):
         if self._marks_answers and "input_ids" not in columns_of(rows):
             rows = with_answers_marked(rows, self._tokenizer, name=dataset_name)
         whole = copy.copy(args)
-        whole.max_length = None
+        # Cut, packed and shuffled once, below.
+        whole.max_length, whole.shuffle_dataset = None, False
         with template_errors(rows, dataset_name):
             prepared = super()._prepare_dataset(rows, processing_class, whole, False, None, dataset_name)
         look_at(self, prepared, args, packing, dataset_name)

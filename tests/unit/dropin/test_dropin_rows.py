@@ -146,11 +146,14 @@ def test_each_of_several_held_out_sets_is_looked_at(make: Any, told: Any) -> Non
 
 
 @pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("shuffled", [False, True])
 def test_rows_are_prepared_as_trl_prepares_them(
-    make: Any, model: nn.Module, tokenizer: Any, packing: bool
+    make: Any, model: nn.Module, tokenizer: Any, packing: bool, shuffled: bool
 ) -> None:
     rows = chats(9).train_test_split(test_size=3, seed=0)
-    ours = make(rows["train"], eval_dataset=rows["test"], settings={"packing": packing})
+    ours = make(
+        rows["train"], eval_dataset=rows["test"], settings={"packing": packing, "shuffle_dataset": shuffled}
+    )
     theirs = trl.SFTTrainer(
         model, ours.args, train_dataset=rows["train"], eval_dataset=rows["test"], processing_class=tokenizer
     )
