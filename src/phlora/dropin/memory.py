@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import nn
 
 from phlora.data.table import TableBuilder, TokenizedRow
 from phlora.dropin.obstacles import has_own_loss, own_loss_of, unreadable_rows
@@ -51,7 +52,7 @@ class Activations:
         return f"{_WORDS[self.level]} ({self.reason})"
 
 
-def is_said(args: Any, model: Any) -> bool:
+def is_said(args: Any, model: nn.Module) -> bool:
     """Whether the script decides about gradient checkpointing, as far as can be told.
 
     It is on by nobody's words where the script wrote settings down, none of them about it. TRL's own `SFTConfig`, and
@@ -59,7 +60,8 @@ def is_said(args: Any, model: Any) -> bool:
     """
     given: frozenset[str] = getattr(args, "given", frozenset())
     is_default = bool(given) and given.isdisjoint(_NAMES) and bool(args.gradient_checkpointing)
-    return not is_default or getattr(model, "is_gradient_checkpointing", False)
+    # Not the model's own property, which has another name in each version of transformers.
+    return not is_default or any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def decide(

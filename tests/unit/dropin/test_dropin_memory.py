@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ def test_what_cannot_be_told_is_left_to_trl(make: Any, told: Any, tmp_path: Path
 
 def test_a_model_on_which_the_script_turned_it_on_keeps_it(make: Any, told: Any, model: Any) -> None:
     model.gradient_checkpointing_enable()
-    assert trained(make)[1].checkpointed > 0 and "gradient checkpointing" not in told()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trained(make)[1].checkpointed > 0 and "gradient checkpointing" not in told()
 
 
 class Own(phlora.SFTTrainer):

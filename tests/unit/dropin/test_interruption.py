@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ class Interrupting(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.ended += 1
+
+
+def said_within(capsys: pytest.CaptureFixture[str], *, seconds: float) -> str:
+    """What another thread has written by then."""
+    said, until = "", time.monotonic() + seconds
+    while "Stopping" not in said and time.monotonic() < until:
+        said += capsys.readouterr().err
+        time.sleep(0.01)
+    return said
 
 
 @pytest.fixture
@@ -53,7 +63,7 @@ def test_an_interruption_writes_a_checkpoint_from_which_training_goes_on(
     trainer = start(Interrupting())
     with pytest.raises(KeyboardInterrupt, match=r"after step 1, .*checkpoint-1; trainer.train\(resume"):
         trainer.train()
-    assert "Stopping after this step, with a checkpoint" in capsys.readouterr().err
+    assert "Stopping after this step, with a checkpoint" in said_within(capsys, seconds=5)
     assert (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").is_file()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = start()
