@@ -33,7 +33,7 @@ LOOKED_AT = 100
 # What code raises that meets values of another shape than it was written for: rows where it wants a batch, or labels
 # that it wants to make itself. Anything else that a script's own function raises is for its author to see.
 OTHERWISE_SHAPED = (TypeError, ValueError, LookupError, AttributeError, AssertionError, TemplateError)
-_KNOWN_ROLES = ("system", "user", "assistant", "tool")
+KNOWN_ROLES = frozenset(ROLES.values())
 
 
 def columns_of(rows: Rows) -> list[str]:
@@ -70,7 +70,7 @@ def as_meant(rows: Rows, *, name: str, text_field: str, is_text_named: bool) -> 
     else:
         raise _nothing_to_train(rows, name, text_field, there)
     if others:
-        warn(f"{name}: {_are(kept)} trained, and {_are(others)} left out: leftover columns would take over")
+        warn(f"{name}: {are(kept)} trained, and {are(others)} left out: leftover columns would take over")
         rows = rows.remove_columns(others)
     return rows
 
@@ -100,7 +100,7 @@ def without_others_tokens(rows: Rows, *, name: str, text_field: str) -> Rows:
     if is_tokenised or not has_text:
         return rows
     warn(
-        f"{name}: {_are(reserved)} left out: the tokens and labels of these rows are made from their texts, "
+        f"{name}: {are(reserved)} left out: the tokens and labels of these rows are made from their texts, "
         "and such columns would stand for them"
     )
     return rows.remove_columns(reserved)
@@ -123,7 +123,7 @@ def tell_unused_text(rows: Rows, *, name: str, text_field: str) -> None:
     trained = [column for column in (*CHATS, *PAIR) if column in there]
     if text_field in there and trained:
         warn(
-            f"{name}: {_are(trained)} trained, and {text_field} is not used; "
+            f"{name}: {are(trained)} trained, and {text_field} is not used; "
             f'SFTConfig(dataset_text_field="{text_field}") trains that'
         )
 
@@ -168,7 +168,7 @@ def with_known_roles(rows: Rows, template: ChatTemplate, *, name: str) -> Rows:
     renamed: dict[str, str] = {}
     for column in chats:
         for role in _roles(rows, column):
-            if role in ROLES and role not in _KNOWN_ROLES and not _is_rendered(template, role):
+            if role in ROLES and role not in KNOWN_ROLES and not _is_rendered(template, role):
                 renamed[role] = ROLES[role]
     if not renamed:
         return rows
@@ -266,5 +266,6 @@ def _require_lists(rows: Rows, name: str, columns: Sequence[str]) -> None:
             )
 
 
-def _are(columns: Sequence[str]) -> str:
+def are(columns: Sequence[str]) -> str:
+    """Their names with a verb: `prompt and completion are`."""
     return f"{' and '.join(columns)} {'is' if len(columns) == 1 else 'are'}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from phlora.errors import NetworkError, masked
+from phlora.models.locate import first_line
 
 # What TRL writes of a base that is no model of a hub.
 _NO_BASE = "[None](https://huggingface.co/None)"
@@ -23,10 +24,9 @@ def one_message(repo: str, folder: str | Path, *, is_trained: bool) -> Iterator[
     try:
         yield
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, ConnectionError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         later = f"hf upload {repo} {folder}"
         raise NetworkError(
-            f"Nothing was sent to {repo}: {masked(why)}",
+            f"Nothing was sent to {repo}: {masked(first_line(error))}",
             where="push_to_hub",
             fix=f"what was trained is in {folder}; send it later: {later}"
             if is_trained

@@ -28,12 +28,11 @@ from phlora.data.rows import BadRow, Origin, Problem, Row, sentence
 from phlora.data.table import IGNORED, TokenizedRow
 from phlora.data.template_messages import without_loss_keys
 from phlora.data.tokenize_notes import NOTES
-from phlora.dropin.columns import LOOKED_AT, Rows
+from phlora.dropin.columns import KNOWN_ROLES, LOOKED_AT, Rows
 from phlora.dropin.tell import tell, warn
 from phlora.errors import DataError
 
 RowProblems = Literal["refuse", "warn"]
-_KNOWN_ROLES = frozenset(("system", "user", "assistant", "tool"))
 _SHOWN_TOKENS = 300
 # What a chat template of TRL's own rendering does with what Phlora would have written otherwise.
 _LEFT_OUT = {
@@ -368,7 +367,7 @@ def _of_record(record: Mapping[str, Any], wanted: Wanted, train_on: TrainOn, ori
         ]
     if not wanted.heeds_turns:
         messages = without_loss_keys(messages)
-    if any(turn.get("role") not in _KNOWN_ROLES for turn in turns):
+    if any(turn.get("role") not in KNOWN_ROLES for turn in turns):
         return _missing(turns, wanted.template, origin)
     problems = [
         # TRL itself stops for a chat without an answer where answers alone train.

@@ -9,7 +9,7 @@ from typing import Any
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollator
 
 from phlora.data.known_keys import ROW_WEIGHTS, TRAINED, WEIGHTS
-from phlora.dropin.columns import CHATS, LOOKED_AT, PAIR, Rows
+from phlora.dropin.columns import CHATS, LOOKED_AT, PAIR, Rows, are
 from phlora.dropin.tell import warn
 
 # What batches may bring to this trainer's loss.
@@ -33,7 +33,7 @@ def tell_unused_weights(call: Mapping[str, Any], *, heeds_turns: bool) -> None:
     ]
     if columns:
         warn(
-            f"train: {_not_used(columns)}, as in TRL: all trained tokens count alike. phlora.finetune trains with "
+            f"train: {are(columns)} not used, as in TRL: all trained tokens count alike. phlora.finetune trains with "
             f"weights of rows ({', '.join(ROW_WEIGHTS)}); here a data_collator of your own may return `{_OF_TOKENS}`, "
             "of the shape of labels, with remove_unused_columns=False"
         )
@@ -43,7 +43,7 @@ def tell_unused_weights(call: Mapping[str, Any], *, heeds_turns: bool) -> None:
     if not heeds_turns:
         keys += [key for key in TRAINED if any(0 in _numbers(turn.get(key)) for turn in turns)]
     if keys:
-        warn(f"train: {_not_used(keys)} in turns, as in TRL; phlora.finetune trains as it says")
+        warn(f"train: {are(keys)} not used in turns, as in TRL; phlora.finetune trains as it says")
 
 
 def _turns(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -59,7 +59,3 @@ def _numbers(value: Any) -> list[float]:
 
 def _is_own(collator: Any) -> bool:
     return collator is not None and not isinstance(collator, TrlCollator)
-
-
-def _not_used(names: list[str]) -> str:
-    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not used"

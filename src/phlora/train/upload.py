@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEn
 
 from phlora.display import Display
 from phlora.errors import ConfigError, masked
+from phlora.models.locate import first_line
 from phlora.train.field_values import WHERE, typed_value
 
 _SWITCH = "push_to_hub"
@@ -117,9 +118,8 @@ def send(adapter: Path, upload: Upload, *, run: Path, display: Display) -> str |
         )
     # Names, rights, quotas, networks and proxies: each has its own kind, and none of them touches the run.
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         display.warn(
-            f"The adapter was not sent to {repo}: {masked(why)}. The run is complete and kept in {run}; "
+            f"The adapter was not sent to {repo}: {masked(first_line(error))}. The run is complete and kept in {run}; "
             f"send it later: hf upload {repo} {adapter}"
         )
         return None
