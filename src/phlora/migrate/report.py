@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import errno
 import re
@@ -180,7 +181,16 @@ def _write(path: Path, content: bytes) -> Path:
 
 def _no_python(source: Script | Notebook, error: Any) -> InputError:
     line = str(error.context or "").split("\n")[0].strip()
-    place = source.where(error.raw_line)
+    number = error.raw_line
+    try:
+        # Python's own parser says where the mistake is, and libcst how far it came.
+        ast.parse(source.text)
+    except SyntaxError as own:
+        if own.lineno is not None:
+            number, line = own.lineno, source.text.split("\n")[own.lineno - 1].strip()
+    except ValueError:
+        pass  # A null byte.
+    place = source.where(number)
     return InputError(
         f"{place[0].upper()}{place[1:]} is no Python 3" + (f": `{line}`" if line else ""),
         where=str(source.path),

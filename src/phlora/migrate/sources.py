@@ -22,6 +22,8 @@ from phlora.migrate.cells import Cells, join
 from phlora.migrate.notebook_text import with_code
 
 SUFFIXES = (".py", ".ipynb")
+# Scripts that a line of IPython runs.
+_FILE = re.compile(r"\b[\w./-]+\.(?:py|ipynb)\b")
 # Folders that hold what others wrote.
 _NOT_OURS = frozenset({"__pycache__", "node_modules", "site-packages", "build", "dist", "venv", "env"})
 
@@ -168,12 +170,14 @@ def _unread(number: int, cell: Mapping[str, Any], cells: Cells) -> Iterator[str]
         yield f"{name} (%%{cells.skipped[number]}) is not read" + (
             "; migrate the file that it writes" if cells.skipped[number] == "writefile" else ""
         )
-    for line in cells.hidden:
-        if line.cell == number and line.name:
-            runs = re.search(r"\b[\w./-]+\.(?:py|ipynb)\b", line.text)
-            yield f"{name}, line {line.number} ({line.name}) is not read" + (
-                f"; migrate {runs[0]}, which it names" if runs else ""
-            )
+    lines = [line for line in cells.hidden if line.cell == number and line.name]
+    if lines:
+        *most, last = (f"{line.number} ({line.name})" for line in lines)
+        which, are, they = ("lines", "are", "they name") if most else ("line", "is", "it names")
+        named = dict.fromkeys(file for line in lines for file in _FILE.findall(line.text))
+        yield f"{name}, {which} {' and '.join(filter(None, (', '.join(most), last)))} {are} not read" + (
+            f"; migrate {', '.join(named)}, which {they}" if named else ""
+        )
 
 
 def _language(content: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ def test_parts_of_a_notebook_that_are_not_read_are_named(tmp_path: Path) -> None
     file = tmp_path / "a.ipynb"
     cells = [
         "!pip install -q trl\nx = 1",
-        "%%time\n!python train.py --x\n",
+        "%%time\n!python train.py --x\ny = 1\n!ls\n%cd a\n",
         "%%R\nplot(x)",
         "",
         f"%time {OLD}\nprint?",
@@ -145,7 +145,7 @@ def test_parts_of_a_notebook_that_are_not_read_are_named(tmp_path: Path) -> None
     report = migrate_file(file)
     assert report.notes == (
         "cell 2, line 1 (!pip) is not read",
-        "cell 3, line 2 (!python) is not read; migrate train.py, which it names",
+        "cell 3, lines 2 (!python), 4 (!ls) and 5 (%cd) are not read; migrate train.py, which they name",
         "cell 4 (%%R) is not read",
         "cell 6, line 1 (%time) is not read",
         "cell 7 (raw) is not read",
@@ -243,6 +243,12 @@ BROKEN = {
         json.dumps(notebook("import trl", "x = = 1")).encode(),
         "Cell 3, line 1 is no Python 3",
     ),
+    "a cell of Python 2": (
+        "a.ipynb",
+        json.dumps(notebook("import trl", "x = 1\nprint 'x'\nimport os")).encode(),
+        "Cell 3, line 2 is no Python 3: `print 'x'`",
+    ),
+    "an open bracket": ("a.py", b"import trl\nf(1,\nx = 2\n", "Line 2 is no Python 3"),
     "many brackets": ("a.py", b"import trl\nx = " + b"(" * 3000 + b")" * 3000, "nested too deeply"),
     "many signs": ("a.py", b"import trl\nx = " + b"-" * 100000 + b"1", "nested too deeply"),
     "many terms": ("a.py", b"import trl\nx = " + b"1+" * 5000 + b"1", "nested too deeply"),
