@@ -36,6 +36,23 @@ def of_script(method: Any) -> Any:
     return getattr(method, "of_script", method)
 
 
+def tell_if_not_passed_on(trainer: Any) -> None:
+    """Say that a loss of the script's takes `num_items_in_batch` and keeps it, so that its mean counts G times."""
+    several = getattr(trainer, "current_gradient_accumulation_steps", 1)
+    kind = type(trainer)
+    if (
+        several > 1
+        and trainer.model.training
+        and trainer.loss_is_scaled_for_ga is None
+        and kind not in trainer.told_of
+    ):
+        trainer.told_of.add(kind)
+        warn(
+            f"{kind.__name__}.compute_loss does not pass num_items_in_batch on: super().compute_loss returns the mean "
+            f"over a micro-batch then, which nobody divides by the {several} of a step, in TRL neither; pass it on"
+        )
+
+
 def _takes(method: Callable[..., Any], argument: str) -> bool:
     parameters = inspect.signature(method).parameters
     return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

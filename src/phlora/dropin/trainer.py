@@ -30,7 +30,8 @@ from phlora.dropin.kept_blocks import keep_blocks
 from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded, with_tokenizer
 from phlora.dropin.masks import lacks_markers, with_answers_marked
-from phlora.dropin.overrides import let_run
+from phlora.dropin.obstacles import has_own_loss
+from phlora.dropin.overrides import let_run, tell_if_not_passed_on
 from phlora.dropin.preparation import (
     look_at,
     look_at_collator,
@@ -154,6 +155,8 @@ class SFTTrainer(LaidOutTrainer):
     ) -> Any:
         """As the trainer's; within a loss of a subclass that does not know the step, normalised by it all the same."""
         items = self.items_for_super if num_items_in_batch is None else num_items_in_batch
+        if items is None and has_own_loss(self):
+            tell_if_not_passed_on(self)
         return super().compute_loss(model, inputs, return_outputs, items)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:

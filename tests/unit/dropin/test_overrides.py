@@ -38,6 +38,11 @@ class Today(phlora.SFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
+class Keeping(phlora.SFTTrainer):
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, return_outputs)
+
+
 class Mean(phlora.SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
         outputs = model(input_ids=inputs["input_ids"])
@@ -94,6 +99,18 @@ def test_a_loss_of_its_own_is_the_mean_over_micro_batches(
         (nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]) / len(ROWS)).backward()
     torch.testing.assert_close(moved, -model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
     assert "compute_loss of its own" in choose(trainer).sharing.reason
+
+
+def test_a_number_that_is_taken_and_not_passed_on_is_told(
+    weights: Any, tokenizer: Any, tmp_path: Path, told: Any
+) -> None:
+    trainer, _ = step(Keeping, weights, tokenizer, tmp_path)
+    said = "Keeping.compute_loss does not pass num_items_in_batch on"
+    assert told().count(said) == 1 and "the 2 of a step" in told()
+    trainer.evaluate()
+    step(Today, weights, tokenizer, tmp_path)
+    step(Passing, weights, tokenizer, tmp_path)
+    assert told().count("does not pass num_items_in_batch on") == 1
 
 
 @pytest.mark.parametrize(("kind", "may_be"), [(phlora.SFTTrainer, True), (Passing, False), (Today, False)])
