@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 
 from phlora.data.prefixes import Segments, share_in_passes, share_prefixes
-from phlora.data.rows import Origin
+from phlora.data.rows import Origin, kind_of
 from phlora.data.table import IGNORED, TokenizedRow
+from phlora.errors import DataError
 
 Feature: TypeAlias = TokenizedRow | Mapping[str, Any]
 Batch: TypeAlias = dict[str, Any]
@@ -281,7 +282,14 @@ def sharing_keys(feature: Feature, *, rope_limit: int | None = None) -> list[int
 def _parts(feature: Feature) -> tuple[Sequence[int], Sequence[int], Sequence[float] | None]:
     if isinstance(feature, TokenizedRow):
         return feature.input_ids, feature.labels, feature.weights
-    return feature["input_ids"], feature["labels"], feature.get("weights")
+    try:
+        return feature["input_ids"], feature["labels"], feature.get("weights")
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{kind_of(feature)} without `input_ids` and `labels` was given to a collator",
+            expected="rows as tokens",
+            fix="phlora.tokenize_rows(rows, tokenizer).rows",
+        ) from None
 
 
 def _weights(labels: Sequence[int], weights: Sequence[float] | None) -> Sequence[float]:

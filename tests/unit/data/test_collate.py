@@ -8,6 +8,7 @@ from datasets import Dataset
 from phlora.data.collate import Collator, PackedCollator, SharedPrefixCollator, halves
 from phlora.data.rows import Origin
 from phlora.data.tokenize import TokenizedRow
+from phlora.errors import DataError
 
 ORIGIN = Origin("chats.jsonl", 1)
 SHORT = TokenizedRow([5, 6, 2], [-100, 6, 2], None, ORIGIN)
@@ -21,6 +22,16 @@ def test_padding_follows_length_even_where_the_pad_token_is_trained():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 2, -100, -100], [-100, -100, 8, 2, 2]]
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+@pytest.mark.parametrize(
+    "feature", [{"messages": []}, {"input_ids": [1, 2]}, "a text", None, ([1], [1]), ORIGIN], ids=repr
+)
+@pytest.mark.parametrize("collator", [Collator(0), PackedCollator(), SharedPrefixCollator()], ids=repr)
+def test_what_is_no_row_of_tokens_is_named_with_the_way_to_some(feature, collator):
+    with pytest.raises(DataError, match="without `input_ids` and `labels`") as error:
+        collator([SHORT, feature])
+    assert "tokenize_rows" in error.value.fix
 
 
 def test_lengths_are_rounded_up():
