@@ -18,8 +18,9 @@ from phlora.models.storage import Storage
 LATER_LIBRARIES = 80 << 20
 # Measured, with benchmarks/plan.py: what glibc's heap takes of a step over what is alive in it. Tensors of many sizes
 # leave gaps, a share of all that lives; and to passes of other lengths what was freed has the wrong sizes, a few layers
-# of it, up to what the C library keeps (`models.allocator`).
-HEAP_GAPS, HEAP_LAYERS, MOST_KEPT = 0.08, 3, 512 << 20
+# of it, a few times what backward needs on the way where layers are computed again, up to what the C library keeps
+# (`models.allocator`).
+HEAP_GAPS, HEAP_LAYERS, HEAP_BACKWARD, MOST_KEPT = 0.08, 3, 4, 512 << 20
 # A CUDA context with its kernels, which torch does not count as allocated; the caching allocator's rounding.
 CUDA_CONTEXT, CUDA_GAPS = 500 << 20, 0.05
 # Numbers of a weight that are widened at a time (`lora.operands`).
@@ -115,7 +116,8 @@ def forecast_memory(setup: Setup) -> Memory:
     if on_cpu:
         # The last layer keeps little.
         layer = step.kept // max(1, setup.blueprint.num_layers - 1)
-        gaps = max(int(HEAP_GAPS * moving), min(MOST_KEPT, HEAP_LAYERS * layer))
+        freed = max(HEAP_LAYERS * layer, HEAP_BACKWARD * step.backward)
+        gaps = max(int(HEAP_GAPS * moving), min(MOST_KEPT, freed))
     libraries = {"libraries": setup.resident + LATER_LIBRARIES}
     parts = {**fixed, **training, "allocator": gaps}
     parts |= libraries if on_cpu else {"libraries": CUDA_CONTEXT}

@@ -64,6 +64,7 @@ class StepBytes:
         head: what the head and the loss add at most, their gradient that is kept included.
         peak: the most alive at once, gradients that are there then included.
         gradients: of the adapter, after backward.
+        backward: what backward adds at most to what is alive before it: a layer that is computed again, for one.
     """
 
     kept: int
@@ -72,6 +73,7 @@ class StepBytes:
     head: int
     peak: int
     gradients: int
+    backward: int
 
 
 def step_bytes(
@@ -156,7 +158,10 @@ def _traced(
         in_head = highest[0] - kept
         total = losses.sum()
         del inputs, hidden, selected, losses
-        total.backward()
+        before = live.now
+        with live.highest() as highest:
+            total.backward()
+        in_backward = highest[0] - before
         gradient_bytes = sum(p.grad.nbytes for p in ready.parameters() if p.grad is not None)
     return StepBytes(
         kept=kept,
@@ -166,6 +171,7 @@ def _traced(
         head=in_head,
         peak=live.peak + (gradient_bytes if accumulates else 0),
         gradients=gradient_bytes,
+        backward=in_backward,
     )
 
 
