@@ -20,7 +20,7 @@ LATER_LIBRARIES = 80 << 20
 # leave gaps, a share of all that lives; and to passes of other lengths what was freed has the wrong sizes, a few layers
 # of it, a few times what backward needs on the way where layers are computed again, up to what the C library keeps
 # (`models.allocator`).
-HEAP_GAPS, HEAP_LAYERS, HEAP_BACKWARD, MOST_KEPT = 0.08, 3, 4, 512 << 20
+HEAP_GAPS, HEAP_LAYERS, HEAP_BACKWARD, MOST_KEPT = 0.08, 3, 6, 512 << 20
 # A CUDA context with its kernels, which torch does not count as allocated; the caching allocator's rounding.
 CUDA_CONTEXT, CUDA_GAPS = 500 << 20, 0.05
 # Numbers of a weight that are widened at a time (`lora.operands`).
@@ -114,9 +114,10 @@ def forecast_memory(setup: Setup) -> Memory:
     moving = sum(size for name, size in training.items())
     gaps = int(CUDA_GAPS * moving)
     if on_cpu:
+        layers = setup.blueprint.num_layers
         # The last layer keeps little.
-        layer = step.kept // max(1, setup.blueprint.num_layers - 1)
-        freed = max(HEAP_LAYERS * layer, HEAP_BACKWARD * step.backward)
+        layer = step.kept // max(1, layers - 1)
+        freed = max(HEAP_LAYERS * layer, min(HEAP_BACKWARD, layers) * step.backward)
         gaps = max(int(HEAP_GAPS * moving), min(MOST_KEPT, freed))
     libraries = {"libraries": setup.resident + LATER_LIBRARIES}
     parts = {**fixed, **training, "allocator": gaps}
