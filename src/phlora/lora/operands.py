@@ -58,6 +58,15 @@ _FEW_TOKENS = 8
 _CACHED_NUMBERS = 1 << 20
 
 
+def may_borrow(weight: Tensor, x: Tensor) -> bool:
+    """Whether `x` may be multiplied by a matrix in the shared buffer, made of how `weight` is stored.
+
+    Not where autograd or a compiler keeps the matrix for later, and on the CPU alone.
+    """
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return weight.device.type == "cpu" and not recorded and not sees_through()
+
+
 @dataclass(frozen=True)
 class WidenedWeight:
     """A weight `(N, K)` that is stored in 16 bits and multiplied by in the wider dtype of what it meets.
@@ -72,7 +81,7 @@ class WidenedWeight:
         bias = None if bias is None else bias.to(x.dtype)
         if x.dtype == self.weight.dtype:
             return matmul.linear(x, self.weight, bias)
-        if not self._may_share_a_buffer(x):
+        if not may_borrow(self.weight, x):
             return matmul.linear(x, self.weight.to(x.dtype), bias)
         flat = x.reshape(-1, x.shape[-1])
         few = len(flat) <= _FEW_TOKENS
@@ -94,7 +103,7 @@ class WidenedWeight:
     def matmul_t(self, dy: Tensor) -> Tensor:
         if dy.dtype == self.weight.dtype:
             return matmul.matmul(dy, self.weight)
-        if not self._may_share_a_buffer(dy):
+        if not may_borrow(self.weight, dy):
             return matmul.matmul(dy, self.weight.to(dy.dtype))
         dx: Tensor | None = None
         for rows in self._parts(_MOST_NUMBERS):
@@ -103,11 +112,6 @@ class WidenedWeight:
             dx = part if dx is None else dx.add_(part)
         assert dx is not None
         return dx
-
-    def _may_share_a_buffer(self, x: Tensor) -> bool:
-        """Whether nobody keeps the widened matrix for later, as autograd and a compiler do."""
-        recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        return self.weight.device.type == "cpu" and not recorded and not sees_through()
 
     def _parts(self, most: int) -> list[slice]:
         """The rows in parts of equal size, each with at most so many numbers."""

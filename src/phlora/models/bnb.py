@@ -1,6 +1,6 @@
 """Linear layers and operands that bitsandbytes stores in 4 or 8 bits: the one module that imports it.
 
-A quantised weight is read only: each product dequantises it into one matrix that lives as long as the product. So
+A quantised weight is read only: each product dequantises it into a matrix that lives as long as the product. So
 forward and backward multiply by the same `W`, in training and in evaluation, and autograd keeps nothing but the
 quantised weight. bitsandbytes 0.50 itself does otherwise, which is why its layers are only the storage here:
 
@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,26 +29,64 @@ from torch import Tensor, nn
 
 from phlora.lora import matmul
 from phlora.lora.fused import frozen_linear
+from phlora.lora.operands import may_borrow
+from phlora.lora.workspace import borrowed
 from phlora.models.stored_layers import rounded
+
+# Numbers of 4-bit codes dequantised at a time on a CPU, into memory that the C library keeps for the next ones.
+# A multiple of every block size.
+_PIECE_OF_DENSE = 1 << 22
 
 
 class _Dequantized(ABC):
-    """Both products of a frozen weight over `dense`, in `compute_dtype` where that is given."""
+    """Both products of a frozen weight as a dense matrix, in `compute_dtype` where that is given.
+
+    On a CPU the matrix is made in the buffer that all such products share: in memory of its own, which the system has
+    to clear first, making it takes twice as long.
+    """
 
     compute_dtype: torch.dtype | None
 
+    @property
     @abstractmethod
+    def stored(self) -> Tensor:
+        """The codes, as bitsandbytes stores them."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+
+    @abstractmethod
+    def write_to(self, dense: Tensor) -> None:
+        """Write `W` into a dense matrix (N, K) of any dtype."""
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """`W (N, K)`, fresh."""
+        dense = torch.empty(self.shape, dtype=dtype, device=self.stored.device)
+        self.write_to(dense)
+        return dense
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = self.compute_dtype or x.dtype
         bias = None if bias is None else bias.to(dtype)
-        return matmul.linear(x.to(dtype), self.dense(dtype), bias).to(x.dtype)
+        with self._dense_for(x, dtype) as dense:
+            return matmul.linear(x.to(dtype), dense, bias).to(x.dtype)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
         dtype = self.compute_dtype or dy.dtype
-        return matmul.matmul(dy.to(dtype), self.dense(dtype)).to(dy.dtype)
+        with self._dense_for(dy, dtype) as dense:
+            return matmul.matmul(dy.to(dtype), dense).to(dy.dtype)
+
+    @contextmanager
+    def _dense_for(self, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+        if not may_borrow(self.stored, x):
+            yield self.dense(dtype)
+            return
+        with borrowed(self.shape.numel(), dtype) as buffer:
+            dense = buffer.view(self.shape)
+            self.write_to(dense)
+            yield dense
 
 
 @dataclass(frozen=True)
@@ -56,10 +96,33 @@ class NF4Weight(_Dequantized):
     weight: Any
     compute_dtype: torch.dtype | None = None
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
+    @property
+    def stored(self) -> Tensor:
+        codes: Tensor = self.weight.data
+        return codes
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.weight.quant_state.shape)
+
+    def write_to(self, dense: Tensor) -> None:
         state = self.weight.quant_state
-        dense = bitsandbytes.functional.dequantize_4bit(self.weight.data, _aligned(state))
-        return dense.view(state.shape).to(dtype)
+        if dense.device.type != "cpu" or not dense.is_contiguous():
+            dense.copy_(
+                bitsandbytes.functional.dequantize_4bit(self.stored, _aligned(state)).view(self.shape)
+            )
+            return
+        codes, scales, flat = self.stored.view(-1), _scales(state), dense.view(-1)
+        for start in range(0, len(flat), _PIECE_OF_DENSE):
+            part = flat[start : start + _PIECE_OF_DENSE]
+            blocks = -(-len(part) // state.blocksize)
+            first = start // state.blocksize
+            part.copy_(
+                bitsandbytes.functional.dequantize_4bit(
+                    codes[start // 2 : (start + len(part) + 1) // 2],
+                    _of_a_piece(state, scales[first : first + blocks], len(part)),
+                ).view(-1)
+            )
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if x.is_cuda and not torch.is_grad_enabled():
@@ -84,8 +147,16 @@ class Int8Weight(_Dequantized):
     scales: Tensor
     compute_dtype: torch.dtype | None = None
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.codes.to(dtype).mul_(self.scales.to(self.codes.device).div(127).unsqueeze(1))
+    @property
+    def stored(self) -> Tensor:
+        return self.codes
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def write_to(self, dense: Tensor) -> None:
+        dense.copy_(self.codes).mul_(self.scales.to(self.codes.device).div(127).unsqueeze(1))
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):
@@ -197,6 +268,21 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return weight.dense(weight.weight.quant_state.dtype)
     # bitsandbytes itself casts to float16 before it rounds to 8 bits.
     return weight.dense(getattr(layer, "dense_dtype", torch.float16))
+
+
+def _scales(state: Any) -> Tensor:
+    """A scale for each block, in float32, whatever they are stored as."""
+    scales: Tensor = state.absmax
+    if state.nested:
+        scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return scales.float().view(-1)
+
+
+def _of_a_piece(state: Any, scales: Tensor, size: int) -> Any:
+    """The state of `size` numbers from the beginning of a block on, with the scales of their blocks."""
+    piece = copy.copy(state)
+    piece.absmax, piece.nested, piece.shape = scales, False, torch.Size((1, size))
+    return _aligned(piece)
 
 
 def _aligned(state: Any) -> Any:

@@ -228,3 +228,31 @@ def test_quantising_in_pieces_gives_the_bits_of_quantising_at_once(shape, double
     rounded = quantized(linear, "int8")
     expected, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().half())
     assert torch.equal(rounded.weight.data, expected) and torch.equal(rounded.weight.SCB, scales)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_dequantising_in_pieces_gives_the_bits_of_dequantising_at_once(
+    shape, dtype, double_quant, monkeypatch
+) -> None:
+    """At once: bitsandbytes, over rows that are whole blocks."""
+    weight = frozen_weight(
+        quantized(dense_linear(shape, dtype=dtype), "nf4", double_quant=double_quant)
+    ).weight
+    whole = bnb.functional.dequantize_4bit(weight.data, layers._aligned(weight.quant_state)).view(shape)
+    monkeypatch.setattr(layers, "_PIECE_OF_DENSE", 4096)
+    for into in (torch.float32, torch.bfloat16):
+        assert torch.equal(layers.NF4Weight(weight).dense(into), whole.to(into))
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+def test_a_matrix_that_autograd_keeps_is_not_the_one_that_products_share(storage: str) -> None:
+    first, second = (quantized(dense_linear((64, 128)), storage) for _ in range(2))
+    x = torch.randn(5, 128, requires_grad=True)
+    kept = frozen_weight(first).matmul(x)
+    dense = frozen_weight(first).dense(torch.float32)
+    with torch.no_grad():
+        frozen_weight(second).matmul(torch.randn(5, 128))
+    kept.sum().backward()
+    assert torch.equal(x.grad, torch.ones(5, 64) @ dense)
