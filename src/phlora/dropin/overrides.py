@@ -1,7 +1,8 @@
 """Methods that a script's subclass overrides with the arguments that they had in 2024.
 
 Since then transformers calls `compute_loss` with `num_items_in_batch`, the trained tokens of the optimizer step, and
-`log` with `start_time`. A method that takes neither them nor `**kwargs` is called without.
+`log` with `start_time`, `_get_train_sampler` with the rows. A method that takes neither them nor `**kwargs` is called
+without.
 
 A loss of 2024 was the mean over a micro-batch, which the trainer divided by their number G, and so it is again. What
 `super().compute_loss` contributes is made `G * sum over the micro-batch / trained tokens of the step`: divided by G
@@ -16,9 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 from phlora.dropin.tell import warn
+from phlora.errors import ConfigError
 
 # Method -> the argument that it is given since.
-_LATER = {"compute_loss": "num_items_in_batch", "log": "start_time"}
+_LATER = {
+    "compute_loss": "num_items_in_batch",
+    "log": "start_time",
+    "_get_train_sampler": "train_dataset",
+}
 
 
 def let_run(subclass: type) -> None:
@@ -29,6 +35,21 @@ def let_run(subclass: type) -> None:
             setattr(
                 subclass, name, _averaged(method) if name == "compute_loss" else _without(method, argument)
             )
+
+
+def require_whole_step(kind: type) -> None:
+    """
+    Raises:
+        ConfigError: a `training_step` of 2024: whether its loss is normalised by the step cannot be told.
+    """
+    method = of_script(inspect.getattr_static(kind, "training_step"))
+    if inspect.isfunction(method) and not _takes(method, "num_items_in_batch"):
+        raise ConfigError(
+            f"{method.__qualname__} does not take num_items_in_batch, the trained tokens of the step",
+            where="SFTTrainer",
+            expected="training_step(self, model, inputs, num_items_in_batch=None)",
+            fix="add it, and pass it on to super().training_step, or to self.compute_loss",
+        )
 
 
 def of_script(method: Any) -> Any:

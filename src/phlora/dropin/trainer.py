@@ -31,7 +31,7 @@ from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded, with_tokenizer
 from phlora.dropin.masks import lacks_markers, with_answers_marked
 from phlora.dropin.obstacles import has_own_loss
-from phlora.dropin.overrides import let_run, tell_if_not_passed_on
+from phlora.dropin.overrides import let_run, require_whole_step, tell_if_not_passed_on
 from phlora.dropin.preparation import (
     look_at,
     look_at_collator,
@@ -105,6 +105,7 @@ class SFTTrainer(LaidOutTrainer):
                 where="row_problems",
                 expected=f"one of {', '.join(get_args(RowProblems))}",
             )
+        require_whole_step(type(self))
         call = with_trained_columns(with_adapter(with_tokenizer(loaded(arguments_of(args, kwargs)))))
         self.row_problems = row_problems
         self.items_for_super: Any = None

@@ -12,6 +12,7 @@ from torch import nn
 
 import phlora
 from phlora.dropin.layout import choose
+from phlora.errors import ConfigError
 from phlora.testing import tiny_phi3
 
 # Micro-batches with unlike numbers of trained tokens.
@@ -26,6 +27,9 @@ class Passing(phlora.SFTTrainer):
 
     def log(self, logs: dict[str, float]) -> None:
         super().log(logs)
+
+    def _get_train_sampler(self) -> Any:
+        return super()._get_train_sampler()
 
 
 class Halving(Passing):
@@ -99,6 +103,18 @@ def test_a_loss_of_its_own_is_the_mean_over_micro_batches(
         (nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]) / len(ROWS)).backward()
     torch.testing.assert_close(moved, -model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
     assert "compute_loss of its own" in choose(trainer).sharing.reason
+
+
+class EarlyStep(phlora.SFTTrainer):
+    def training_step(self, model: Any, inputs: Any) -> Any:
+        return super().training_step(model, inputs)
+
+
+def test_a_step_that_does_not_take_the_number_is_refused(
+    weights: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="EarlyStep.training_step does not take num_items_in_batch"):
+        step(EarlyStep, weights, tokenizer, tmp_path)
 
 
 def test_a_number_that_is_taken_and_not_passed_on_is_told(
