@@ -186,7 +186,8 @@ def map_settings(settings: Settings) -> None:
     _batches(settings)
     _training(settings)
     # A token for padding is trained nowhere; others are.
-    if set(settings.values.get("special_tokens") or ()) == {"pad_token"}:
+    tokens = settings.values.get("special_tokens")
+    if isinstance(tokens, Mapping) and tokens.keys() == {"pad_token"}:
         settings.leave("special_tokens", "padding is never trained")
     settings.look_at_all(_CHANGES_TRAINING)
     settings.leave_all(_LEFT)

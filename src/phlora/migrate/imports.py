@@ -27,6 +27,7 @@ from phlora.migrate.import_lines import (
 
 # Packages whose names are found in several of their modules.
 _PACKAGES = ("trl", "peft", "transformers", "unsloth", "datasets", "phlora", "evaluate")
+_LINES = cst.SimpleStatementLine | cst.SimpleStatementSuite
 
 
 def canonical(full: str) -> str:
@@ -120,7 +121,7 @@ class Imports:
         lines: dict[cst.CSTNode, dict[int, ImportLine]] = {}
         for imported, line in self._lines.items():
             whole = self._code.parent(imported)
-            if (line.moved or line.added) and isinstance(whole, cst.SimpleStatementLine):
+            if (line.moved or line.added) and isinstance(whole, _LINES):
                 lines.setdefault(whole, {})[whole.body.index(imported)] = line
         for whole, changed in lines.items():
             self._edits.change(whole, self._rewriter(whole, changed))
@@ -364,9 +365,11 @@ class Imports:
             body: list[Any] = []
             for place, statement in enumerate(updated.body):
                 body += rewritten(statement, changed[place]) if place in changed else [statement]
+            # `if x: from trl import ...` stays one line.
+            is_suite = isinstance(updated, cst.SimpleStatementSuite)
             if not body:
-                return self._emptied(updated, whole)
-            if len(updated.body) > 1:
+                return updated.with_changes(body=[cst.Pass()]) if is_suite else self._emptied(updated, whole)
+            if len(updated.body) > 1 or is_suite:
                 body = [part.with_changes(semicolon=cst.MaybeSentinel.DEFAULT) for part in body]
                 return updated.with_changes(body=body)
             lines = [updated.with_changes(body=[body[0]])]

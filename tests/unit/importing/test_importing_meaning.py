@@ -287,6 +287,7 @@ def test_no_steps_at_most_is_no_number_of_steps() -> None:
         (LLAMAFACTORY, "add_tokens", "<a>,<b>"),
         (AXOLOTL, "tokens", ["<a>"]),
         (AXOLOTL, "special_tokens", {"eos_token": "<end>"}),
+        (AXOLOTL, "special_tokens", 1.5),
         (AXOLOTL, "default_system_message", "Be short."),
         (AXOLOTL, "chat_template_jinja", "{{ messages }}"),
         (AXOLOTL, "cosine_min_lr_ratio", 0.1),

@@ -76,6 +76,18 @@ IMPORT_CASES = {
         "import os; from trl import SFTTrainer\n",
         "import os; from phlora import SFTTrainer\n",
     ),
+    "behind a colon": (
+        "if x: from trl import SFTTrainer, DPOTrainer; y = SFTTrainer(m, tokenizer=k)\n",
+        "if x: from trl import DPOTrainer; from phlora import SFTTrainer; y = SFTTrainer(m, processing_class=k)\n",
+    ),
+    "behind a colon alone": (
+        "def f(): from trl import SFTTrainer\nif x: from unsloth import FastModel\n",
+        "def f(): from phlora import SFTTrainer\nif x: pass\n",
+    ),
+    "gone behind a colon": (
+        "if x: from unsloth import FastLanguageModel\nFastLanguageModel.for_inference(m)\n",
+        "if x: pass\nm.eval()\n",
+    ),
     "in a function": (
         "def f():\n    from trl import SFTTrainer\n    return SFTTrainer\n",
         "def f():\n    from phlora import SFTTrainer\n    return SFTTrainer\n",
