@@ -8,7 +8,7 @@ file and by which library, is the client's matter: any that has `Client` can be 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +94,9 @@ class Verdict:
         largest_difference, mean_difference: of the log-probabilities of tokens that both wrote, in nats.
         stops_differing: answers with the same tokens of which one side ended and the other went on.
         bound: accepted of `largest_difference` and `largest_gap`.
+        losses: of the held-out answers in nats a token: `own` of the run's own model, `file` with the weights as they
+            are in the file; empty where the file holds no whole model.
+        missing: what the comparison leaves open, or why there is none.
     """
 
     client: str
@@ -109,6 +112,7 @@ class Verdict:
     mean_difference: float | None = None
     stops_differing: int = 0
     bound: float | None = None
+    losses: Mapping[str, float] = field(default_factory=dict)
     missing: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +138,11 @@ class Verdict:
             told.append(
                 f"  log-probabilities          {self.largest_difference:.2g} apart at most, "
                 f"{self.mean_difference:.2g} on average, of {self.num_tokens:,} tokens (nats{accepted})"
+            )
+        if self.losses:
+            told.append(
+                f"  loss on held-out rows      {self.losses['own']:.4f}, with the weights in the file "
+                f"{self.losses['file']:.4f}"
             )
         if self.missing:
             told.append(f"  {self.missing}")

@@ -164,6 +164,21 @@ def write_gguf_adapter(path: Path, adapter: PortableAdapter, config: Any, *, nam
         writer.close()
 
 
+@torch.no_grad()
+def load_gguf_weights(model: Any, file: Path) -> None:
+    """Put the weights of a GGUF file, as numbers, into a model of the layout that it was written from, in place."""
+    import gguf
+
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    parameters = dict(model.named_parameters())
+    for own, target in _gguf_names(parameters, model.config).items():
+        tensor = held[target]
+        rows = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
+        parameters[own].copy_(
+            _in_llama_order(rows.reshape(parameters[own].shape), own, model.config, back=True)
+        )
+
+
 def require_architecture(config: Any) -> str:
     """llama.cpp's name for the kind of model.
 
@@ -206,13 +221,14 @@ def _announce(writer: Any, name: str, shape: tuple[int, ...], type_name: str) ->
     writer.add_tensor_info(name, stored, dtype, num_bytes, raw_dtype=gguf.GGMLQuantizationType[type_name])
 
 
-def _in_llama_order(tensor: Tensor, name: str, config: Any) -> Tensor:
-    """Rows of Llama's q and k with the two halves of each head interleaved, as its rotation in llama.cpp wants them."""
+def _in_llama_order(tensor: Tensor, name: str, config: Any, *, back: bool = False) -> Tensor:
+    """Rows of Llama's q and k with the halves of each head interleaved, as its rotation in llama.cpp wants them."""
     leaf = last_part(name.removesuffix(".weight").removesuffix(".bias"))
     if ARCHITECTURES[config.model_type] != "llama" or leaf not in ("q_proj", "k_proj"):
         return tensor
     heads = config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    half = tensor.shape[0] // heads // 2
+    halves = tensor.reshape(heads, *((half, 2) if back else (2, half)), *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 

@@ -62,6 +62,9 @@ class LlamaCppClient:
         told = done.get("completion_probabilities", [])
         stopped = done.get("stop_type") == "eos"
         ids = [int(token) for token in done["tokens"]]
+        if stopped:
+            # The token that ends the answer is among them.
+            ids = ids[:-1]
         logprobs = _of_the_beginning(ids, told)
         return Answer(token_ids=ids, logprobs=logprobs, stopped=stopped)
 
@@ -80,7 +83,7 @@ class LlamaCppClient:
 
 def _of_the_beginning(ids: Sequence[int], told: Sequence[dict[str, Any]]) -> list[float]:
     """The log-probabilities of the first tokens: the server tells none of a token that ends inside of a character."""
-    whole = len(told) == len(ids)
+    whole = len(told) >= len(ids)
     found: list[float] = []
     for place, (token, step) in enumerate(zip(ids, told, strict=False)):
         repeats = place + 1 < len(ids) and ids[place + 1] == token

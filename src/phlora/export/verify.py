@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,6 +13,7 @@ import torch
 
 from phlora.adapters.load import load_adapter
 from phlora.adapters.peft_folder import read_peft
+from phlora.data.rows import Row
 from phlora.errors import ModelError
 from phlora.export.agreement import (
     Answer,
@@ -23,10 +25,12 @@ from phlora.export.agreement import (
     own_answers,
     questions_of,
 )
+from phlora.export.gguf_file import load_gguf_weights
 from phlora.export.gguf_vocabulary import model_name
 from phlora.export.job import ExportJob, Written
 from phlora.export.llamacpp_client import open_gguf
 from phlora.export.output import require_room_for
+from phlora.export.proof import answer_logits, answer_loss, tokenized_proof
 from phlora.export.torch_client import open_adapter, open_model
 from phlora.export.writing import gguf_bytes, weights_of, write_base_or_merged
 from phlora.extras import install_command, is_installed
@@ -69,11 +73,12 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
     if not questions:
         return unverified("no held-out prompt fits into the window and the original context")
     job.display.stage(f"Asking the run's own model {len(questions)} held-out prompts")
-    own = _own(job, questions)
+    measured = rows[: job.max_rows] if job.in_gguf and not job.adapter_only else []
+    own, losses = _own(job, questions, measured, folder / written.file)
     job.display.stage("Asking what was exported")
     rounded = job.type or written.type or "float32"
     with _client(job, folder, written, questions) as client:
-        return compare_client(
+        verdict = compare_client(
             client,
             questions,
             own,
@@ -82,10 +87,16 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
             num_left_out=left_out,
             missing=_not_asked(job),
         )
+    return replace(verdict, losses=losses)
 
 
-def _own(job: ExportJob, questions: Sequence[Question]) -> list[Answer]:
-    """What the run's own model answers: base and adapter, computed in float32, on the base's own weights."""
+def _own(
+    job: ExportJob, questions: Sequence[Question], rows: Sequence[Row], file: Path
+) -> tuple[list[Answer], dict[str, float]]:
+    """What the run's own model answers: base and adapter, computed in float32, on the base's own weights.
+
+    And its loss on the rows, beside that with the weights in a GGUF file; no rows: neither.
+    """
     stored = str(job.config.dtype).removeprefix("torch.")
     narrow = stored in DTYPES and DTYPES[stored].itemsize == 2
     loaded = load_base(
@@ -93,9 +104,17 @@ def _own(job: ExportJob, questions: Sequence[Question]) -> list[Answer]:
     )
     adapted = load_adapter(loaded.model, job.found.adapter)
     answers = own_answers(adapted.model, job.tokenizer, questions, max_new_tokens=job.max_new_tokens)
+    losses = {}
+    if rows:
+        tokenized = tokenized_proof(rows, job.found, job.tokenizer, adapted.model)
+        losses["own"] = answer_loss(tokenized, answer_logits(adapted.model, tokenized, job.display))
+        model = adapted.model.unload()
+        load_gguf_weights(model, file)
+        losses["file"] = answer_loss(tokenized, answer_logits(model, tokenized, job.display))
+        del model
     del loaded, adapted
     gc.collect()
-    return answers
+    return answers, losses
 
 
 def _not_asked(job: ExportJob) -> str:

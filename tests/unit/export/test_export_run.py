@@ -77,6 +77,8 @@ def test_the_client_answers_like_the_run(
     assert verdict.verified and verdict.client.startswith(client) and verdict.num_prompts == 4
     assert verdict.prompts_differing == verdict.stops_differing == 0
     assert verdict.largest_difference < largest and verdict.largest_gap < largest
+    if options["target"] in ("gguf", "ollama") and not options.get("adapter_only"):
+        assert verdict.losses["file"] == pytest.approx(verdict.losses["own"], abs=0.02)
     kept = json.loads((tmp_path / "out" / "export.json").read_text(encoding="utf-8"))
     assert kept["verdict"] == json.loads(json.dumps(verdict.to_json()))
     assert str(tmp_path) not in (tmp_path / "out" / "export.json").read_text(encoding="utf-8")
@@ -89,6 +91,7 @@ def test_rounding_on_purpose_is_told_and_not_refused(mixed: Path, tmp_path: Path
     pytest.importorskip("libgguf")
     verdict = export(mixed, tmp_path / "out", target="gguf", type=type).verdict
     assert verdict.verified and verdict.bound is None and verdict.prompts_differing == 0
+    assert 0 < abs(verdict.losses["file"] - verdict.losses["own"]) < 0.5
 
 
 def test_a_program_that_reads_one_rank_gets_one(mixed: Path, tmp_path: Path) -> None:

@@ -16,7 +16,13 @@ from phlora.config import ModelConfig
 from phlora.data.dataset import load_rows
 from phlora.errors import EnvironmentProblem, ModelError
 from phlora.export.agreement import Bound, compare_client, own_answers, questions_of
-from phlora.export.gguf_file import merged_weights, write_gguf_adapter, write_gguf_model
+from phlora.export.gguf_file import (
+    Weights,
+    load_gguf_weights,
+    merged_weights,
+    write_gguf_adapter,
+    write_gguf_model,
+)
 from phlora.export.gguf_vocabulary import model_name
 from phlora.export.llamacpp_client import open_gguf
 from phlora.models.checkpoint import Checkpoint, open_checkpoint
@@ -89,6 +95,40 @@ def test_llama_cpp_answers_like_transformers(kind: str, tmp_path: Path) -> None:
     """Keys and values in float16 move log-probabilities by some thousandths."""
     found = verdict(*written(tmp_path, kind))
     assert found.verified and found.num_prompts > 0, found.summary()
+
+
+@LLAMACPP
+def test_answers_that_end_themselves_end_in_llama_cpp(tmp_path: Path) -> None:
+    model, checkpoint, tokenizer = saved(tmp_path / "base", "phi3")
+    end = tokenizer.stop_token_ids[0]
+    with torch.no_grad():
+        model.lm_head.weight[end] *= 3
+    state = dict(model.state_dict())
+    weights = Weights(
+        shapes={name: tuple(value.shape) for name, value in state.items()}, read=state.__getitem__
+    )
+    file = tmp_path / "model.gguf"
+    write_gguf_model(file, weights, model.config, tokenizer, file_type="f32", name=model_name("x", tokenizer))
+    questions, _ = questions_of(ROWS, tokenizer, model.config, max_new_tokens=16, most=6)
+    own = own_answers(model, tokenizer, questions, max_new_tokens=16)
+    ended = [(question, answer) for question, answer in zip(questions, own, strict=True) if answer.stopped]
+    assert any(answer.token_ids for _, answer in ended), "or this tests nothing"
+    with open_gguf(file, context=128) as client:
+        found = [client.answer(question.prompt_ids, max_new_tokens=16) for question, _ in ended]
+    assert [(answer.token_ids, answer.stopped) for answer in found] == [
+        (answer.token_ids, True) for _, answer in ended
+    ]
+
+
+@pytest.mark.parametrize("kind", ["phi3", "llama"])
+def test_weights_are_read_back_into_their_places(kind: str, tmp_path: Path) -> None:
+    model, _, file = written(tmp_path, kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_gguf_weights(model, file)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @LLAMACPP
