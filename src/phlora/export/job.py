@@ -67,6 +67,7 @@ class Written:
     """What a writer has left in the folder."""
 
     file: str = ""
+    base: str = "full"
     rank: int = 0
     type: str = ""
     notes: tuple[str, ...] = field(default=())

@@ -37,6 +37,7 @@ class ExportReport:
         target: what it is for.
         type: of a GGUF file, or of merged weights; empty for an adapter.
         base_model: that the adapter belongs to.
+        base: `full` or `dequantized`: the weights that a whole model was merged into.
         rank: the largest of the exported adapter; 0 for a whole model.
         files: names and bytes.
         launch: the line that starts it.
@@ -48,6 +49,7 @@ class ExportReport:
     target: Target
     type: str
     base_model: str
+    base: str
     rank: int
     files: dict[str, int]
     launch: str
@@ -188,7 +190,7 @@ def _verify_again(job: ExportJob, folder: Path) -> ExportReport:
     main = next((name for name in said["files"] if name.endswith((".gguf", ".pt"))), "")
     is_adapter = said["target"] == "gguf" and bool(said["rank"])
     job = replace(job, type=said["type"] or job.type, adapter_only=is_adapter)
-    written = Written(file=main, rank=int(said["rank"]), type=said["type"])
+    written = Written(file=main, rank=int(said["rank"]), type=said["type"], base=said["base"])
     verdict = verify_export(job, folder, written)
     require_verified(verdict, where=str(folder), kept="it stands as it was")
     report = replace(_report(job, folder, written, verdict, folder), notes=tuple(said["notes"]))
@@ -214,6 +216,7 @@ def _report(job: ExportJob, part: Path, written: Written, verdict: Verdict, outp
         target=job.target,
         type=written.type,
         base_model=job.found.base_name,
+        base=written.base,
         rank=written.rank,
         files=files,
         launch=launch,

@@ -32,11 +32,12 @@ from phlora.export.llamacpp_client import open_gguf
 from phlora.export.output import require_room_for
 from phlora.export.proof import answer_logits, answer_loss, tokenized_proof
 from phlora.export.torch_client import open_adapter, open_model
-from phlora.export.writing import gguf_bytes, weights_of, write_base_or_merged
+from phlora.export.writing import base_weights, gguf_bytes, write_weights
 from phlora.extras import install_command, is_installed
 from phlora.models.device import DTYPES
+from phlora.models.quantization import dequantize
 from phlora.runs.reading import rows_or_held_out
-from phlora.runs.resolve import load_base
+from phlora.runs.resolve import load_as_trained, load_base
 
 # Accepted differences of log-probabilities, in nats, by what the weights were rounded to. Both sides compute in float32
 # (llama.cpp keeps keys and values in float16); no bound: they were rounded on purpose, and what that cost is told.
@@ -74,7 +75,7 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
         return unverified("no held-out prompt fits into the window and the original context")
     job.display.stage(f"Asking the run's own model {len(questions)} held-out prompts")
     measured = rows[: job.max_rows] if job.in_gguf and not job.adapter_only else []
-    own, losses = _own(job, questions, measured, folder / written.file)
+    own, losses = _own(job, questions, measured, folder / written.file, as_trained=_is_as_trained(written))
     job.display.stage("Asking what was exported")
     rounded = job.type or written.type or "float32"
     with _client(job, folder, written, questions) as client:
@@ -83,31 +84,36 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
             questions,
             own,
             max_new_tokens=job.max_new_tokens,
-            bound=Bound(largest=None if job.found.storage else _BOUNDS.get(rounded)),
+            bound=Bound(largest=_BOUNDS.get(rounded)),
             num_left_out=left_out,
-            missing=_not_asked(job),
+            missing=_not_asked(job, written),
         )
     return replace(verdict, losses=losses)
 
 
 def _own(
-    job: ExportJob, questions: Sequence[Question], rows: Sequence[Row], file: Path
+    job: ExportJob, questions: Sequence[Question], rows: Sequence[Row], file: Path, *, as_trained: bool
 ) -> tuple[list[Answer], dict[str, float]]:
-    """What the run's own model answers: base and adapter, computed in float32, on the base's own weights.
+    """What the run's own model answers: base and adapter, computed in float32.
 
+    On the base's own weights, or `as_trained` on the quantised ones.
     And its loss on the rows, beside that with the weights in a GGUF file; no rows: neither.
     """
-    stored = str(job.config.dtype).removeprefix("torch.")
-    narrow = stored in DTYPES and DTYPES[stored].itemsize == 2
-    loaded = load_base(
-        job.found, tokenizer=job.tokenizer, device="cpu", storage_dtype=stored if narrow else "float32"
-    )
+    if as_trained:
+        loaded = load_as_trained(job.found, tokenizer=job.tokenizer, device="cpu")
+    else:
+        stored = str(job.config.dtype).removeprefix("torch.")
+        narrow = stored in DTYPES and DTYPES[stored].itemsize == 2
+        loaded = load_base(
+            job.found, tokenizer=job.tokenizer, device="cpu", storage_dtype=stored if narrow else "float32"
+        )
     adapted = load_adapter(loaded.model, job.found.adapter)
     answers = own_answers(adapted.model, job.tokenizer, questions, max_new_tokens=job.max_new_tokens)
     losses = {}
     if rows:
         tokenized = tokenized_proof(rows, job.found, job.tokenizer, adapted.model)
         losses["own"] = answer_loss(tokenized, answer_logits(adapted.model, tokenized, job.display))
+        dequantize(adapted.model, dtype=torch.float32)
         model = adapted.model.unload()
         load_gguf_weights(model, file)
         losses["file"] = answer_loss(tokenized, answer_logits(model, tokenized, job.display))
@@ -117,9 +123,14 @@ def _own(
     return answers, losses
 
 
-def _not_asked(job: ExportJob) -> str:
+def _is_as_trained(written: Written) -> bool:
+    """Whether the adapter was merged into the weights of the quantised base that it was trained on."""
+    return written.base == "dequantized"
+
+
+def _not_asked(job: ExportJob, written: Written) -> str:
     """What the comparison leaves open."""
-    if job.found.storage:
+    if job.found.storage and not _is_as_trained(written):
         return f"Compared with the adapter on the full base; it was trained on one in {job.found.storage}"
     if job.target == "ollama":
         return "Ollama itself was not asked: its model was opened in llama.cpp, which it runs"
@@ -151,13 +162,11 @@ def _gguf_base(job: ExportJob, folder: Path) -> Iterator[Path | None]:
     if not job.adapter_only:
         yield None
         return
-    with (
-        TemporaryDirectory(prefix="phlora-base-") as scratch,
-        weights_of(job, with_adapter=False) as (weights, _),
-    ):
+    with TemporaryDirectory(prefix="phlora-base-") as scratch:
+        weights = base_weights(job)
         require_room_for(Path(scratch), gguf_bytes(weights, job))
         file = Path(scratch) / "base.gguf"
-        write_base_or_merged(job, file, weights, model_name("base", job.tokenizer))
+        write_weights(job, file, weights, model_name("base", job.tokenizer))
         yield file
 
 

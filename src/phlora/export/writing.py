@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,6 +34,7 @@ from phlora.export.output import require_room_for
 from phlora.files import ADAPTER_FACTS, read_json, write_json, write_text
 from phlora.models.checkpoint import open_checkpoint
 from phlora.models.tokenizer import find_files
+from phlora.runs.resolve import load_base
 from phlora.runs.system_prompt import SYSTEM_PROMPTS, system_prompts_of
 
 
@@ -90,7 +92,7 @@ def _write_merged(job: ExportJob, folder: Path) -> Written:
         display=job.display,
         **job.reading,
     )
-    return Written(type=report.dtype)
+    return Written(type=report.dtype, base=report.base)
 
 
 def _write_gguf(job: ExportJob, folder: Path) -> Written:
@@ -101,17 +103,18 @@ def _write_gguf(job: ExportJob, folder: Path) -> Written:
         require_room_for(folder, 2 * adapter.num_bytes)
         write_gguf_adapter(folder / job.gguf_name, adapter, job.config, name=name)
         return Written(file=job.gguf_name, rank=adapter.largest_rank)
-    with weights_of(job, with_adapter=True) as (weights, notes):
-        require_room_for(folder, gguf_bytes(weights, job))
-        write_base_or_merged(job, folder / job.gguf_name, weights, name)
+    with _merged(job) as source:
+        require_room_for(folder, gguf_bytes(source.weights, job))
+        write_weights(job, folder / job.gguf_name, source.weights, name)
+        notes = source.notes
     if job.target == "ollama":
         text, more = modelfile(job.gguf_name, job.tokenizer, system=_system_prompt(job), context=job.context)
         write_text(folder / "Modelfile", text)
         notes += more
-    return Written(file=job.gguf_name, type=job.type, notes=notes)
+    return Written(file=job.gguf_name, type=job.type, base=source.base, notes=notes)
 
 
-def write_base_or_merged(job: ExportJob, file: Path, weights: Weights, name: str) -> None:
+def write_weights(job: ExportJob, file: Path, weights: Weights, name: str) -> None:
     """Write the tensors that are given as a whole GGUF model."""
     with job.display.progress("Tensors", len(weights.shapes)) as advance:
         write_gguf_model(
@@ -119,37 +122,51 @@ def write_base_or_merged(job: ExportJob, file: Path, weights: Weights, name: str
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The tensors of the merged model, and how they came about."""
+
+    weights: Weights
+    base: str = "full"
+    notes: tuple[str, ...] = ()
+
+
 @contextmanager
-def weights_of(job: ExportJob, *, with_adapter: bool) -> Iterator[tuple[Weights, tuple[str, ...]]]:
-    """The tensors of the model, merged one by one where that is exact, else by `merge_run` first."""
+def _merged(job: ExportJob) -> Iterator[_Source]:
+    """The merged model: tensor by tensor where that is exact, else by `merge_run` first."""
     assert job.tokenizer.files is not None
     checkpoint = open_checkpoint(job.tokenizer.files.location)
-    if not with_adapter and checkpoint is not None:
-        yield merged_weights(checkpoint, None), ()
-        return
     adapter = read_portable(job.found.adapter)
     why = _why_not_streamed(job, adapter)
     if checkpoint is not None and not why:
-        yield merged_weights(checkpoint, fitted(adapter, job.config)), ()
+        yield _Source(weights=merged_weights(checkpoint, fitted(adapter, job.config)))
         return
     with TemporaryDirectory(prefix="phlora-merged-") as scratch:
         merged = Path(scratch) / "model"
-        merge_run(
+        report = merge_run(
             job.source,
             merged,
             model=job.model,
+            dtype="float32",
             rows=job.rows,
             offline=job.offline,
             display=job.display,
             **job.reading,
         )
-        files = find_files(ModelConfig(name=str(merged), offline=True))
-        whole = open_checkpoint(files.location)
+        whole = open_checkpoint(find_files(ModelConfig(name=str(merged), offline=True)).location)
         assert whole is not None
-        yield (
-            merged_weights(whole, None),
-            (f"Merged as a whole model first: {why or 'its base is no safetensors'}",),
-        )
+        told = f"Merged as a whole model first: {why or 'its base lies in no safetensors files'}"
+        yield _Source(weights=merged_weights(whole, None), base=report.base, notes=(told,))
+
+
+def base_weights(job: ExportJob) -> Weights:
+    """The tensors of the base alone."""
+    assert job.tokenizer.files is not None
+    checkpoint = open_checkpoint(job.tokenizer.files.location)
+    if checkpoint is not None:
+        return merged_weights(checkpoint, None)
+    state = load_base(job.found, tokenizer=job.tokenizer, device="cpu").model.state_dict()
+    return Weights(shapes={name: tuple(t.shape) for name, t in state.items()}, read=state.__getitem__)
 
 
 def _why_not_streamed(job: ExportJob, adapter: PortableAdapter) -> str:

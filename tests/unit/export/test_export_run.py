@@ -159,6 +159,30 @@ def test_dora_goes_out_merged(model_folder: Path, tmp_path: Path) -> None:
     assert report.verdict.verified and any("use_dora" in note for note in report.notes)
 
 
+@LLAMACPP
+@pytest.mark.parametrize("options", [{"target": "merged"}, {"target": "gguf", "type": "f32"}])
+def test_what_was_trained_on_nf4_answers_as_it_was_trained(
+    model_folder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    done = finetune(
+        model={"name": str(model_folder), "dtype": "float32", "device": "cpu", "quantization": "nf4"},
+        data=ROWS[:14],
+        eval_data=ROWS[14:],
+        training_config={"max_steps": 4, "learning_rate": 2e-2},
+        peft_config={"r": 4},
+        evaluation={"enabled": False},
+        output=tmp_path / "run",
+        display=QUIET,
+    )
+    assert done.folder is not None
+    report = export(done.folder, tmp_path / "out", **options)
+    assert report.verdict.verified and report.verdict.largest_difference < 0.01
+    assert report.base in ("full", "dequantized")
+    told = "it was trained on one in nf4" in report.summary()
+    assert told == (report.base == "full")
+
+
 def test_an_adapter_without_rows_is_written_and_says_so(adapter: Path, tmp_path: Path) -> None:
     report = export(adapter, tmp_path / "out", target="peft")
     assert not report.verdict.verified
