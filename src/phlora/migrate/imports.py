@@ -331,7 +331,7 @@ class Imports:
         before = [
             n
             for n in (stars or self._code.all(cst.Import, cst.ImportFrom))
-            if self._code.comes_before(n, near)
+            if self._code.comes_before(n, near) and self._code.is_at_top(n)
         ]
         found: cst.CSTNode = before[-1] if before else self._code.module
         return found

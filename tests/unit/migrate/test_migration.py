@@ -88,6 +88,14 @@ IMPORT_CASES = {
         "if x: from unsloth import FastLanguageModel\nFastLanguageModel.for_inference(m)\n",
         "if x: pass\nm.eval()\n",
     ),
+    "needed where all that is imported is conditional": (
+        "if x: import os\nFastLanguageModel.get_peft_model(m, **kw); y = is_bfloat16_supported()\n"
+        "SFTTrainer(m, max_seq_length=1)\n",
+        "from phlora import SFTConfig, SFTTrainer\nfrom unsloth import FastLanguageModel\n\nif x: import os\n"
+        "# phlora: make the adapter with phlora.get_peft_model(model, LoraConfig(...))\n"
+        "FastLanguageModel.get_peft_model(m, **kw); y = is_bfloat16_supported()\n"
+        'SFTTrainer(m, args=SFTConfig(output_dir="tmp_trainer", max_length=1, learning_rate=5e-05, bf16=False))\n',
+    ),
     "in a function": (
         "def f():\n    from trl import SFTTrainer\n    return SFTTrainer\n",
         "def f():\n    from phlora import SFTTrainer\n    return SFTTrainer\n",
