@@ -159,6 +159,7 @@ def test_dora_goes_out_merged(model_folder: Path, tmp_path: Path) -> None:
     assert report.verdict.verified and any("use_dora" in note for note in report.notes)
 
 
+@pytest.mark.slow
 @LLAMACPP
 @pytest.mark.parametrize("options", [{"target": "merged"}, {"target": "gguf", "type": "f32"}])
 def test_what_was_trained_on_nf4_answers_as_it_was_trained(
