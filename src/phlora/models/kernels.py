@@ -137,10 +137,10 @@ def split_and_rotate(
 def join_and_rotate_back(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of qkv (B, T, (H + 2G) E) from those of q (B, T, H, E), k and v (B, T, G, E)."""
     cos, sin = _of_all_rows(cos, sin, dq)
-    gradients = [x if _lies_by_token(x) else x.contiguous() for x in (dq, dk, dv)]
+    gradients = [_by_token(x) for x in (dq, dk, dv)]
     heads, kv_heads, width = dq.shape[2], dk.shape[2], dq.shape[3]
     d_qkv = dq.new_empty(*dq.shape[:2], (heads + 2 * kv_heads) * width)
-    strides = [stride for x in gradients for stride in (x.stride(1), x.stride(2))]
+    strides = [stride for x in gradients for stride in (x.stride(0), x.stride(1))]
     sizes = (_rows(d_qkv), heads, kv_heads, width, cos.shape[-1])
     _call("join_and_rotate_back", [*gradients, cos, sin, d_qkv], *strides, *sizes)
     return d_qkv
@@ -151,10 +151,13 @@ def _of_all_rows(cos: Tensor, sin: Tensor, x: Tensor) -> Iterator[Tensor]:
     return (angle.expand(len(x), -1, -1).contiguous() for angle in (cos, sin))
 
 
-def _lies_by_token(x: Tensor) -> bool:
-    """Whether token t of all B · T of x (B, T, H, E) lies t times a stride after the first."""
-    batch = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return batch and x.stride(3) == 1
+def _by_token(x: Tensor) -> Tensor:
+    """x (B, T, H, E) as (B T, H, E): token t lies t times a stride after the first; a copy only where it must be.
+
+    As one dimension: the stride of a dimension of one, such as T of single tokens, may be any number.
+    """
+    x = x.flatten(0, 1)
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _rows(x: Tensor) -> int:
