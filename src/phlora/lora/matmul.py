@@ -112,7 +112,7 @@ def torch_alone() -> Iterator[None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias`: (..., K), (N, K), (N,) -> (..., N)."""
-    if _suits_onednn(x, weight):
+    if _suits_onednn(x, weight) and (bias is None or _suits_as_bias(bias, weight)):
         y: Tensor = _onednn_linear(x, weight, bias, "none", [], "")
         return y
     return F.linear(x, weight, bias)
@@ -148,6 +148,15 @@ def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
     return not sees_through() and torch.get_float32_matmul_precision() == "highest"
+
+
+def _suits_as_bias(bias: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN adds it as torch would: it reads (N,) numbers in one run, whatever a view or its dtype says."""
+    if type(bias) not in _PLAIN or bias.dtype is not torch.float32 or bias.device.type != "cpu":
+        return False
+    if bias.shape != weight.shape[:1] or not bias.is_contiguous() or bias.is_neg():
+        return False
+    return not (torch.is_grad_enabled() and bias.requires_grad)
 
 
 def kind_of(x: Tensor, weight: Tensor) -> Kind:

@@ -103,6 +103,27 @@ def test_what_does_not_suit_onednn_is_multiplied_by_torch(change, calls):
     assert y.requires_grad == (x.requires_grad or weight.requires_grad)
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.randn(256, 3)[:, 0],
+        torch.randn(1).expand(256),
+        torch.randn(1),
+        torch.randn(1, 256),
+        torch._neg_view(torch.randn(256)),
+        torch.randn(256).requires_grad_(),
+    ],
+    ids=["a column", "expanded", "one for all", "a row", "negated", "recorded"],
+)
+@needs_onednn
+def test_a_bias_is_added_as_torch_adds_it(bias, calls):
+    """oneDNN goes by its address alone, beyond its end too."""
+    x, weight = torch.randn(256, 256), torch.randn(256, 256)
+    y = matmul.linear(x, weight, bias)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias), atol=1e-4, rtol=1e-5)
+    assert not calls and y.requires_grad == bias.requires_grad
+
+
 def test_reduced_precision_stays_torch_s_affair(calls):
     x, weight = torch.randn(256, 256), torch.randn(256, 256)
     before = torch.get_float32_matmul_precision()
