@@ -32,6 +32,7 @@ from phlora.dropin.obstacles import (
     has_own_loss,
     listening,
     own_batches,
+    own_held_out_loss,
     random_masks,
     sharded,
     unknown_adapter,
@@ -108,6 +109,10 @@ class LaidOutTrainer(SFTTrainer):
     @functools.cached_property
     def _may_be_cut(self) -> bool:
         return bool(super()._may_be_cut) and not has_own_loss(self)
+
+    @property
+    def _is_held_out_by_token(self) -> bool:
+        return own_held_out_loss(self) is None
 
     @contextmanager
     def _laid_out(self, *, training: bool) -> Iterator[None]:

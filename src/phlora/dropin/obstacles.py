@@ -86,6 +86,12 @@ def has_own_loss(trainer: Any) -> bool:
     return not _is_known(inspect.getattr_static(trainer, "compute_loss"))
 
 
+def own_held_out_loss(trainer: Any) -> str | None:
+    """The script's method that says what the held-out loss of a batch is; None: it is that of its trained tokens."""
+    names = ("compute_loss", "prediction_step")
+    return next((name for name in names if not _is_known(inspect.getattr_static(trainer, name))), None)
+
+
 def own_batches(trainer: Any, *, training: bool) -> str | None:
     """Why the batches of a trainer have to be those that TRL makes."""
     collator = trainer.data_collator
@@ -158,8 +164,14 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _is_known(thing: Any) -> bool:
-    """Whether a function, a method, a class or a callable object comes from a package whose code is known."""
-    return _home(thing).partition(".")[0] in _KNOWN
+    """Whether a function, a method, a class or a callable object comes from a package whose code is known.
+
+    So does what it wraps: a decorator of a library's around a script's method is the script's.
+    """
+    if _home(thing).partition(".")[0] not in _KNOWN:
+        return False
+    wrapped = getattr(of_script(thing), "__wrapped__", None)
+    return wrapped is None or _is_known(wrapped)
 
 
 def _home(thing: Any) -> str:

@@ -30,7 +30,7 @@ from phlora.dropin.kept_blocks import keep_blocks
 from phlora.dropin.layout import LaidOutTrainer
 from phlora.dropin.loading import loaded, with_tokenizer
 from phlora.dropin.masks import lacks_markers, with_answers_marked
-from phlora.dropin.obstacles import has_own_loss
+from phlora.dropin.obstacles import has_own_loss, own_held_out_loss
 from phlora.dropin.overrides import let_run, require_whole_step, tell_if_not_passed_on
 from phlora.dropin.preparation import (
     look_at,
@@ -159,6 +159,14 @@ class SFTTrainer(LaidOutTrainer):
         if items is None and has_own_loss(self):
             tell_if_not_passed_on(self)
         return super().compute_loss(model, inputs, return_outputs, items)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's; where the script computes the loss of a batch itself, their mean, as in TRL."""
+        own = own_held_out_loss(self)
+        if own is not None and own not in self.told_of:
+            self.told_of.add(own)
+            tell(f"{own} is the script's own: held-out losses are its mean over batches, as in TRL")
+        return super().evaluation_loop(*args, **kwargs)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As the library's.

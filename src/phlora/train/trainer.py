@@ -260,7 +260,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
         step = functools.partial(super().prediction_step, model)
-        if not prediction_loss_only or not self._may_be_cut:
+        if not (prediction_loss_only and self._may_be_cut and self._is_held_out_by_token):
             return step(inputs, prediction_loss_only, *args, **kwargs)
         passes = Passes(self, lambda batch: step(batch, True, *args, **kwargs)[0])
         when = f"in the held-out loss after step {self.state.global_step}"
@@ -275,6 +275,11 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         steps_in_backward = word_of(self.args.optim) in ("lomo", "adalomo")
         own_loss = not self._needs_logits and self._why_trls_loss is None
         return alone and own_loss and not self.is_fsdp_enabled and not steps_in_backward
+
+    @property
+    def _is_held_out_by_token(self) -> bool:
+        """Whether the held-out loss is what `compute_loss` here has counted, and nobody changes it afterwards."""
+        return True
 
     @functools.cached_property
     def _draws(self) -> bool:
@@ -400,7 +405,7 @@ class SFTTrainer(trl.SFTTrainer):  # type: ignore[name-defined,misc]
         self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums, name = self._sums["eval"], f"{metric_key_prefix}_loss"
-        if sums["trained"] > 0 and name in output.metrics:
+        if sums["trained"] > 0 and name in output.metrics and self._is_held_out_by_token:
             output.metrics[name] = self._across(sums["loss"]) / self._across(sums["trained"])
         return output
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from torch import nn
 
@@ -134,3 +135,70 @@ def test_a_batch_is_cut_only_where_its_loss_is_known_to_be_a_sum(
     weights: Any, tokenizer: Any, tmp_path: Path, kind: Any, may_be: bool
 ) -> None:
     assert step(kind, weights, tokenizer, tmp_path)[0]._may_be_cut is may_be
+
+
+HELD_OUT = Dataset.from_list(
+    [{"input_ids": list(range(5, 5 + n)), "labels": list(range(5, 5 + n))} for n in (4, 30, 9)]
+)
+
+
+def doubling(base: type) -> type:
+    class Doubling(base):  # type: ignore[valid-type,misc]
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().compute_loss(model, inputs, *args, **kwargs)
+
+    return Doubling
+
+
+def penalised(base: type) -> type:
+    """A penalty that no decorator of a library's hides."""
+
+    class Penalised(base):  # type: ignore[valid-type,misc]
+        @torch.autocast("cpu", enabled=False)
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            return loss + 0.1 * inputs["input_ids"].shape[1]
+
+    return Penalised
+
+
+def predicting(base: type) -> type:
+    class Predicting(base):  # type: ignore[valid-type,misc]
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss, *others = super().prediction_step(*args, **kwargs)
+            return (loss + 3, *others)
+
+    return Predicting
+
+
+def halved_on_the_trainer(base: type) -> Any:
+    def make(*args: Any, **kwargs: Any) -> Any:
+        trainer = base(*args, **kwargs)
+        whole = trainer.compute_loss
+        trainer.compute_loss = lambda *given, **named: whole(*given, **named) / 2
+        return trainer
+
+    return make
+
+
+@pytest.mark.parametrize("changed", [doubling, penalised, predicting, halved_on_the_trainer])
+def test_the_held_out_loss_is_the_scripts_own(
+    weights: Any, tokenizer: Any, tmp_path: Path, told: Any, changed: Any
+) -> None:
+    def held_out(kind: Any) -> dict[str, float]:
+        model = tiny_phi3()[0]
+        model.load_state_dict(weights)
+        args = trl.SFTConfig(
+            str(tmp_path), per_device_eval_batch_size=2, report_to="none", use_cpu=True, bf16=False
+        )
+        trainer = kind(
+            model, args, train_dataset=ROWS, eval_dataset={"one": HELD_OUT, "two": ROWS},
+            processing_class=tokenizer,
+        )  # fmt: skip
+        return {name: value for name, value in trainer.evaluate().items() if name.endswith("_loss")}
+
+    expected = held_out(changed(trl.SFTTrainer))
+    assert held_out(changed(phlora.SFTTrainer)) == pytest.approx(expected, rel=1e-5)
+    assert told().count("mean over batches, as in TRL") == 1
