@@ -20,6 +20,7 @@ from phlora.models.families import context_lengths
 from phlora.models.generate import generate
 from phlora.models.tokenizer import LoadedTokenizer
 
+REPORT_IT = "report it with this text; phlora merge writes a model for other converters"
 # The likeliest tokens that are kept of the own model at each position, to tell a near tie.
 _KEPT = 8
 
@@ -258,7 +259,7 @@ def compare_client(
     )
 
 
-def require_verified(verdict: Verdict, *, where: str, kept: str) -> None:
+def require_verified(verdict: Verdict, *, where: str, kept: str, fix: str) -> None:
     """Refuse what its client runs otherwise.
 
     Raises:
@@ -268,7 +269,7 @@ def require_verified(verdict: Verdict, *, where: str, kept: str) -> None:
         raise Finding(
             f"{verdict.client} does not answer like the run's own model; {kept}\n{verdict.summary()}",
             where=where,
-            fix="report it with this text; phlora merge writes a model for other converters",
+            fix=fix,
         )
 
 

@@ -64,10 +64,11 @@ class ExportJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a writer has left in the folder."""
+    """What a writer has left in the folder; `received`: it lay there before, and may be anything by now."""
 
     file: str = ""
     base: str = "full"
     rank: int = 0
     type: str = ""
     notes: tuple[str, ...] = field(default=())
+    received: bool = False

@@ -119,7 +119,9 @@ def open_gguf(
     try:
         server = xllamacpp.Server(params)
     except Exception as error:  # what llama.cpp's bindings raise has no type of its own
-        raise EnvironmentProblem(f"llama.cpp does not open the file ({error})", where=str(model)) from None
+        raise EnvironmentProblem(
+            f"llama.cpp does not open the file ({error})", where=str(adapter or model)
+        ) from None
     try:
         yield LlamaCppClient(server, scale=scale if adapter is not None else None)
     finally:

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from phlora.display import Display
-from phlora.errors import ConfigError, RunError
-from phlora.export.agreement import Verdict, require_verified
+from phlora.errors import ConfigError, Finding, RunError
+from phlora.export.agreement import REPORT_IT, Verdict, require_verified
 from phlora.export.gguf_types import require_type
 from phlora.export.job import ExportJob, Written
 from phlora.export.output import require_new
+from phlora.export.received import CARD, EXPORT_FILE, Received, digests_of, read_export, what_changed
 from phlora.export.targets import Target, launch_line, reads_patterns, require_target
 from phlora.export.verify import unverified, verify_export
 from phlora.export.writing import write_companions, write_export
-from phlora.files import read_json, replaced_folder, write_json, write_text
+from phlora.files import replaced_folder, write_json, write_text
 from phlora.models.device import DTYPES
 from phlora.runs.resolve import load_tokenizer_of, resolve_adapter
-
-EXPORT_FILE = "export.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +39,7 @@ class ExportReport:
         base: `full` or `dequantized`: the weights that a whole model was merged into.
         rank: the largest of the exported adapter; 0 for a whole model.
         files: names and bytes.
+        digests: names and SHA-256 of all but the card, by which `verify_only` knows them again.
         launch: the line that starts it.
         notes: what the user should hear.
         verdict: see `Verdict`.
@@ -52,6 +52,7 @@ class ExportReport:
     base: str
     rank: int
     files: dict[str, int]
+    digests: dict[str, str]
     launch: str
     notes: tuple[str, ...]
     verdict: Verdict
@@ -109,12 +110,13 @@ def export_run(
         max_rows: prompts that are compared at most.
         max_new_tokens: tokens that are answered at most.
         verify: compare; otherwise the folder is only written.
-        verify_only: write nothing but the verdict.
+        verify_only: write nothing but the verdict, which replaces the one that stood there, whatever it is.
         offline: never ask a hub.
         display: where progress goes; standard error by default.
 
     Raises:
-        Finding: the client does not answer like the run's own model; nothing is kept.
+        Finding: the client does not answer like the run's own model; nothing is kept. With `verify_only` as well:
+            the files are not those that were exported.
         ConfigError: an unknown target or type, or an option that is for another target.
         ModelError: the target cannot take this adapter or model; the message says which can.
         RunError: the output exists, or with `verify_only` holds no export.
@@ -125,11 +127,18 @@ def export_run(
     wanted = require_target(target)
     output = Path(output).expanduser()
     _require_options(wanted, type, adapter_only)
+    if verify_only and not verify:
+        raise ConfigError(
+            "--verify-only and --no-verify contradict each other", where="phlora export", fix="leave one out"
+        )
     in_gguf = wanted in ("gguf", "ollama")
     file_type = require_type(type or "f16") if in_gguf else type or ""
     patterns = reads_patterns(wanted, vllm_before=vllm_before)
-    if not verify_only:
+    said = read_export(output) if verify_only else None
+    if said is None:
         require_new(output)
+    else:
+        _require_same(said, output, wanted, file_type if type else "", adapter_only=adapter_only)
     found = resolve_adapter(source, model=model, offline=offline)
     job = ExportJob(
         source=source,
@@ -147,15 +156,16 @@ def export_run(
         model=model,
         display=display,
     )
-    if verify_only:
-        return _verify_again(job, output)
+    if said is not None:
+        return _verify_again(job, output, said)
     with replaced_folder(output) as part:
         display.stage(f"Writing it for {wanted}")
         written = write_export(job, part)
         write_companions(job, part)
         verdict = verify_export(job, part, written) if verify else unverified("it was not asked for")
-        require_verified(verdict, where=str(output), kept="nothing was kept")
-        report = _report(job, part, written, verdict, output)
+        require_verified(verdict, where=str(output), kept="nothing was kept", fix=REPORT_IT)
+        report = _report(job, written, verdict, output)
+        report = replace(report, files=_files(part), digests=digests_of(part))
         _keep(report, part)
     return report
 
@@ -174,32 +184,46 @@ def _require_options(target: Target, type: str | None, adapter_only: bool) -> No
         raise ConfigError("--adapter-only is for --for gguf", where="phlora export", fix="leave it out")
 
 
-def _verify_again(job: ExportJob, folder: Path) -> ExportReport:
-    file = folder / EXPORT_FILE
-    if not file.is_file():
-        raise RunError(
-            "The folder holds no export",
-            where=str(folder),
-            expected=f"one with {EXPORT_FILE}, of phlora export",
-        )
-    said = read_json(file, RunError)
-    if said.get("target") != job.target:
-        raise RunError(
-            f"It was exported for {said.get('target')}", where=str(file), fix=f"--for {said.get('target')}"
-        )
-    main = next((name for name in said["files"] if name.endswith((".gguf", ".pt"))), "")
-    is_adapter = said["target"] == "gguf" and bool(said["rank"])
-    job = replace(job, type=said["type"] or job.type, adapter_only=is_adapter)
-    written = Written(file=main, rank=int(said["rank"]), type=said["type"], base=said["base"])
-    verdict = verify_export(job, folder, written)
-    require_verified(verdict, where=str(folder), kept="it stands as it was")
-    report = replace(_report(job, folder, written, verdict, folder), notes=tuple(said["notes"]))
+def _require_same(said: Received, folder: Path, target: Target, type: str, *, adapter_only: bool) -> None:
+    """Refuse options that say otherwise than what was exported."""
+    where = str(folder / EXPORT_FILE)
+    if said.target != target:
+        raise RunError(f"It was exported for {said.target}", where=where, fix=f"--for {said.target}")
+    if type and type != said.written.type:
+        kind = f"--type {said.written.type}" if said.written.type else "an adapter alone"
+        raise ConfigError(f"It was exported as {kind}", where=f"--type {type}", fix="leave it out")
+    if adapter_only and not said.written.rank:
+        raise ConfigError("It was exported as a whole model", where="--adapter-only", fix="leave it out")
+
+
+def _verify_again(job: ExportJob, folder: Path, said: Received) -> ExportReport:
+    """Compare what lies there, and keep the verdict in any case: nobody is to read an old one beside other files."""
+    is_adapter = said.target == "gguf" and bool(said.written.rank)
+    job = replace(job, type=said.written.type or job.type, adapter_only=is_adapter)
+
+    def report_of(verdict: Verdict) -> ExportReport:
+        report = _report(job, said.written, verdict, folder)
+        return replace(report, notes=said.notes, files=said.files, digests=said.digests)
+
+    try:
+        changed = what_changed(folder, said)
+        if changed:
+            raise Finding(changed, where=str(folder), fix="export it again")
+        verdict = verify_export(job, folder, said.written)
+    except Finding as finding:
+        _keep(report_of(unverified(finding.found)), folder)
+        raise
+    report = report_of(verdict)
     _keep(report, folder)
+    require_verified(verdict, where=str(folder), kept="export.json says so now", fix="export it again")
     return report
 
 
-def _report(job: ExportJob, part: Path, written: Written, verdict: Verdict, output: Path) -> ExportReport:
-    files = {file.name: file.stat().st_size for file in sorted(part.iterdir()) if file.name != EXPORT_FILE}
+def _files(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def _report(job: ExportJob, written: Written, verdict: Verdict, output: Path) -> ExportReport:
     launch = launch_line(
         job.target,
         folder=output.name,
@@ -218,7 +242,8 @@ def _report(job: ExportJob, part: Path, written: Written, verdict: Verdict, outp
         base_model=job.found.base_name,
         base=written.base,
         rank=written.rank,
-        files=files,
+        files={},
+        digests={},
         launch=launch,
         notes=written.notes,
         verdict=verdict,
@@ -232,9 +257,10 @@ def _keep(report: ExportReport, folder: Path) -> None:
     """export.json, and the same for people at the end of the card; neither says where things lie on this machine."""
     kept = {name: value for name, value in report.to_json().items() if name != "folder"}
     write_json(folder / EXPORT_FILE, kept)
-    card = folder / "README.md"
-    before = (
-        card.read_text(encoding="utf-8") if card.is_file() else f"# {report.base_model}, with an adapter\n"
-    )
+    card = folder / CARD
+    # A link would bring what lies elsewhere into a folder that is handed on.
+    own = card.is_file() and not card.is_symlink()
+    before = card.read_text(encoding="utf-8", errors="replace") if own else ""
+    before = before or f"# {report.base_model}, with an adapter\n"
     section = f"{_CARD_MARK}{report.target}\n\n```\n{report.launch}\n\n{report.verdict.summary()}\n```\n"
     write_text(card, before.partition(_CARD_MARK)[0] + section)

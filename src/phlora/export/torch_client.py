@@ -73,7 +73,9 @@ def open_adapter(folder: Path, base: Location, stop_token_ids: Sequence[int]) ->
 def open_model(folder: Path) -> TorchClient:
     """A whole model, by transformers; it ends replies where its own generation settings say."""
     with no_bars():
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]

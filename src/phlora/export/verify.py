@@ -14,7 +14,7 @@ import torch
 from phlora.adapters.load import load_adapter
 from phlora.adapters.peft_folder import read_peft
 from phlora.data.rows import Row
-from phlora.errors import ModelError
+from phlora.errors import Finding, MissingExtraError, NoRoomError
 from phlora.export.agreement import (
     Answer,
     Bound,
@@ -31,6 +31,7 @@ from phlora.export.job import ExportJob, Written
 from phlora.export.llamacpp_client import open_gguf
 from phlora.export.output import require_room_for
 from phlora.export.proof import answer_logits, answer_loss, tokenized_proof
+from phlora.export.received import refused
 from phlora.export.torch_client import open_adapter, open_model
 from phlora.export.writing import base_weights, gguf_bytes, write_weights
 from phlora.extras import install_command, is_installed
@@ -58,9 +59,14 @@ def unverified(reason: str) -> Verdict:
 
 
 def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
-    """Compare the client's answers with those of the run's own model."""
+    """Compare the client's answers with those of the run's own model.
+
+    Raises:
+        Finding: what lay in the folder before cannot be opened.
+    """
     if job.target == "loralib":
-        return _read_again(job, folder / written.file)
+        with _readable(folder, written):
+            return _read_again(job, folder / written.file)
     rows = rows_or_held_out(job.found, job.rows, command="phlora export", option="--rows", **job.reading)
     if not rows:
         return unverified("there are no held-out rows; name some: --rows chats.jsonl")
@@ -75,10 +81,10 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
         return unverified("no held-out prompt fits into the window and the original context")
     job.display.stage(f"Asking the run's own model {len(questions)} held-out prompts")
     measured = rows[: job.max_rows] if job.in_gguf and not job.adapter_only else []
-    own, losses = _own(job, questions, measured, folder / written.file, as_trained=_is_as_trained(written))
+    own, losses = _own(job, questions, measured, folder, written)
     job.display.stage("Asking what was exported")
     rounded = job.type or written.type or "float32"
-    with _client(job, folder, written, questions) as client:
+    with _readable(folder, written), _client(job, folder, written, questions) as client:
         verdict = compare_client(
             client,
             questions,
@@ -91,15 +97,28 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
     return replace(verdict, losses=losses)
 
 
+@contextmanager
+def _readable(folder: Path, written: Written) -> Iterator[None]:
+    """What others' readers raise over a folder that lay about is a finding; over one just written, a defect here."""
+    try:
+        yield
+    except (MissingExtraError, NoRoomError, Finding):
+        raise
+    except Exception as error:
+        if not written.received:
+            raise
+        raise refused(error, folder) from error
+
+
 def _own(
-    job: ExportJob, questions: Sequence[Question], rows: Sequence[Row], file: Path, *, as_trained: bool
+    job: ExportJob, questions: Sequence[Question], rows: Sequence[Row], folder: Path, written: Written
 ) -> tuple[list[Answer], dict[str, float]]:
     """What the run's own model answers: base and adapter, computed in float32.
 
-    On the base's own weights, or `as_trained` on the quantised ones.
+    On the base's own weights, or on the quantised ones where the adapter was merged into these.
     And its loss on the rows, beside that with the weights in a GGUF file; no rows: neither.
     """
-    if as_trained:
+    if _is_as_trained(written):
         loaded = load_as_trained(job.found, tokenizer=job.tokenizer, device="cpu")
     else:
         stored = str(job.config.dtype).removeprefix("torch.")
@@ -115,7 +134,8 @@ def _own(
         losses["own"] = answer_loss(tokenized, answer_logits(adapted.model, tokenized, job.display))
         dequantize(adapted.model, dtype=torch.float32)
         model = adapted.model.unload()
-        load_gguf_weights(model, file)
+        with _readable(folder, written):
+            load_gguf_weights(model, folder / written.file)
         losses["file"] = answer_loss(tokenized, answer_logits(model, tokenized, job.display))
         del model
     del loaded, adapted
@@ -176,7 +196,7 @@ def _read_again(job: ExportJob, file: Path) -> Verdict:
     for layer in read_peft(job.found.adapter).layers:
         for name, tensor in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
             if not torch.equal(state[f"{layer.name}.{name}"], tensor):
-                raise ModelError(f"{layer.name}.{name} is not what was written", where=str(file))
+                raise Finding(f"{layer.name}.{name} is not what was written", where=str(file))
     return Verdict(
         client="torch.load", verified=True, missing=f"{len(state)} tensors read again, equal to the bit"
     )
