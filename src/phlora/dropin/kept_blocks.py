@@ -11,19 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import Tensor, nn
 
-from phlora.adapters.attach import recorded_blocks
 from phlora.adapters.block_start import put_blocks
 from phlora.adapters.blockform import fitting_blocks, from_block_diagonal, plain_rank
 from phlora.adapters.layout import with_blocks
+from phlora.dropin.targets import active_adapters, base_of, lora_configs
 from phlora.dropin.tell import tell, warn
 from phlora.lora.blocks import RowBlock, row_blocks
 from phlora.models.families import fused_row_blocks
 
 
-def keep_blocks(model: PeftModel, *, has_optimizer: bool = False) -> None:
+def keep_blocks(model: nn.Module, *, has_optimizer: bool = False) -> None:
     """Turn adapters that train, where they were saved from row blocks, into row blocks again, in place.
 
     Their values stay the same bit for bit. Where zeros are left and blocks cannot be told, a line says what training
@@ -32,13 +32,13 @@ def keep_blocks(model: PeftModel, *, has_optimizer: bool = False) -> None:
     Args:
         has_optimizer: an optimizer of the script's holds the parameters already: nothing is turned, and a line says so.
     """
-    for adapter in model.active_adapters:
-        config = model.peft_config[adapter]
-        if isinstance(config, LoraConfig) and not recorded_blocks(model, adapter):
-            _keep(model, adapter, config, has_optimizer=has_optimizer)
+    configs = lora_configs(model)
+    for adapter in active_adapters(model):
+        if adapter in configs and not getattr(configs[adapter], "blocks", None):
+            _keep(model, adapter, configs[adapter], has_optimizer=has_optimizer)
 
 
-def _keep(model: PeftModel, adapter: str, config: LoraConfig, *, has_optimizer: bool) -> None:
+def _keep(model: Any, adapter: str, config: LoraConfig, *, has_optimizer: bool) -> None:
     recorded, parts = {}, {}
     for name, layer, sizes in _fused(model, adapter):
         leaf, B = name.rpartition(".")[2], layer.lora_B[adapter].weight.detach()
@@ -69,9 +69,9 @@ def _keep(model: PeftModel, adapter: str, config: LoraConfig, *, has_optimizer: 
         )
 
 
-def _fused(model: PeftModel, adapter: str) -> Iterator[tuple[str, Any, Mapping[str, int]]]:
+def _fused(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Mapping[str, int]]]:
     """The fused weights with a plain LoRA that trains and has been trained before."""
-    base = model.get_base_model()
+    base = base_of(model)
     sizes = fused_row_blocks(getattr(base, "config", None))
     for name, layer in base.named_modules():
         parts = sizes.get(name.rpartition(".")[2])

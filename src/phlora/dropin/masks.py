@@ -16,7 +16,7 @@ from trl.data_utils import is_conversational, maybe_convert_to_chatml
 
 from phlora.data.messages import messages_of, tools_of
 from phlora.data.row_tokenizer import Options, RowTokenizer, Skipped
-from phlora.data.rows import BadRow, Origin, Row, sentence
+from phlora.data.rows import BadRow, Message, Origin, Row, sentence
 from phlora.data.table import IGNORED
 from phlora.dropin.columns import Rows
 from phlora.errors import DataError
@@ -85,4 +85,11 @@ def _row(record: Mapping[str, Any], origin: Origin) -> Row:
     else:
         column = "messages" if record.get("messages") is not None else "conversations"
         messages = messages_of(record[column], column)
+    messages = [_trains_answers_alone(message) for message in messages]
     return Row(tuple(messages), None, None, None, tools_of(record.get("tools")), origin)
+
+
+def _trains_answers_alone(message: Message) -> Message:
+    """A turn that says that it is trained is so where it is an answer: `assistant_only_loss` trains no others."""
+    is_other = message["role"] != "assistant" and message.get("train")
+    return {**message, "train": False} if is_other else message

@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from phlora.adapters.attach import attach
@@ -61,19 +62,42 @@ def get_peft_model(
     return attach(model, with_blocks).model
 
 
-def require_whole(model: PeftModel) -> None:
+def holds_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters of PEFT's: as a PeftModel, or in its layers, as transformers' `load_adapter` and
+    `peft.inject_adapter_in_model` put them there."""
+    return isinstance(model, PeftModel) or any(isinstance(part, BaseTunerLayer) for part in model.modules())
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model of transformers that holds the adapted layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def lora_configs(model: nn.Module) -> dict[str, LoraConfig]:
+    """The settings of the LoRA adapters of a model, by their names."""
+    configs = getattr(model, "peft_config", None) or {}
+    return {name: config for name, config in configs.items() if isinstance(config, LoraConfig)}
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that are computed with."""
+    if isinstance(model, PeftModel):
+        return list(model.active_adapters)
+    layers = (part for part in model.modules() if isinstance(part, BaseTunerLayer))
+    return list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+
+def require_whole(model: nn.Module) -> None:
     """Each adapter of a model, the one that is trained among them, has all that its configuration names.
 
     Raises:
         ConfigError: names of parts of fused weights matched nothing.
     """
-    base = model.get_base_model()
-    for name, config in model.peft_config.items():
-        if not isinstance(config, LoraConfig) or not config.target_modules:
-            continue
-        missing = _left_by_peft(base, name, config)
-        which = "this adapter" if len(model.peft_config) == 1 else f"the adapter {shown(name)}"
-        if missing and (_is_trained(model, name) or name not in model.active_adapters):
+    configs, active = lora_configs(model), active_adapters(model)
+    for name, config in configs.items():
+        missing = _left_by_peft(base_of(model), name, config) if config.target_modules else {}
+        which = "this adapter" if len(configs) == 1 else f"the adapter {shown(name)}"
+        if missing and (_is_trained(model, name) or name not in active):
             warn(
                 f"T{which[1:]} has no {_joined(list(missing))}: PEFT made it without these parts of fused weights"
             )
@@ -107,7 +131,7 @@ def _left_by_peft(base: nn.Module, adapter: str, config: LoraConfig) -> dict[str
     return {_leaf(part): without[part] for part in found}
 
 
-def _is_trained(model: PeftModel, adapter: str) -> bool:
+def _is_trained(model: nn.Module, adapter: str) -> bool:
     """Whether an adapter has been trained already: a fresh one has a B of zeros."""
     ups = [
         parameter

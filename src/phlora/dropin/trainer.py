@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import transformers
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import set_seed
 from trl.trainer.sft_config import SFTConfig as TrlConfig
@@ -40,7 +41,7 @@ from phlora.dropin.preparation import (
     with_trained_columns,
 )
 from phlora.dropin.rows import RowProblems
-from phlora.dropin.targets import config_with_blocks, require_whole
+from phlora.dropin.targets import config_with_blocks, holds_adapters, require_whole
 from phlora.dropin.tell import tell, warn
 from phlora.dropin.weights import tell_unused_weights
 from phlora.errors import ConfigError, shown
@@ -213,7 +214,24 @@ def what_trains(model: nn.Module) -> str:
     """What of a model trains, in a few lines."""
     if isinstance(model, PeftModel):
         return "What will be trained:\n" + summarize(model).render()
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trains = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    trained, total = sum(trains.values()), sum(p.numel() for p in model.parameters())
+    if holds_adapters(model):
+        layers = [name for name, part in model.named_modules() if isinstance(part, BaseTunerLayer)]
+        # What a layer held before its adapter is its base_layer.
+        own = sum(
+            size
+            for name, size in trains.items()
+            if ".base_layer." not in name and any(name.startswith(f"{layer}.") for layer in layers)
+        )
+        return (
+            f"What will be trained: {trained:,} of {total:,} parameters, {own:,} of them in adapters of the model's "
+            f"own layers (no PeftModel){'' if own == trained else '; the others are its weights'}"
+        )
+    if trained < total:
+        return (
+            f"No peft_config: {trained:,} of {total:,} parameters are trained, those that require gradients"
+        )
     return f"No peft_config: all {trained:,} parameters are trained (full fine-tuning); peft_config trains an adapter"
 
 
@@ -277,14 +295,15 @@ def with_adapter(call: dict[str, Any]) -> dict[str, Any]:
         ConfigError: an adapter that PEFT has made lacks what its configuration names.
     """
     model, config = call.get("model"), call.get("peft_config")
-    if isinstance(model, PeftModel):
+    if not isinstance(model, nn.Module):
+        return call
+    if not isinstance(model, PeftModel):
+        # bitsandbytes' own layers pack their weights anew at the first pass without gradients on a CPU.
+        use_operands(model)
+    if isinstance(model, PeftModel) or (config is None and holds_adapters(model)):
         require_whole(model)
         keep_blocks(model, has_optimizer=(call.get("optimizers") or (None,))[0] is not None)
         return call
-    if not isinstance(model, nn.Module):
-        return call
-    # bitsandbytes' own layers pack their weights anew at the first pass without gradients on a CPU.
-    use_operands(model)
     with_blocks = config_with_blocks(model, config)
     if with_blocks is None:
         return call

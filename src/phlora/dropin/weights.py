@@ -9,6 +9,7 @@ from typing import Any
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as TrlCollator
 
 from phlora.data.known_keys import ROW_WEIGHTS, TRAINED, WEIGHTS
+from phlora.data.messages import ROLES
 from phlora.dropin.columns import CHATS, LOOKED_AT, PAIR, Rows, are
 from phlora.dropin.tell import warn
 
@@ -42,6 +43,13 @@ def tell_unused_weights(call: Mapping[str, Any], *, heeds_turns: bool) -> None:
     keys = [key for key in WEIGHTS if any(n not in common for turn in turns for n in _numbers(turn.get(key)))]
     if not heeds_turns:
         keys += [key for key in TRAINED if any(0 in _numbers(turn.get(key)) for turn in turns)]
+    elif others := [
+        key for key in TRAINED if any(1 in _numbers(turn.get(key)) for turn in _questions(turns))
+    ]:
+        warn(
+            f"train: {are(others)} not used in turns that are no answers: assistant_only_loss trains answers alone, as "
+            "in TRL; phlora.finetune trains as it says"
+        )
     if keys:
         warn(f"train: {are(keys)} not used in turns, as in TRL; phlora.finetune trains as it says")
 
@@ -49,6 +57,12 @@ def tell_unused_weights(call: Mapping[str, Any], *, heeds_turns: bool) -> None:
 def _turns(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     chats = [row.get(column) for row in rows for column in (*CHATS, *PAIR)]
     return [turn for chat in chats if isinstance(chat, list) for turn in chat if isinstance(turn, Mapping)]
+
+
+def _questions(turns: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The turns of others than the assistant."""
+    roles = [(turn, str(turn.get("role") or turn.get("from")).strip().lower()) for turn in turns]
+    return [turn for turn, role in roles if ROLES.get(role, role) != "assistant"]
 
 
 def _numbers(value: Any) -> list[float]:

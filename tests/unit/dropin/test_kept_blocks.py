@@ -14,6 +14,7 @@ from script_rows import SEVEN, new_model
 from torch import nn
 
 from phlora.adapters.attach import recorded_blocks
+from phlora.errors import ConfigError
 
 QKV = "model.layers.0.self_attn.qkv_proj"
 
@@ -114,3 +115,60 @@ def test_zeros_of_which_no_blocks_can_be_told(make: Any, weights: Any, told: Any
                 parameter[q : q + k] = 0
     make(model=model)
     assert "training adapts k_proj too in qkv_proj: its ranks serve several parts" in told()
+
+
+def by_transformers(base: Any, folder: Path) -> None:
+    base.load_adapter(str(folder), adapter_name="mine")
+    base.set_adapter("mine")
+
+
+def injected(base: Any, folder: Path) -> None:
+    config = LoraConfig.from_pretrained(str(folder))
+    peft.inject_adapter_in_model(config, base, adapter_name="mine")
+    peft.set_peft_model_state_dict(base, load_file(folder / "adapter_model.safetensors"), adapter_name="mine")
+
+
+def unwrapped(base: Any, folder: Path) -> None:
+    PeftModel.from_pretrained(base, str(folder), adapter_name="mine", is_trainable=True)
+
+
+@pytest.mark.parametrize("put_into", [by_transformers, injected, unwrapped])
+@pytest.mark.parametrize("is_all_trained", [False, True])
+def test_an_adapter_in_the_model_itself_keeps_its_blocks(
+    make: Any, saved: Any, weights: Any, told: Any, tmp_path: Path, put_into: Any, is_all_trained: bool
+) -> None:
+    folder, model = saved(["q_proj", "v_proj"]), new_model()
+    model.load_state_dict(weights)
+    put_into(model, folder)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_all_trained or "lora_" in name)
+
+    def b() -> Any:
+        return model.get_submodule(QKV).lora_B["mine"].weight.detach().clone()
+
+    before, (q, k) = b(), rows_of(opened(weights, folder))
+    trainer = make(model=model)
+    assert "which train on as such: q_proj, v_proj of qkv_proj" in told()
+    assert "full fine-tuning" not in told() and "in adapters of the model's own layers" in told()
+    assert ("the others are its weights" in told()) is is_all_trained
+    trainer.train()
+    after = b()
+    assert not torch.equal(after, before) and bool((after[before == 0] == 0).all())
+    assert not after[q : q + k].any()
+    trainer.save_model(str(tmp_path / "again"))
+    files = list((tmp_path / "again").glob("*.safetensors"))
+    stored = {name: value for file in files for name, value in load_file(file).items() if QKV in name}
+    assert any("lora_B" in name and torch.equal(value, after) for name, value in stored.items())
+
+
+def test_parts_that_peft_left_out_of_the_model_itself_are_refused(make: Any, weights: Any) -> None:
+    model = new_model()
+    peft.inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "o_proj"]), model)
+    with pytest.raises(ConfigError, match="q_proj matched nothing when PEFT made this adapter"):
+        make(model=model)
+
+
+def test_what_is_frozen_is_not_called_trained(make: Any, model: Any, told: Any) -> None:
+    model.get_input_embeddings().requires_grad_(False)
+    make()
+    assert "full fine-tuning" not in told() and "those that require gradients" in told()

@@ -79,3 +79,23 @@ def test_a_collator_of_the_scripts_that_gets_them_is_its_own_matter(
     settings = {"remove_unused_columns": False, "max_steps": 1}
     assert make(rows(weight=0.5), data_collator=collate, settings=settings).train().global_step == 1
     assert "not used" not in told() and set(seen) == {0.5}
+
+
+@pytest.mark.parametrize("said", [{"train": True}, {"loss": True}, {"masked": False}])
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_answers_alone_are_trained_whatever_other_turns_say(
+    make: Any, told: Any, said: dict[str, bool], as_stream: bool
+) -> None:
+    plain, answers = turns()[0]["messages"], []
+    for flags in ({}, said):
+        chat = [{**turn, **(flags if turn["role"] != "assistant" else {})} for turn in plain]
+        chat = [{"role": "system", "content": "Say it briefly.", **flags}, *chat]
+        several = Dataset.from_list([{"messages": chat}] * 4)
+        trainer = make(
+            several.to_iterable_dataset() if as_stream else several,
+            settings={"assistant_only_loss": True},
+            eval_dataset=several,
+        )
+        answers.append([next(iter(rows))["labels"] for rows in (trainer.train_dataset, trainer.eval_dataset)])
+    assert answers[0] == answers[1]
+    assert ("not used in turns that are no answers" in told()) is ("masked" not in said)
