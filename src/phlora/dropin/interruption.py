@@ -39,5 +39,10 @@ def stopped_with_checkpoint(trainer: Any) -> Iterator[None]:
         step = trainer.state.global_step
         raise KeyboardInterrupt(
             f"Stopped after step {step}, with a checkpoint in {Path(trainer.args.output_dir) / f'checkpoint-{step}'}; "
-            "trainer.train(resume_from_checkpoint=True) continues from it"
+            f"trainer.train(resume_from_checkpoint=True) continues from it{_without_optimizer(trainer.args)}"
         )
+
+
+def _without_optimizer(args: Any) -> str:
+    alone = "its weights alone, with a fresh optimizer: save_only_model leaves out what goes on exactly"
+    return f", from {alone}" if args.save_only_model else ""

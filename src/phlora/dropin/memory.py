@@ -87,7 +87,7 @@ def unknown_step(trainer: Any) -> str | None:
     """Why the memory of a trainer's step is not forecast, as a sentence; None: it is."""
     args, model = trainer.args, trainer.model
     if not isinstance(model, PeftModel):
-        return "full fine-tuning is not forecast"
+        return "only LoRA of a PeftModel is forecast"
     if len(model.peft_config) != 1 or not isinstance(model.active_peft_config, LoraConfig):
         return "only a single adapter of LoRA is forecast"
     if has_own_loss(trainer):
@@ -142,10 +142,9 @@ def checkpointed(args: Any, level: str) -> Iterator[None]:
     """Within it the trainer makes layers be computed again as a whole, or not, as `level` says."""
     names = ("activation_checkpointing", "gradient_checkpointing")
     before = {name: getattr(args, name) for name in names}
-    for name in names:
-        setattr(args, name, level == "recompute")
+    # Not as a script sets them, which would be its word about them.
+    vars(args).update(dict.fromkeys(names, level == "recompute"))
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(args, name, value)
+        vars(args).update(before)

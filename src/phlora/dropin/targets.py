@@ -102,8 +102,9 @@ def require_whole(model: nn.Module) -> None:
                 f"T{which[1:]} has no {_joined(list(missing))}: PEFT made it without these parts of fused weights"
             )
         elif missing:
+            they_are = "it is a part" if len(missing) == 1 else "they are parts"
             raise ConfigError(
-                f"{_joined(list(missing))} matched nothing when PEFT made {which}: they are parts of "
+                f"{_joined(list(missing))} matched nothing when PEFT made {which}: {they_are} of "
                 f"{_joined(list(dict.fromkeys(missing.values())))}",
                 where=_WHERE,
                 fix="make it with phlora.get_peft_model on the base model, which has one adapter then, "
@@ -160,7 +161,8 @@ def config_with_blocks(model: nn.Module, config: PeftConfig | None) -> LoraConfi
     alone = (
         f"stock PEFT would have adapted {_joined(stock)} only" if stock else "stock PEFT knows none of them"
     )
-    warn(f"{', '.join(missed)} are parts of {_joined(_fused(model, missed))}: adapted as such; {alone}")
+    are = "is a part of" if len(missed) == 1 else "are parts of"
+    warn(f"{', '.join(missed)} {are} {_joined(_fused(model, missed))}: adapted as such; {alone}")
     return config
 
 

@@ -161,3 +161,47 @@ def test_a_configuration_is_one_of_its_library_in_every_other_way(kind: Any, tmp
         ["--output_dir", str(tmp_path), "--learning_rate", "3e-4"]
     )
     assert type(parsed) is kind and parsed.learning_rate == 3e-4
+
+
+@dataclasses.dataclass
+class Settings(phlora.SFTConfig):
+    extra: int = 3
+    learning_rate: float = 5e-4
+    gradient_checkpointing: bool = False
+
+
+class Later(Settings):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(extra=7, **kwargs)
+
+
+@dataclasses.dataclass
+class Arguments(phlora.TrainingArguments):
+    extra: int = 3
+    bf16: bool = True
+
+
+@on_a_cpu
+@pytest.mark.parametrize("kind", [Settings, Later, Arguments])
+def test_a_dataclass_of_the_scripts_is_of_any_age(tmp_path: Path, notes: Any, kind: Any) -> None:
+    args = kind(output_dir=str(tmp_path), evaluation_strategy="steps", no_cuda=False)
+    assert (args.eval_strategy, args.bf16, args.extra) == ("steps", False, 7 if kind is Later else 3)
+    assert "\n".join(notes()).count("evaluation_strategy ") == 1
+    if kind is not Arguments:
+        assert kind(output_dir=str(tmp_path), max_seq_length=64).max_length == 64
+        assert args.learning_rate == 5e-4 and {"gradient_checkpointing", "learning_rate"} <= args.given
+    else:
+        assert "bf16 has no effect" in "\n".join(notes())
+    with pytest.raises(ConfigError, match="learning_rat"):
+        kind(output_dir=str(tmp_path), learning_rat=1.0)
+    for copied in (copy.deepcopy(args), pickle.loads(pickle.dumps(args))):
+        assert copied.extra == args.extra and copied.given == args.given
+
+
+@on_a_cpu
+def test_a_dataclass_of_the_scripts_is_filled_by_a_parser_and_by_position(tmp_path: Path) -> None:
+    words = ["--output_dir", str(tmp_path), "--extra", "5", "--max_length", "32"]
+    (parsed,) = HfArgumentParser(Settings).parse_args_into_dataclasses(words)
+    assert (parsed.extra, parsed.max_length, parsed.learning_rate) == (5, 32, 5e-4)
+    assert Settings(str(tmp_path)).output_dir == str(tmp_path)
+    assert dataclasses.replace(parsed, extra=6).extra == 6

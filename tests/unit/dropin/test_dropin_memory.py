@@ -134,7 +134,7 @@ def test_what_is_not_forecast_is_as_in_trl_and_said(
     make: Any, told: Any, model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     assert trained(make, peft_config=None)[1].checkpointed > 0
-    assert "gradient checkpointing on (as in SFTConfig: full fine-tuning is not forecast)" in told()
+    assert "gradient checkpointing on (as in SFTConfig: only LoRA of a PeftModel is forecast)" in told()
     args = phlora.SFTConfig(str(tmp_path), max_steps=1, report_to="none")
     own = Own(
         model, args, train_dataset=make().train_dataset, processing_class=tokenizer,
@@ -142,3 +142,20 @@ def test_what_is_not_forecast_is_as_in_trl_and_said(
     )  # fmt: skip
     own.train()
     assert "on (as in SFTConfig: the loss is the script's own)" in told()
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_what_a_script_sets_afterwards_holds(
+    make: Any, told: Any, model: Any, tmp_path: Path, is_on: bool
+) -> None:
+    args = phlora.SFTConfig(str(tmp_path), max_steps=1, report_to="none")
+    args.gradient_checkpointing = is_on
+    trainer, seen = trained(make, args=args, model=model)
+    assert bool(seen.checkpointed) is is_on and "gradient checkpointing" not in told()
+    assert args.gradient_checkpointing is args.activation_checkpointing is is_on
+
+
+def test_what_the_trainer_has_decided_is_no_word_of_the_scripts(make: Any) -> None:
+    trainer, _ = trained(make)
+    assert not {"gradient_checkpointing", "activation_checkpointing"} & trainer.args.given
+    assert trainer.args.gradient_checkpointing is True

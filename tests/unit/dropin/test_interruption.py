@@ -96,3 +96,10 @@ def test_a_script_that_heeds_the_signal_itself_still_does(start: Any) -> None:
     heard: list[int] = []
     signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     assert start(Interrupting()).train().global_step == 3 and heard == [signal.SIGINT]
+
+
+def test_a_checkpoint_without_its_optimizer_is_said_to_be_one(start: Any) -> None:
+    with pytest.raises(
+        KeyboardInterrupt, match="continues from it, from its weights alone, with a fresh optimizer"
+    ):
+        start(Interrupting(), save_only_model=True).train()
