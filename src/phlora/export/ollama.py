@@ -7,11 +7,13 @@ Modelfile has no TEMPLATE, and Ollama chooses one of its own by the template in 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from phlora.data.rendering import TEMPLATE_ERRORS
+from phlora.errors import ModelError, shown
 from phlora.models.tokenizer import LoadedTokenizer
 
 _S, _U, _A = "phlora-system-text", "phlora-user-text", "phlora-answer-text"
@@ -44,24 +46,51 @@ class _Pieces:
 def modelfile(
     file: str, loaded: LoadedTokenizer, *, system: str | None, context: int
 ) -> tuple[str, tuple[str, ...]]:
-    """The text of a Modelfile, and what the user should hear about it."""
-    lines = [f"FROM ./{file}"]
+    """The text of a Modelfile, and what the user should hear about it.
+
+    Raises:
+        ModelError: a name, a stop token or the system prompt cannot be told from the lines of a Modelfile.
+    """
+    lines = [f"FROM ./{_of_one_line(file, where='the name of the file')}"]
     notes: tuple[str, ...] = ()
     pieces = _pieces(loaded)
-    if pieces is None:
+    if pieces is None or not _holds(_in_go(pieces)):
         notes = (
             "The chat template has no equal in Go, so Ollama chooses one by the template in the GGUF file",
         )
     else:
         lines.append(f"TEMPLATE {_quoted(_in_go(pieces))}")
     if system:
+        if not _holds(system):
+            raise ModelError(
+                'A line of it ends with """, which ends a text in a Modelfile',
+                where="the system prompt",
+                expected="other quotes at the end of a line",
+                fix="take --for gguf, and give the system prompt with each chat",
+            )
         lines.append(f"SYSTEM {_quoted(system)}")
     lines += [
-        f'PARAMETER stop "{token}"'
+        f'PARAMETER stop "{_of_one_line(token, where="a stop token")}"'
         for token in loaded.tokenizer.convert_ids_to_tokens(list(loaded.stop_token_ids))
     ]
     lines += [f"PARAMETER num_ctx {context}", "PARAMETER temperature 0"]
     return "\n".join(lines) + "\n", notes
+
+
+def _holds(text: str) -> bool:
+    """Whether a quoted text goes on to its end: Ollama ends it at the first line that ends with the quotes."""
+    first, *rest = re.split(r"[\r\n]", text)
+    if not rest:
+        return True
+    # The three that begin the text do not end it.
+    ends = len(f'"""{first}'.rstrip()) >= 6 and f'"""{first}'.rstrip().endswith('"""')
+    return not ends and not any(line.rstrip().endswith('"""') for line in rest[:-1])
+
+
+def _of_one_line(text: str, *, where: str) -> str:
+    if any(not letter.isprintable() for letter in text):
+        raise ModelError(f"A Modelfile cannot hold {shown(repr(text))}", where=where, expected="one line")
+    return text
 
 
 def _quoted(text: str) -> str:
@@ -122,6 +151,10 @@ def _pieces(loaded: LoadedTokenizer) -> _Pieces | None:
         header=before.removesuffix(user_begin),
         answer=answer,
     )
+    written = (pieces.header, pieces.answer, *(text for around in pieces.around.values() for text in around))
+    if any("{{" in text or "}}" in text for text in written):
+        # Go would take it for an action.
+        return None
     same = all(pieces.render(_chat(roles)) == rendered(_chat(roles)) for roles in _CHATS)
     return pieces if same else None
 
