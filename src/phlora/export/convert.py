@@ -23,7 +23,7 @@ from phlora.adapters.portable import is_of_other_layout
 from phlora.config import ModelConfig
 from phlora.errors import ConfigError, RunError
 from phlora.export.merge import MergeReport, merge_run
-from phlora.export.output import require_new, require_room_for
+from phlora.export.output import require_inside, require_new, require_room_for
 from phlora.files import replaced_file, replaced_folder
 from phlora.models.families import fused_row_blocks
 from phlora.models.tokenizer import find_files
@@ -242,7 +242,7 @@ def _copy_peft(source: Path, output: Path, base: Any, *, base_model: str | None)
     with replaced_folder(output) as part:
         for file in sorted(source.iterdir()):
             if file.suffix in _SIDE_FILES and file.is_file():
-                shutil.copy(file, part)
+                shutil.copy(require_inside(file, source), part)
         if base is not None and is_of_other_layout(layers, base):
             write_fitted(source, part, base, base_model=base_model)
         else:

@@ -31,6 +31,23 @@ def require_new(output: Path) -> None:
         clear_leftovers(output.absolute().parent, only=output.name, idle_seconds=_ABANDONED_SECONDS)
 
 
+def require_inside(file: Path, folder: Path) -> Path:
+    """A file of a folder that is copied, refused where it is a link to somewhere else: private files would go along.
+
+    Raises:
+        ModelError: it leads out of the folder, and not into the `blobs` of a hub's cache.
+    """
+    place, real = folder.resolve(), file.resolve()
+    cache = [above.parent / "blobs" for above in place.parents if above.name == "snapshots"]
+    if not any(real.is_relative_to(root) for root in (place, *cache)):
+        raise ModelError(
+            f"{file.name} is a link out of the folder, so it is not copied",
+            where=str(file),
+            fix="replace it by the file itself, or remove it",
+        )
+    return file
+
+
 def require_room_for(output: Path, tensor_bytes: int) -> None:
     """Refuse an output that does not fit.
 

@@ -30,7 +30,7 @@ from phlora.export.gguf_vocabulary import model_name
 from phlora.export.job import ExportJob, Written
 from phlora.export.merge import merge_run
 from phlora.export.ollama import modelfile
-from phlora.export.output import require_room_for
+from phlora.export.output import require_inside, require_room_for
 from phlora.files import ADAPTER_FACTS, read_json, write_json, write_text
 from phlora.models.checkpoint import open_checkpoint
 from phlora.models.tokenizer import find_files
@@ -208,7 +208,7 @@ def write_companions(job: ExportJob, folder: Path) -> None:
         ).save_pretrained(folder)
         card = job.found.adapter / "README.md"
         if card.is_file() and not (folder / card.name).is_file():
-            shutil.copy(card, folder / card.name)
+            shutil.copy(require_inside(card, job.found.adapter), folder / card.name)
     prompts = system_prompts_of(job.found)
     file = folder / ADAPTER_FACTS
     if prompts and job.target != "loralib":

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from phlora.errors import RunError
+from phlora.errors import ModelError, RunError
+from phlora.export.convert import convert
 from phlora.export.output import require_new
+from phlora.testing import tiny_adapter
 
 
 def leftover(folder: Path, name: str, *, hours: float) -> Path:
@@ -39,3 +41,18 @@ def test_an_output_that_is_taken_is_refused(tmp_path: Path) -> None:
     (tmp_path / "merged" / "mine").touch()
     with pytest.raises(RunError, match="exists already"):
         require_new(tmp_path / "merged")
+
+
+def test_links_out_of_an_adapter_are_not_copied(model_folder: Path, tmp_path: Path) -> None:
+    """A hub's cache is links into its `blobs`, and is copied."""
+    adapter = tiny_adapter(model_folder, tmp_path / "hub" / "snapshots" / "main")
+    (tmp_path / "hub" / "blobs").mkdir()
+    (adapter / "adapter_config.json").rename(tmp_path / "hub" / "blobs" / "abc")
+    (adapter / "adapter_config.json").symlink_to("../../blobs/abc")
+    convert(adapter, tmp_path / "out", to="peft")
+    assert not (tmp_path / "out" / "adapter_config.json").is_symlink()
+    (tmp_path / "mine.txt").write_text("mine alone")
+    (adapter / "notes.txt").symlink_to(tmp_path / "mine.txt")
+    with pytest.raises(ModelError, match="notes.txt is a link out of the folder"):
+        convert(adapter, tmp_path / "again", to="peft")
+    assert not (tmp_path / "again").exists()
