@@ -8,7 +8,7 @@ file and by which library, is the client's matter: any that has `Client` can be 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -72,10 +72,15 @@ class Bound:
 
     Attributes:
         largest: difference of log-probabilities; of two tokens of which each side took another, how much likelier one
-            may be for the own model. None: anything, since the weights were rounded on purpose.
+            may be for the own model. None: anything, since the weights were rounded on purpose, as long as not every
+            answer is another one from its first token on.
+        weights: of a tensor in the file against the merged one, relative to its norm; None: not measured.
+        loss: that the weights in the file may cost on the held-out rows, in nats a token; None: not measured.
     """
 
     largest: float | None
+    weights: float | None = None
+    loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +99,10 @@ class Verdict:
         largest_gap: where answers part, how much likelier the own model finds its own token, in nats.
         largest_difference, mean_difference: of the log-probabilities of tokens that both wrote, in nats.
         stops_differing: answers with the same tokens of which one side ended and the other went on.
-        bound: accepted of `largest_difference` and `largest_gap`.
+        bound: accepted of `largest_difference` and `largest_gap`; None: these have none.
+        weights_apart: the largest relative difference of a tensor in the file from the merged one; None where the file
+            holds no whole model.
+        weights_bound, loss_bound: accepted of it, and of what `losses` differ by.
         losses: of the held-out answers in nats a token: `own` of the run's own model, `file` with the weights as they
             are in the file; empty where the file holds no whole model.
         missing: what the comparison leaves open, or why there is none.
@@ -113,6 +121,9 @@ class Verdict:
     mean_difference: float | None = None
     stops_differing: int = 0
     bound: float | None = None
+    weights_apart: float | None = None
+    weights_bound: float | None = None
+    loss_bound: float | None = None
     losses: Mapping[str, float] = field(default_factory=dict)
     missing: str = ""
 
@@ -135,19 +146,49 @@ class Verdict:
             f"  answers that stop apart    {self.stops_differing} of {self.num_prompts}",
         ]
         if self.largest_difference is not None:
-            accepted = "" if self.bound is None else f"; accepted: {self.bound:g}"
+            accepted = "compared, no bound" if self.bound is None else f"accepted: {self.bound:g}"
             told.append(
                 f"  log-probabilities          {self.largest_difference:.2g} apart at most, "
-                f"{self.mean_difference:.2g} on average, of {self.num_tokens:,} tokens (nats{accepted})"
+                f"{self.mean_difference:.2g} on average, of {self.num_tokens:,} tokens (nats; {accepted})"
+                if self.num_tokens
+                else "  log-probabilities          no token to compare"
+            )
+        if self.weights_apart is not None:
+            told.append(
+                f"  weights in the file        {self.weights_apart:.2g} of a tensor's norm from the merged ones "
+                f"at most{_accepted(self.weights_bound)}"
             )
         if self.losses:
             told.append(
                 f"  loss on held-out rows      {self.losses['own']:.4f}, with the weights in the file "
-                f"{self.losses['file']:.4f}"
+                f"{self.losses['file']:.4f}{_accepted(self.loss_bound, sign='+')}"
             )
         if self.missing:
             told.append(f"  {self.missing}")
         return "\n".join(told)
+
+
+def _accepted(bound: float | None, sign: str = "") -> str:
+    return "" if bound is None else f" (accepted: {sign}{bound:g})"
+
+
+def with_weights(
+    verdict: Verdict, bound: Bound, *, apart: float | None, losses: Mapping[str, float]
+) -> Verdict:
+    """A verdict, and what was measured of the weights in the file; beyond their bounds it is not verified."""
+    within = verdict.verified
+    if apart is not None and bound.weights is not None:
+        within = within and apart <= bound.weights
+    if losses and bound.loss is not None:
+        within = within and losses["file"] - losses["own"] <= bound.loss
+    return replace(
+        verdict,
+        verified=within,
+        weights_apart=apart,
+        weights_bound=None if apart is None else bound.weights,
+        loss_bound=bound.loss if losses else None,
+        losses=losses,
+    )
 
 
 def questions_of(
@@ -240,10 +281,14 @@ def compare_client(
         elif mine.stopped != theirs.stopped:
             stops += 1
     largest = max(differences, default=0.0) if told else None
-    within = bound.largest is None or ((largest or 0.0) <= bound.largest and gap <= bound.largest)
+    if bound.largest is None:
+        # Every answer another one from its first token on: no rounding, and nothing that was compared.
+        within = bool(num_tokens) or changed < len(questions)
+    else:
+        within = (largest or 0.0) <= bound.largest and gap <= bound.largest and not stops
     return Verdict(
         client=client.name,
-        verified=within and not prompts_differing and not (stops and bound.largest is not None),
+        verified=within and not prompts_differing,
         num_prompts=len(questions),
         num_left_out=num_left_out,
         prompts_differing=prompts_differing,

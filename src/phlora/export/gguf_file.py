@@ -165,18 +165,32 @@ def write_gguf_adapter(path: Path, adapter: PortableAdapter, config: Any, *, nam
 
 
 @torch.no_grad()
-def load_gguf_weights(model: Any, file: Path) -> None:
-    """Put the weights of a GGUF file, as numbers, into a model of the layout that it was written from, in place."""
+def load_gguf_weights(model: Any, file: Path) -> float:
+    """Put the weights of a GGUF file, as numbers, into a model of the layout that it was written from, in place.
+
+    Returns:
+        the largest `|W_file - W| / |W|` (Frobenius norms) of a tensor, with `W` as the model had it; infinite where one
+        is no number.
+    """
     import gguf
 
     held = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     parameters = dict(model.named_parameters())
+    apart = 0.0
     for own, target in _gguf_names(parameters, model.config).items():
-        tensor = held[target]
+        tensor, parameter = held[target], parameters[own]
         rows = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype("float32"))
-        parameters[own].copy_(
-            _in_llama_order(rows.reshape(parameters[own].shape), own, model.config, back=True)
-        )
+        read = _in_llama_order(rows.reshape(parameter.shape), own, model.config, back=True)
+        apart = max(apart, _apart(read, parameter.data))
+        parameter.data.copy_(read)
+    return apart
+
+
+def _apart(read: Tensor, own: Tensor) -> float:
+    difference, norm = (read - own).norm().item(), own.norm().item()
+    if difference == 0:
+        return 0.0
+    return difference / norm if math.isfinite(difference) and norm > 0 else math.inf
 
 
 def require_architecture(config: Any) -> str:

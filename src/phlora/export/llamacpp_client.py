@@ -7,6 +7,7 @@ named with their scale in every request, since a request without a list means al
 from __future__ import annotations
 
 import json
+import math
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,8 @@ def _of_the_beginning(ids: Sequence[int], told: Sequence[dict[str, Any]]) -> lis
         repeats = place + 1 < len(ids) and ids[place + 1] == token
         if step["id"] != token or (repeats and not whole):
             break
-        found.append(float(step["logprob"]))
+        # Null stands for what is no number: the weights are broken.
+        found.append(-math.inf if step["logprob"] is None else float(step["logprob"]))
     return found
 
 

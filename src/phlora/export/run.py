@@ -7,6 +7,7 @@ held-out prompts, keep the verdict in export.json and in the card. Where the cli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -253,9 +254,17 @@ def _report(job: ExportJob, written: Written, verdict: Verdict, output: Path) ->
 _CARD_MARK = "\n## Exported for "
 
 
+def _in_json(value: Any) -> Any:
+    """JSON has no infinities: they are told as text."""
+    if isinstance(value, dict):
+        return {name: _in_json(entry) for name, entry in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _keep(report: ExportReport, folder: Path) -> None:
     """export.json, and the same for people at the end of the card; neither says where things lie on this machine."""
     kept = {name: value for name, value in report.to_json().items() if name != "folder"}
+    kept["verdict"] = {name: _in_json(value) for name, value in kept["verdict"].items()}
     write_json(folder / EXPORT_FILE, kept)
     card = folder / CARD
     # A link would bring what lies elsewhere into a folder that is handed on.

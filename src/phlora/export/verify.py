@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,6 +23,7 @@ from phlora.export.agreement import (
     compare_client,
     own_answers,
     questions_of,
+    with_weights,
 )
 from phlora.export.gguf_file import load_gguf_weights
 from phlora.export.gguf_vocabulary import model_name
@@ -40,16 +40,22 @@ from phlora.models.quantization import dequantize
 from phlora.runs.reading import rows_or_held_out
 from phlora.runs.resolve import load_as_trained, load_base
 
-# Accepted differences of log-probabilities, in nats, by what the weights were rounded to. Both sides compute in float32
-# (llama.cpp keeps keys and values in float16); no bound: they were rounded on purpose, and what that cost is told.
+# What is accepted, by what the weights were rounded to. Of log-probabilities, in nats: both sides compute in float32
+# (llama.cpp keeps keys and values in float16). Of weights: above half a unit in the last place of the floats, and above
+# what the blocks of a type can be off by where all are as unlike their largest value as can be: n values with one of
+# size M, in steps of d, are off by d sqrt(n / 12) / M of their norm (q8_0: d = M/127, n = 32; q6_k: M/32, 16; q5_k_m:
+# 2M/31 with both ends there, 32; q4_k_m: 2M/15, 32). Of the loss, in nats a token: several times what was measured.
 _BOUNDS = {
-    "float32": 0.01,
-    "float16": 0.1,
-    "bfloat16": 0.5,
-    "f32": 0.05,
-    "f16": 0.1,
-    "bf16": 0.5,
-    "q8_0": 0.5,
+    "float32": Bound(largest=0.01),
+    "float16": Bound(largest=0.1),
+    "bfloat16": Bound(largest=0.5),
+    "f32": Bound(largest=0.05, weights=1e-5, loss=0.01),
+    "f16": Bound(largest=0.1, weights=2e-3, loss=0.02),
+    "bf16": Bound(largest=0.5, weights=5e-3, loss=0.1),
+    "q8_0": Bound(largest=0.5, weights=0.02, loss=0.1),
+    "q6_k": Bound(largest=None, weights=0.05, loss=0.2),
+    "q5_k_m": Bound(largest=None, weights=0.1, loss=0.3),
+    "q4_k_m": Bound(largest=None, weights=0.2, loss=0.5),
 }
 
 
@@ -81,20 +87,20 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
         return unverified("no held-out prompt fits into the window and the original context")
     job.display.stage(f"Asking the run's own model {len(questions)} held-out prompts")
     measured = rows[: job.max_rows] if job.in_gguf and not job.adapter_only else []
-    own, losses = _own(job, questions, measured, folder, written)
+    own, apart, losses = _own(job, questions, measured, folder, written)
     job.display.stage("Asking what was exported")
-    rounded = job.type or written.type or "float32"
+    bound = _BOUNDS[job.type or written.type or "float32"]
     with _readable(folder, written), _client(job, folder, written, questions) as client:
         verdict = compare_client(
             client,
             questions,
             own,
             max_new_tokens=job.max_new_tokens,
-            bound=Bound(largest=_BOUNDS.get(rounded)),
+            bound=bound,
             num_left_out=left_out,
             missing=_not_asked(job, written),
         )
-    return replace(verdict, losses=losses)
+    return with_weights(verdict, bound, apart=apart, losses=losses)
 
 
 @contextmanager
@@ -112,11 +118,11 @@ def _readable(folder: Path, written: Written) -> Iterator[None]:
 
 def _own(
     job: ExportJob, questions: Sequence[Question], rows: Sequence[Row], folder: Path, written: Written
-) -> tuple[list[Answer], dict[str, float]]:
+) -> tuple[list[Answer], float | None, dict[str, float]]:
     """What the run's own model answers: base and adapter, computed in float32.
 
     On the base's own weights, or on the quantised ones where the adapter was merged into these.
-    And its loss on the rows, beside that with the weights in a GGUF file; no rows: neither.
+    And how far the weights in a GGUF file are from the merged ones, and the loss on the rows with both.
     """
     if _is_as_trained(written):
         loaded = load_as_trained(job.found, tokenizer=job.tokenizer, device="cpu")
@@ -128,19 +134,19 @@ def _own(
         )
     adapted = load_adapter(loaded.model, job.found.adapter)
     answers = own_answers(adapted.model, job.tokenizer, questions, max_new_tokens=job.max_new_tokens)
-    losses = {}
+    apart, losses = None, {}
     if rows:
         tokenized = tokenized_proof(rows, job.found, job.tokenizer, adapted.model)
         losses["own"] = answer_loss(tokenized, answer_logits(adapted.model, tokenized, job.display))
         dequantize(adapted.model, dtype=torch.float32)
-        model = adapted.model.unload()
+        model = adapted.model.merge_and_unload()
         with _readable(folder, written):
-            load_gguf_weights(model, folder / written.file)
+            apart = load_gguf_weights(model, folder / written.file)
         losses["file"] = answer_loss(tokenized, answer_logits(model, tokenized, job.display))
         del model
     del loaded, adapted
     gc.collect()
-    return answers, losses
+    return answers, apart, losses
 
 
 def _is_as_trained(written: Written) -> bool:

@@ -373,14 +373,14 @@ def test_the_embedded_model_answers_alike_after_a_merge(smollm2_folder: Path, tm
 def test_the_snippets_of_the_page_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[3] / "docs" / "export.md"
     snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     shutil.copytree(run, tmp_path / "runs" / "support")
     monkeypatch.chdir(tmp_path)
     merge_run("runs/support", "models/support", display=QUIET)
     namespace: dict[str, object] = {"__name__": "snippets"}
     for snippet in snippets:
         exec(compile(snippet, str(page), "exec"), namespace)
-    assert {path.name for path in tmp_path.iterdir()} == {"models", "runs", "support.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "out", "runs", "support.pt"}
 
 
 def test_the_page_names_the_bounds() -> None:

@@ -168,6 +168,20 @@ def test_a_refusal_replaces_the_verdict(trained: Path, copy: Callable[..., Path]
 
 
 @LLAMACPP
+@pytest.mark.parametrize("type", ["q4_k_m", "q6_k"])
+def test_rounding_on_purpose_has_a_bound(trained: Path, copy: Callable[..., Path], type: str) -> None:
+    """On the weights and the loss: of answers nothing is known that no rounding brings about."""
+    pytest.importorskip("libgguf")
+    folder = copy("gguf", type=type)
+    scramble(folder / f"r1-{type}.gguf")
+    signed_again(folder)
+    done = again(trained, folder, "gguf")
+    is_refused(done, folder)
+    verdict = said(folder)["verdict"]
+    assert float(verdict["weights_apart"]) > verdict["weights_bound"]
+
+
+@LLAMACPP
 @pytest.mark.parametrize("type", ["q4_k_m", "f32", "q8_0"])
 def test_the_type_is_that_of_the_file(trained: Path, copy: Callable[..., Path], type: str) -> None:
     folder = copy("gguf")

@@ -91,6 +91,8 @@ def test_rounding_on_purpose_is_told_and_not_refused(mixed: Path, tmp_path: Path
     pytest.importorskip("libgguf")
     verdict = export(mixed, tmp_path / "out", target="gguf", type=type).verdict
     assert verdict.verified and verdict.bound is None and verdict.prompts_differing == 0
+    assert "compared, no bound" in verdict.summary()
+    assert 0 < verdict.weights_apart < verdict.weights_bound / 2
     assert 0 < abs(verdict.losses["file"] - verdict.losses["own"]) < 0.5
 
 
@@ -258,3 +260,12 @@ def test_what_stands_there_is_never_replaced(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").write_text("x")
     with pytest.raises(RunError, match="exists already"):
         export(run, tmp_path / "out", target="peft")
+
+
+def test_the_page_names_what_is_accepted() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+    for type, bound in verify._BOUNDS.items():
+        if bound.weights is not None:
+            told = "compared, no bound" if bound.largest is None else f"{bound.largest:g}"
+            weights = "1e-5" if bound.weights == 1e-5 else f"{bound.weights:g}"
+            assert f"| `{type}` | {told} | {weights} | +{bound.loss:g} |" in page
