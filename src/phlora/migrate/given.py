@@ -71,6 +71,24 @@ def entries_of(code: Code, holder: cst.CSTNode) -> list[Given] | None:
     return entries if are_all else None
 
 
+def written_entries(code: Code, holder: Entries) -> list[Given]:
+    """The entries that are written in a dictionary display or in `dict(...)` itself; none of any other call."""
+    if isinstance(holder, cst.Dict):
+        return [
+            Given(str(code.literal(element.key)), element.value, holder, index)
+            for index, element in enumerate(holder.elements)
+            if isinstance(element, cst.DictElement) and isinstance(element.key, cst.SimpleString)
+        ]
+    if not (isinstance(holder.func, cst.Name) and holder.func.value == "dict"):
+        return []
+    named = [(index, argument) for index, argument in enumerate(holder.args) if argument.keyword is not None]
+    return [
+        Given(argument.keyword.value, argument.value, holder, index)
+        for index, argument in named
+        if argument.keyword
+    ]
+
+
 def _entries(code: Code, holder: cst.CSTNode, seen: frozenset[cst.CSTNode]) -> tuple[list[Given], bool]:
     found: list[Given] = []
     if isinstance(holder, cst.Dict):

@@ -22,6 +22,7 @@ from phlora.migrate.given import (
 )
 from phlora.migrate.imports import Imports
 from phlora.migrate.rows import keep_text_alone, map_to_text, may_be_taken_over
+from phlora.migrate.unread import leave_old_names, leave_old_value
 from phlora.names import ARGUMENTS, LORA, SETTINGS, TRAINER
 
 OUR_TRAINER, OUR_CONFIG = "phlora.SFTTrainer", "phlora.SFTConfig"
@@ -84,12 +85,15 @@ class Trainers:
         for node in self.code.all(cst.ClassDef):
             if any(self.imports.names(base.value) & (SFT_TRAINERS | OTHER_TRAINERS) for base in node.bases):
                 self._methods(node)
+        configs = []
         for call in list(self.code.all(cst.Call)):
             names = self.imports.names(call.func)
             made_of = self.code.definition(call.func)
             if names & (SFT_CONFIGS | PLAIN_CONFIGS | OTHER_CONFIGS):
+                configs.append(call)
                 self._config(call)
             elif made_of in self._config_classes:
+                configs.append(call)
                 own = self._config_classes[made_of]
                 update_arguments(
                     self.edits, call, ARGUMENTS[SETTINGS], only=frozenset(ARGUMENTS[SETTINGS]) - own
@@ -101,6 +105,7 @@ class Trainers:
                 self._attributes(call, TRAINER)
             elif "peft.LoraConfig" in names:
                 update_arguments(self.edits, call, ARGUMENTS[LORA])
+        leave_old_names(self.edits, configs, ARGUMENTS[SETTINGS])
 
     def _methods(self, trainer: cst.ClassDef) -> None:
         """A loss with the arguments of 2024: its call has one more now."""
@@ -120,6 +125,7 @@ class Trainers:
     def _config_class(self, node: Any) -> None:
         """Fields of a class of one's own that hide what they were in an earlier version: others may read them."""
         for name, statement in self._fields(node):
+            leave_old_value(self.edits, name.value, statement)
             old = ARGUMENTS[SETTINGS].get(name.value)
             if old is not None and old.new and old.fate != "moved":
                 self.edits.leave(

@@ -644,3 +644,31 @@ def test_long_files_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     done = invoke("migrate", file)
     assert "a.py: 21 lines are read, which takes a while" in done.err and "lines are read" not in done.out
     assert "lines are read" not in invoke("migrate", file, "--quiet").err
+
+
+def test_old_names_in_a_dictionary_that_cannot_be_followed_are_left_with_a_comment() -> None:
+    text = (
+        "from transformers import TrainingArguments\n"
+        "class A:\n    def cfg(self):\n        return dict(evaluation_strategy='steps', seed=1)\n"
+        "def more():\n    return {'overwrite_output_dir': True, 'warmup_steps': 3}\n"
+        "kw = dict(no_cuda=True)\nkw.update(A().cfg())\nkw.update(more())\na = TrainingArguments(**kw)\n"
+    )
+    told = left(text)
+    assert "evaluation_strategy is eval_strategy now, if this reaches TrainingArguments" in told
+    assert "overwrite_output_dir is gone, if this reaches TrainingArguments" in told
+    # What is read is renamed, and said once.
+    assert "dict(use_cpu=True)" in migrated(text) and not any("no_cuda" in line for line in told)
+    again = migrated(text)
+    assert migrated(again) == again and again.count("# phlora: ") == 2
+    read = "from transformers import TrainingArguments\nother = {'no_cuda': True}\nTrainingArguments(**{'seed': 1})\n"
+    assert left(read) == []
+
+
+def test_an_old_value_of_a_field_is_left_with_a_comment() -> None:
+    text = (
+        "from dataclasses import dataclass, field\nfrom transformers import TrainingArguments\n"
+        "@dataclass\nclass Mine(TrainingArguments):\n    optim: str = {}\n"
+    )
+    for value in ("field(default='adamw_hf')", "'adamw_hf'", "field(metadata={}, default='adamw_hf')"):
+        assert "optim: 'adamw_hf' is 'adamw_torch' now" in left(text.replace("{}", value, 1))
+    assert left(text.replace("{}", "field(default='sgd')", 1)) == []
