@@ -9,11 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers import GenerationConfig
 
 from phlora.adapters.load import load_adapter
 from phlora.adapters.peft_folder import read_peft
 from phlora.data.rows import Row
-from phlora.errors import Finding, MissingExtraError, NoRoomError
+from phlora.errors import Finding, MissingExtraError, NoRoomError, shown
 from phlora.export.agreement import (
     Answer,
     Bound,
@@ -73,6 +74,9 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
     if job.target == "loralib":
         with _readable(folder, written):
             return _read_again(job, folder / written.file)
+    if not job.in_gguf:
+        with _readable(folder, written):
+            _require_stops(job, folder)
     rows = rows_or_held_out(job.found, job.rows, command="phlora export", option="--rows", **job.reading)
     if not rows:
         return unverified("there are no held-out rows; name some: --rows chats.jsonl")
@@ -101,6 +105,19 @@ def verify_export(job: ExportJob, folder: Path, written: Written) -> Verdict:
             missing=_not_asked(job, written),
         )
     return with_weights(verdict, bound, apart=apart, losses=losses)
+
+
+def _require_stops(job: ExportJob, folder: Path) -> None:
+    """Refuse generation settings that end replies elsewhere; few answers are long enough to show it."""
+    stops = GenerationConfig.from_pretrained(str(folder), local_files_only=True).eos_token_id
+    told = stops if isinstance(stops, list) else [stops]
+    if set(told) != set(job.tokenizer.stop_token_ids):
+        raise Finding(
+            f"Replies end at {shown(told)} by what was exported, and at {shown(list(job.tokenizer.stop_token_ids))} "
+            "by the run",
+            where=str(folder / "generation_config.json"),
+            fix="export it again",
+        )
 
 
 @contextmanager

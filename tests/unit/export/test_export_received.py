@@ -167,6 +167,17 @@ def test_a_refusal_replaces_the_verdict(trained: Path, copy: Callable[..., Path]
     assert "report it" not in done.err
 
 
+@pytest.mark.parametrize("target", ["peft", "merged"])
+@pytest.mark.parametrize("content", ['{"eos_token_id": [5, 6, 7]}', '{"eos_token_id": 275}', "{}", "{", "[]"])
+def test_stops_are_those_of_the_run(
+    trained: Path, copy: Callable[..., Path], target: str, content: str
+) -> None:
+    folder = copy(target)
+    (folder / "generation_config.json").write_text(content)
+    signed_again(folder)
+    is_refused(again(trained, folder, target), folder)
+
+
 @LLAMACPP
 @pytest.mark.parametrize("type", ["q4_k_m", "q6_k"])
 def test_rounding_on_purpose_has_a_bound(trained: Path, copy: Callable[..., Path], type: str) -> None:
