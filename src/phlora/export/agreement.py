@@ -98,7 +98,8 @@ class Verdict:
         changed_answers: prompts that are answered otherwise.
         largest_gap: where answers part, how much likelier the own model finds its own token, in nats.
         largest_difference, mean_difference: of the log-probabilities of tokens that both wrote, in nats.
-        stops_differing: answers with the same tokens of which one side ended and the other went on.
+        stops_differing: answers with the same tokens of which one side ended and the other went on, past the very
+            token that ends it included, which is refused whatever the weights were rounded to.
         bound: accepted of `largest_difference` and `largest_gap`; None: these have none.
         weights_apart: the largest relative difference of a tensor in the file from the merged one; None where the file
             holds no whole model.
@@ -259,6 +260,7 @@ def compare_client(
 ) -> Verdict:
     """Ask a client the same prompts, and count what differs."""
     prompts_differing, first, changed, stops, gap = 0, "", 0, 0, 0.0
+    runs_on = 0
     differences: list[float] = []
     told = True
     num_tokens = 0
@@ -277,7 +279,10 @@ def compare_client(
             differences += [abs(mine.logprobs[i] - theirs.logprobs[i]) for i in both]
         if mine.token_ids != theirs.token_ids:
             changed += 1
-            gap = max(gap, _gap(mine, theirs, same))
+            apart = _gap(mine, theirs, same)
+            gap = max(gap, apart)
+            # The client took the very token that ends the own answer, and went on.
+            runs_on += mine.stopped and same == len(mine.token_ids) < len(theirs.token_ids) and not apart
         elif mine.stopped != theirs.stopped:
             stops += 1
     largest = max(differences, default=0.0) if told else None
@@ -288,7 +293,7 @@ def compare_client(
         within = (largest or 0.0) <= bound.largest and gap <= bound.largest and not stops
     return Verdict(
         client=client.name,
-        verified=within and not prompts_differing,
+        verified=within and not prompts_differing and not runs_on,
         num_prompts=len(questions),
         num_left_out=num_left_out,
         prompts_differing=prompts_differing,
@@ -298,7 +303,7 @@ def compare_client(
         largest_gap=gap,
         largest_difference=largest,
         mean_difference=sum(differences) / max(1, len(differences)) if told else None,
-        stops_differing=stops,
+        stops_differing=stops + runs_on,
         bound=bound.largest,
         missing=missing,
     )

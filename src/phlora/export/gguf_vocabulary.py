@@ -174,9 +174,13 @@ def _write_special(writer: Any, loaded: LoadedTokenizer) -> None:
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     # llama.cpp ends replies at `eos` and `eot`, and at <|end|>, <|endoftext|>, </s> and others by their names.
-    turn_end = next((index for index in loaded.stop_token_ids if index != tokenizer.eos_token_id), None)
+    others = [index for index in loaded.stop_token_ids if index != tokenizer.eos_token_id]
+    turn_end = others[0] if others else None
     if turn_end is not None:
         writer.add_eot_token_id(turn_end)
+    if len(others) > 1:
+        # The last that it has a place for; a run with more is compared like any other.
+        writer.add_eom_token_id(others[1])
     if tokenizer.chat_template:
         # The template writes what begins a chat; llama.cpp would write it a second time.
         writer.add_add_bos_token(False)

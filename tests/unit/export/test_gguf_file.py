@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from phlora.adapters.peft_folder import read_portable
 from phlora.config import ModelConfig
 from phlora.data.dataset import load_rows
 from phlora.errors import EnvironmentProblem, ModelError
-from phlora.export.agreement import Bound, compare_client, own_answers, questions_of
+from phlora.export.agreement import Answer, Bound, Question, compare_client, own_answers, questions_of
 from phlora.export.gguf_file import (
     Weights,
     load_gguf_weights,
@@ -98,26 +100,32 @@ def test_llama_cpp_answers_like_transformers(kind: str, tmp_path: Path) -> None:
 
 
 @LLAMACPP
-def test_answers_that_end_themselves_end_in_llama_cpp(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_answers_that_end_themselves_end_in_llama_cpp(tmp_path: Path, place: int) -> None:
     model, checkpoint, tokenizer = saved(tmp_path / "base", "phi3")
-    end = tokenizer.stop_token_ids[0]
+    tokenizer = replace(tokenizer, stop_token_ids=(282, 275, 276))
+    end = tokenizer.stop_token_ids[place]
     with torch.no_grad():
-        model.lm_head.weight[end] *= 3
+        model.lm_head.weight[end] *= 4
     state = dict(model.state_dict())
     weights = Weights(
         shapes={name: tuple(value.shape) for name, value in state.items()}, read=state.__getitem__
     )
     file = tmp_path / "model.gguf"
     write_gguf_model(file, weights, model.config, tokenizer, file_type="f32", name=model_name("x", tokenizer))
-    questions, _ = questions_of(ROWS, tokenizer, model.config, max_new_tokens=16, most=6)
+    questions, _ = questions_of(ROWS, tokenizer, model.config, max_new_tokens=16, most=24)
     own = own_answers(model, tokenizer, questions, max_new_tokens=16)
     ended = [(question, answer) for question, answer in zip(questions, own, strict=True) if answer.stopped]
-    assert any(answer.token_ids for _, answer in ended), "or this tests nothing"
     with open_gguf(file, context=128) as client:
         found = [client.answer(question.prompt_ids, max_new_tokens=16) for question, _ in ended]
-    assert [(answer.token_ids, answer.stopped) for answer in found] == [
-        (answer.token_ids, True) for _, answer in ended
+    # Keys and values in float16 turn a near tie now and then, long before the end.
+    alike = [
+        (theirs, mine)
+        for theirs, (_, mine) in zip(found, ended, strict=True)
+        if theirs.token_ids[: len(mine.token_ids)] == mine.token_ids
     ]
+    assert any(mine.token_ids for _, mine in alike), "or this tests nothing"
+    assert all(theirs.stopped and theirs.token_ids == mine.token_ids for theirs, mine in alike)
 
 
 @pytest.mark.parametrize("kind", ["phi3", "llama"])
@@ -226,3 +234,29 @@ def test_a_torn_file_is_one_message(tmp_path: Path) -> None:
 def test_the_tiny_tokenizer_is_phi3s(tmp_path: Path) -> None:
     assert any(token.rstrip for token in tiny_tokenizer().added_tokens_decoder.values())
     assert tiny_folder(tmp_path / "b").is_dir()
+
+
+@dataclass
+class RunsOn:
+    """A client that knows one stop too few."""
+
+    name: str = "one"
+
+    def prompt_ids(self, question: Question) -> list[int]:
+        return question.prompt_ids
+
+    def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int) -> Answer:
+        return Answer(token_ids=[5, 9, 9], logprobs=[-0.5, -0.1, -0.1], stopped=False)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return str(ids)
+
+
+@pytest.mark.parametrize("largest", [0.1, None])
+def test_a_client_that_goes_on_past_the_stop_is_refused(largest: float | None) -> None:
+    own = Answer(
+        token_ids=[5], logprobs=[-0.5], stopped=True, likeliest=({5: -0.5, 6: -2.0}, {9: -0.1, 5: -3.0})
+    )
+    asked = [Question(messages=None, tools=None, prompt_ids=[1])]
+    found = compare_client(RunsOn(), asked, [own], max_new_tokens=3, bound=Bound(largest=largest))
+    assert not found.verified and found.stops_differing == 1
