@@ -24,6 +24,8 @@ COMPLETE_FILE = "complete.json"
 # What a checkpoint of an earlier version, whose files are not listed, has to have.
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "adapter_model.safetensors", "rng_state.pth")
 _STATE_FILE = "trainer_state.json"
+# Written beside an adapter for people to read, and for them to write in.
+_CARD = "README.md"
 
 
 def mark_complete(checkpoint: Path, facts: Mapping[str, Any], *, run: str) -> None:
@@ -55,7 +57,9 @@ def drop_incomplete(folder: Path) -> list[Path]:
 
 
 def whole_checkpoint(folder: Path, *, run: str, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint to continue a run from, or None; a damaged one is named and removed.
+    """The newest checkpoint to continue a run from, or None; a damaged one before it is named and kept aside.
+
+    Where all are damaged they stay where they are: a copy of the file may be at hand.
 
     Args:
         folder: of the checkpoints.
@@ -65,13 +69,28 @@ def whole_checkpoint(folder: Path, *, run: str, warn: Callable[[str], None]) -> 
     Raises:
         RunError: a checkpoint is of another run.
     """
+    damaged: dict[Path, str] = {}
+    found = None
     for checkpoint in complete_checkpoints(folder):
         damage = damage_of(checkpoint, run=run)
         if damage is None:
-            return checkpoint
-        warn(f"{checkpoint.name} is damaged ({damage}): it is removed, and the one before it is used")
-        shutil.rmtree(checkpoint)
-    return None
+            found = checkpoint
+            break
+        damaged[checkpoint] = damage
+    for checkpoint, damage in damaged.items():
+        said = f"{checkpoint.name} is damaged ({damage})"
+        if found is not None:
+            said += f": it is kept as {_set_aside(checkpoint).name}, and {found.name} is used"
+        warn(said)
+    return found
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that nothing takes it for one; returns where it is now."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return checkpoint.rename(aside)
 
 
 def damage_of(checkpoint: Path, *, run: str) -> str | None:
@@ -97,6 +116,8 @@ def damage_of(checkpoint: Path, *, run: str) -> str | None:
     if not isinstance(listed, dict) or not all(isinstance(entry, dict) for entry in listed.values()):
         return f"{COMPLETE_FILE} does not list its files"
     for name, entry in listed.items():
+        if name == _CARD:
+            continue
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
@@ -126,7 +147,7 @@ def _files(checkpoint: Path) -> list[Path]:
     return sorted(
         path
         for path in checkpoint.rglob("*")
-        if path.is_file() and path.name != COMPLETE_FILE and leftover_of(path) is None
+        if path.is_file() and path.name not in (COMPLETE_FILE, _CARD) and leftover_of(path) is None
     )
 
 

@@ -310,11 +310,11 @@ def continue_run(
         facts: those of the run that was asked for.
         files: as in `begin_run`; those that are missing are written.
         ignored: as in `identity.changes`.
-        warn: takes one sentence for each checkpoint that is damaged and was left for the one before it.
+        warn: takes one sentence for each checkpoint that cannot be used, and one where there is none.
 
     Raises:
-        RunError: data, base model, tokenizer or settings differ, and the message lists each difference; or a
-            checkpoint is of another run.
+        RunError: data, base model, tokenizer or settings differ, and the message lists each difference; a
+            checkpoint is of another run; or there are some, and every one is damaged.
     """
     changed = changes(folder.facts(), facts, ignored=ignored)
     if changed:
@@ -325,8 +325,17 @@ def continue_run(
             fix="restore what changed, or start a new run with another --output",
         )
     with _writing(folder):
-        drop_incomplete(folder.checkpoints)
+        for cut_short in drop_incomplete(folder.checkpoints):
+            warn(f"{cut_short.name} was not written to its end: it is removed")
         checkpoint = whole_checkpoint(folder.checkpoints, run=folder.identity_digest(), warn=warn)
+        if checkpoint is None and complete_checkpoints(folder.checkpoints):
+            raise RunError(
+                "Every checkpoint of the run is damaged, so that it cannot be continued",
+                where=str(folder.checkpoints),
+                fix="put back a copy of what was damaged, or train from the beginning with --overwrite",
+            )
+        if checkpoint is None:
+            warn("There is no checkpoint to continue from: training begins at its first step")
         for name, write in (files or {}).items():
             if not (folder.path / name).is_file():
                 write(folder.path / name)

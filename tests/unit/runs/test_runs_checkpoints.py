@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     said: list[str] = []
     assert whole_checkpoint(tmp_path, run="mine", warn=said.append) == before
     assert len(said) == 1 and "checkpoint-10" in said[0] and name in said[0] and says in said[0]
-    assert not damaged.exists()
+    assert not damaged.exists() and (tmp_path / "damaged-checkpoint-10" / COMPLETE_FILE).is_file()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', '{"files": {"optimizer.pt": 1}}'])
@@ -62,7 +62,15 @@ def test_a_list_of_files_that_cannot_be_read_is_damage(tmp_path: Path, content: 
     (checkpoint_in(tmp_path, 2) / COMPLETE_FILE).write_text(content, encoding="utf-8")
     said: list[str] = []
     assert whole_checkpoint(tmp_path, run="mine", warn=said.append) is None
-    assert COMPLETE_FILE in said[0]
+    assert COMPLETE_FILE in said[0] and (tmp_path / "checkpoint-2" / "optimizer.pt").is_file()
+
+
+def test_people_may_write_into_the_card(tmp_path: Path) -> None:
+    checkpoint = checkpoint_in(tmp_path, 2)
+    (checkpoint / "README.md").write_text("mine", encoding="utf-8")
+    mark_complete(checkpoint, {"step": 2}, run="mine")
+    (checkpoint / "README.md").write_text("mine, edited", encoding="utf-8")
+    assert damage_of(checkpoint, run="mine") is None
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path: Path) -> None:

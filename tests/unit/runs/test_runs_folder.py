@@ -83,8 +83,22 @@ def test_only_complete_checkpoints_count_and_the_newest_wins(run: RunFolder) -> 
     add_checkpoint(run, 9, complete=True)
     newest = add_checkpoint(run, 10, complete=True)
     broken = add_checkpoint(run, 11, complete=False)
-    assert continue_run(run, {"identity": {"data": "a", "r": 16}}) == newest
-    assert not broken.exists()
+    said: list[str] = []
+    assert continue_run(run, {"identity": {"data": "a", "r": 16}}, warn=said.append) == newest
+    assert not broken.exists() and said == ["checkpoint-11 was not written to its end: it is removed"]
+
+
+def test_where_all_checkpoints_are_damaged_nothing_begins_anew(run: RunFolder) -> None:
+    """And where there is none, that is said."""
+    asked, said = {"identity": {"data": "a", "r": 16}}, list[str]()
+    assert continue_run(run, asked, warn=said.append) is None
+    assert said == ["There is no checkpoint to continue from: training begins at its first step"]
+    only = add_checkpoint(run, 9, complete=True)
+    (only / "complete.json").write_text("{")
+    for _ in range(2):
+        with pytest.raises(RunError, match="Every checkpoint of the run is damaged"):
+            continue_run(run, asked)
+    assert only.is_dir()
 
 
 def test_resuming_another_run_names_every_difference(run: RunFolder) -> None:
