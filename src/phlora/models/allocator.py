@@ -11,6 +11,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MOST_KEPT, _LARGEST_KEPT = 512 << 20, 32 << 20
 # The largest that glibc raises both to by itself, as soon as a process has freed a piece of that size.
 _MOST_KEPT_BY_DEFAULT, _LARGEST_KEPT_BY_DEFAULT = 64 << 20, 32 << 20
+# What both are at first.
+_SMALLEST_PIECE = 128 << 10
 
 
 def keep_freed_memory() -> bool:
@@ -24,6 +26,18 @@ def keep_freed_memory() -> bool:
         return False
     kept = libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
     return bool(kept)
+
+
+def return_at_once() -> None:
+    """Give back what is free, and from now on each piece when it is freed, until one of the others is called.
+
+    For many pieces that each are needed for a moment, beside ever more that stay: what is kept would leave holes.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _SMALLEST_PIECE)
+        libc.mallopt(_M_TRIM_THRESHOLD, _SMALLEST_PIECE)
+        libc.malloc_trim(0)
 
 
 def return_freed_memory() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from phlora.errors import ModelError
-from phlora.models.allocator import return_freed_memory
+from phlora.models.allocator import return_at_once, return_freed_memory
 from phlora.models.checkpoint import Checkpoint, StoredTensor
 from phlora.models.families import block_linears, has_plain_layout
 from phlora.models.fingerprint import IdentityMaker, WeightsIdentity
@@ -134,25 +134,28 @@ def fill(
     if storage.quantization is not None:
         quantized = QuantizedLayers(model, storage.quantization, device=device)
     passed = 0
-    for name, tensor in empty.checkpoint.read_each(empty.names):
-        num_bytes = tensor.nbytes
-        maker.add(name, tensor)
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if quantized is not None and owner in quantized.names and leaf == "weight":
-            quantized.put(owner, rounded(tensor, dtype, name=name))
-        else:
-            narrow = leaf == "weight" and is_storable(module)
-            own = rounded(tensor, storage.dtype if narrow else dtype, name=name)
-            _put(module, leaf, own.to(device))
-            del own
-        del tensor
-        passed += num_bytes
-        if passed > _GIVEN_BACK_AFTER:
-            passed = 0
-            return_freed_memory()
-        advance(num_bytes)
-    return_freed_memory()
+    try:
+        return_at_once()
+        for name, tensor in empty.checkpoint.read_each(empty.names):
+            num_bytes = tensor.nbytes
+            maker.add(name, tensor)
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if quantized is not None and owner in quantized.names and leaf == "weight":
+                quantized.put(owner, rounded(tensor, dtype, name=name))
+            else:
+                narrow = leaf == "weight" and is_storable(module)
+                own = rounded(tensor, storage.dtype if narrow else dtype, name=name)
+                _put(module, leaf, own.to(device))
+                del own
+            del tensor
+            passed += num_bytes
+            if passed > _GIVEN_BACK_AFTER:
+                passed = 0
+                return_at_once()
+            advance(num_bytes)
+    finally:
+        return_freed_memory()
     model.tie_weights()
     for module in model.modules():
         if storage.dtype != dtype and is_storable(module):

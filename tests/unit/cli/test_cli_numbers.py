@@ -17,6 +17,7 @@ LINES = {
     "evaluate": "evaluate runs/file",
     "chat": "chat base --max-new-tokens 2 --temperature 1",
     "merge": "merge runs/file -o merged",
+    "export": "export runs/file --for peft -o exported",
     "convert": "convert adapter.pt --to peft -o adapter --lora-alpha 4",
     "data check": "data check train.jsonl --model base",
     "data convert": "data convert train.jsonl converted.jsonl",

@@ -56,9 +56,15 @@ def asked_of_the_system(*calls: str) -> list[bool]:
         ("return_freed_memory",),
         ("keep_freed_memory", "return_freed_memory"),
         ("return_freed_memory", "keep_freed_memory", "return_freed_memory", "return_freed_memory"),
+        ("return_at_once", "return_freed_memory"),
     ],
     ids=" ".join,
 )
 def test_only_large_pieces_are_asked_of_the_system_each_time_whatever_was_called_before(calls):
     """What glibc comes to by itself, but not once it was told anything."""
     assert asked_of_the_system(*calls) == [False, False, False, True]
+
+
+@needs_account
+def test_every_piece_is_asked_of_the_system_while_pieces_are_returned_at_once():
+    assert asked_of_the_system("keep_freed_memory", "return_at_once") == [True] * 4
