@@ -64,6 +64,15 @@ def test_script() -> None:
 
 
 @pytest.mark.slow
+def test_samples(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHLORA_SAMPLE_MODEL", str(model_folder))
+    _, result = run("samples.py", "--sample", "train_sharegpt.py", "--steps", "1")
+    sides = result["results"]["train_sharegpt.py"]
+    assert sides["phlora"]["trained"] == sides["trl"]["trained"] > 0
+    assert sides["phlora"]["losses"] == pytest.approx(sides["trl"]["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_end_to_end(model_folder: Path) -> None:
     _, result = run(
         "end_to_end.py",
